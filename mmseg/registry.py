@@ -1,0 +1,126 @@
+"""Registries of named components, and the one function that builds from them.
+
+A config names a component by ``type``; the other keys are its arguments.  The registries are those of mmengine; building
+is our own, because an error must say which key is wrong, where it stands, and what was probably meant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from mmengine.registry import Registry
+
+from mmseg.utils.errors import ConfigError
+
+_MODELS = ['mmseg.models']
+_DATASETS = ['mmseg.datasets']
+
+BACKBONES = Registry('backbone', scope='mmseg', locations=_MODELS)
+PIXEL_DECODERS = Registry('pixel decoder', scope='mmseg', locations=_MODELS)
+TRANSFORMER_DECODERS = Registry('transformer decoder', scope='mmseg', locations=_MODELS)
+HEADS = Registry('decode head', scope='mmseg', locations=_MODELS)
+SEGMENTORS = Registry('segmentor', scope='mmseg', locations=_MODELS)
+DATASETS = Registry('dataset', scope='mmseg', locations=_DATASETS)
+PIPELINES = Registry('pipeline step', scope='mmseg', locations=_DATASETS)
+HOOKS = Registry('hook', scope='mmseg', locations=['mmseg.core'])
+
+_Component = TypeVar('_Component', bound=Callable[..., Any])
+_where: contextvars.ContextVar[str] = contextvars.ContextVar('where', default='')
+
+
+def retired(**accepted: tuple[Any, ...]) -> Callable[[_Component], _Component]:
+    """Marks config keys of the 2023 reference that have no effect here.
+
+    Each key maps to the values that may stand in a config; an empty tuple accepts any.  Another value is a
+    :class:`ConfigError`, because ignoring it silently would change what the user asked for.
+    """
+
+    def mark(component: _Component) -> _Component:
+        component.retired_arguments = accepted  # type: ignore[attr-defined]
+        return component
+
+    return mark
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the known name closest to ``name``, or a list of all where none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f' (known: {", ".join(known)})' if known else ''
+
+
+def find(registry: Registry, name: Any, where: str) -> Callable[..., Any]:
+    """The component registered as ``name``; a :class:`ConfigError` naming the nearest one where there is none."""
+    if callable(name):
+        return name
+    component = registry.get(name) if isinstance(name, str) else None
+    if component is None:
+        raise ConfigError(f"{where}.type: unknown {registry.name} '{name}'{nearest(str(name), registry.module_dict)}")
+    return component
+
+
+def arguments_of(component: Callable[..., Any]) -> set[str]:
+    """Names a config may give to ``component``, retired ones included."""
+    names = {p.name for p in inspect.signature(component).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    return names | set(getattr(component, 'retired_arguments', {}))
+
+
+def check_arguments(component: Callable[..., Any], args: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``args`` without the retired ones; a :class:`ConfigError` for a name or a retired value it does not take."""
+    retired_here = getattr(component, 'retired_arguments', {})
+    label = getattr(component, '__name__', str(component))
+    known = arguments_of(component)
+    kept = {}
+    for key, value in args.items():
+        if key not in known:
+            raise ConfigError(f"{where}.{key}: {label} takes no argument '{key}'{nearest(key, known)}")
+        if key not in retired_here:
+            kept[key] = value
+        elif retired_here[key] and value not in retired_here[key]:
+            allowed = ' or '.join(map(repr, retired_here[key]))
+            raise ConfigError(f'{where}.{key}: {label} supports only {allowed}, got {value!r}; remove the key')
+    return kept
+
+
+@contextlib.contextmanager
+def standing_at(where: str) -> Iterator[str]:
+    """Adds ``where`` to the config path that error messages of nested :func:`build` calls show; yields that path."""
+    outer = _where.get()
+    path = f'{outer}.{where}' if outer and not where.startswith('[') else outer + where
+    token = _where.set(path)
+    try:
+        yield path
+    finally:
+        _where.reset(token)
+
+
+def build(registry: Registry, cfg: Any, where: str, **defaults: Any) -> Any:
+    """Builds the component that ``cfg['type']`` names in ``registry``; ``cfg`` is left unchanged.
+
+    Args:
+        registry: where the name is looked up.
+        cfg: mapping with ``type``; its other keys are keyword arguments and win over ``defaults``.
+        where: the key under which ``cfg`` stands in its parent (``'decode_head'``, ``'[3]'``); used in errors.
+        **defaults: arguments that the caller supplies.
+
+    Raises:
+        ConfigError: unknown ``type``, an argument that the component does not take, or a missing one.
+    """
+    with standing_at(where) as path:
+        if not isinstance(cfg, Mapping) or 'type' not in cfg:
+            raise ConfigError(f"{path}: expected a dict with a 'type' key for a {registry.name}, got {cfg!r}")
+        component = find(registry, cfg['type'], path)
+        args = check_arguments(component, {k: v for k, v in cfg.items() if k != 'type'}, path)
+        args = {**defaults, **args}
+        try:
+            inspect.signature(component).bind(**args)
+        except TypeError as error:
+            raise ConfigError(f'{path}: {getattr(component, "__name__", component)}: {error}') from None
+        return component(**args)

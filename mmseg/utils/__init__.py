@@ -1,0 +1,5 @@
+"""Small helpers without a subject of their own."""
+
+from .errors import CheckpointError, ConfigError, DataError
+
+__all__ = ['CheckpointError', 'ConfigError', 'DataError']

@@ -1,0 +1,19 @@
+"""Errors that a user can act on."""
+
+
+class ConfigError(ValueError):
+    """A config, an override or a component's arguments are wrong.
+
+    The message names the key, where it stands, what was expected and the nearest known name.
+    """
+
+
+class DataError(RuntimeError):
+    """A file of a data set is missing, unreadable or inconsistent.
+
+    The message names the file, its video and frame, and what to do about it.
+    """
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, is not safe to read, or does not fit the model."""
