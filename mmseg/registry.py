@@ -1,7 +1,7 @@
 """Registries of named components, and the one function that builds from them.
 
-A config names a component by ``type``; the other keys are its arguments.  The registries are those of mmengine; building
-is our own, because an error must say which key is wrong, where it stands, and what was probably meant.
+A config names a component by ``type``; the other keys are its arguments.  The registries are those of mmengine;
+building is our own, because an error must say which key is wrong, where it stands, and what was probably meant.
 """
 
 from __future__ import annotations

@@ -1,0 +1,35 @@
+# One command a chore; each makes its own virtual environment when there is none.
+#   make demo    data, training, testing and pictures on the CPU in under ten minutes
+#   make test    the fast tests      make test-slow   the slow ones too      make lint   style and types
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+WORKERS ?= 2
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format clean
+
+$(STAMP): the_requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r the_requirements.txt
+	$(BIN)/pip install -q -e '.[test,video]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo.py
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
