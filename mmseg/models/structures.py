@@ -18,7 +18,7 @@ IGNORE_INDEX = 255
 class MaskPrediction:
     """Class and mask logits of one prediction stage at one level.
 
-    Clip level: N = B and T frames a mask.  Frame level: N = B * T (frames of a clip stand together), masks of one frame.
+    Clip level: N = B and T frames a mask.  Frame level: N = B * T (frames of a clip stand together), one frame a mask.
 
     Attributes:
         logits: float ``[N, Q, K + 1]``; the last class is "no object".
@@ -34,7 +34,7 @@ class DecoderOutput:
     """What a mask decoder predicts for a batch of clips.
 
     Attributes:
-        clip: one :class:`MaskPrediction` a prediction stage (before the first layer, then after each); the last is final.
+        clip: one :class:`MaskPrediction` a stage (before the first layer, then after each); the last is final.
         frame: the same stages for the frame queries; ``None`` without a temporal part.
     """
 
@@ -62,7 +62,7 @@ class ClipTarget:
 
     @property
     def masks(self) -> Tensor:
-        """bool ``[n, T, H, W]``: the pixels of each class; a class may be absent from a frame."""
+        """The bool masks ``[n, T, H, W]``: the pixels of each class; a class may be absent from a frame."""
         return self.labels[None] == self.classes[:, None, None, None]
 
 
