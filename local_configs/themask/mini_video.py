@@ -15,6 +15,6 @@ finetune = dict(
         decoder_norm=['decoder_norm1', 'decoder_norm2'], class_embed=['class_embed_aux'],
         mask_embed=['mask_embed_aux']),
     frozen_eval=True)
-data = dict(train=dict(dataset=dict(dilation=[-1])), val=dict(test_size=2), test=dict(test_size=2))
+data = dict(train=dict(dataset=dict(dilation=[-3])), val=dict(test_size=2), test=dict(test_size=2))
 runner = dict(max_iters=500)
 checkpoint_config = dict(interval=250)
