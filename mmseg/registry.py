@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -45,6 +46,22 @@ def retired(**accepted: tuple[Any, ...]) -> Callable[[_Component], _Component]:
         return component
 
     return mark
+
+
+def register_variant(registry: Registry, name: str, component: _Component, **row: Any) -> _Component:
+    """Registers ``component`` as ``name`` with other default arguments: a variant is a row of a table, not a subclass.
+
+    The registered function shows the row's values as defaults in its signature; a config may still set any of them.
+    """
+
+    def construct(**overrides: Any) -> Any:
+        return component(**{**row, **overrides})
+
+    construct.__name__ = construct.__qualname__ = name
+    construct.__doc__ = f':class:`{component.__name__}` with {row}.'
+    construct.__signature__ = inspect.signature(functools.partial(component, **row))  # type: ignore[attr-defined]
+    construct.retired_arguments = getattr(component, 'retired_arguments', {})  # type: ignore[attr-defined]
+    return registry.register_module(module=construct)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
