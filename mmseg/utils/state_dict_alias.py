@@ -1,9 +1,9 @@
 """Names in the code on one side, names in checkpoint files on the other.
 
-Checkpoints keep the names of the 2023 reference (its files load here, ours load there), while the code uses names that
-say what a part does.  The module that owns a poor name holds a table of both; hooks of ``torch.nn.Module`` apply it when
-a state dict is taken and when one is loaded, at any depth of nesting and under any wrapper.  ``state_dict()`` is thus in
-reference names, ``named_parameters()`` in names of the code; :func:`reference_names` gives one from the other.
+Checkpoints keep the names of the 2023 reference (its files load here, ours load there), while the code uses names
+that say what a part does.  The module that owns a poor name holds a table of both; hooks of ``torch.nn.Module`` apply
+it when a state dict is taken and when one is loaded, at any depth of nesting and under any wrapper.  ``state_dict()``
+is thus in reference names, ``named_parameters()`` in names of the code; :func:`reference_names` relates the two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _under(name: str, parent: str) -> bool:
 
 
 def _rename(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
-    """Replaces ``prefix + key`` by ``prefix + names[key]`` for whole dotted parts, in place, all at once (swaps work)."""
+    """Replaces ``prefix + key`` by ``prefix + names[key]`` for whole dotted parts, in place, all at once."""
     renamed = {}
     for key in [key for key in state_dict if key.startswith(prefix)]:
         local = key[len(prefix) :]
