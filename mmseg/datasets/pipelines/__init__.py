@@ -1,1 +1,14 @@
-"""TODO."""
+"""Steps from files to tensors; one class serves images and clips."""
+
+from .compose import Compose
+from .formatting import Collect, DefaultFormatBundle, ImageToTensor
+from .geometry import AlignedResize, Pad, RandomCrop, RandomFlip, Resize
+from .loading import LoadAnnotations, LoadImageFromFile
+from .photometric import Normalize, PhotoMetricDistortion
+from .test_time_aug import MultiScaleFlipAug
+from .transform import Transform
+
+__all__ = [
+    'AlignedResize', 'Collect', 'Compose', 'DefaultFormatBundle', 'ImageToTensor', 'LoadAnnotations', 'LoadImageFromFile',
+    'MultiScaleFlipAug', 'Normalize', 'Pad', 'PhotoMetricDistortion', 'RandomCrop', 'RandomFlip', 'Resize', 'Transform',
+]

@@ -1,0 +1,253 @@
+"""Geometry: sizes, windows and mirrors, drawn once a clip.
+
+Draws and their order are those of mmsegmentation 0.x, so seeds mean what they meant there.  Sizes in configs are (width,
+height) for scales, as in mmcv, and (height, width) for crops and padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mmseg.registry import PIPELINES, retired
+from mmseg.utils.errors import ConfigError
+
+from .loading import VOID
+from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_frames
+
+_CROP_REDRAWS = 10
+
+
+def _map_labels(results: Results, method: str, *args: Any) -> None:
+    for key in results.get('seg_fields', ()):
+        results[key] = map_frames(results[key], lambda label: getattr(LabelView.of(label), method)(*args))
+
+
+def scale_list(value: Any) -> list[tuple[int, int]]:
+    """One scale or a list of scales as a list."""
+    if value is None:
+        return []
+    scales = value if isinstance(value[0], Sequence) else [value]
+    return [(int(w), int(h)) for w, h in scales]
+
+
+@PIPELINES.register_module()
+@retired(process_clips=())
+class Resize(Transform):
+    """Resizes frames (bilinear) and label maps (nearest) to a drawn scale.
+
+    The scale is, in this order: ``results['scale']`` where a test-time augmentation set it; ``img_scale`` times one
+    uniform draw of ``ratio_range``; one of several ``img_scale``.  With ``keep_ratio`` it is a bound: the side lengths become
+    int(side * s + 0.5) with s = min(long / max(h, w), short / min(h, w)).
+
+    Args:
+        img_scale: (width, height), or several of them; ``None`` with ``ratio_range`` takes the frame's own size.
+        multiscale_mode: how one of several scales is drawn: ``'range'`` between the first two, ``'value'`` among all.
+        ratio_range: (low, high) of the factor that multiplies ``img_scale``.
+        keep_ratio: keep the aspect ratio.
+        size_divisor: where given, a second resize takes both sides up to the next multiple of it.
+    """
+
+    def __init__(
+            self, img_scale: Any = None, multiscale_mode: str = 'range', ratio_range: Sequence[float] | None = None,
+            keep_ratio: bool = True, size_divisor: int | None = None):
+        self.img_scales = scale_list(img_scale)
+        self.multiscale_mode = multiscale_mode
+        self.ratio_range = ratio_range
+        self.keep_ratio = keep_ratio
+        self.size_divisor = size_divisor
+        if multiscale_mode not in ('range', 'value'):
+            raise ConfigError(f"Resize: multiscale_mode is 'range' or 'value', got {multiscale_mode!r}")
+        if ratio_range is not None and len(self.img_scales) > 1:
+            raise ConfigError('Resize: ratio_range goes with one img_scale, not with several')
+        if multiscale_mode == 'range' and len(self.img_scales) > 2:
+            raise ConfigError("Resize: multiscale_mode='range' takes two scales; use 'value' to draw among more")
+
+    def _draw(self, results: Results) -> tuple[int, int]:
+        if self.ratio_range is not None:
+            low, high = self.ratio_range
+            height, width = last_frame(results['img']).shape[:2]
+            base = self.img_scales[0] if self.img_scales else (width, height)
+            ratio = np.random.random_sample() * (high - low) + low
+            return int(base[0] * ratio), int(base[1] * ratio)
+        if not self.img_scales:
+            raise ConfigError("Resize: needs img_scale, ratio_range or a scale from MultiScaleFlipAug around it")
+        if len(self.img_scales) == 1:
+            return self.img_scales[0]
+        if self.multiscale_mode == 'value':
+            return self.img_scales[np.random.randint(len(self.img_scales))]
+        long_sides, short_sides = zip(*((max(s), min(s)) for s in self.img_scales))
+        long_side = np.random.randint(min(long_sides), max(long_sides) + 1)
+        return long_side, np.random.randint(min(short_sides), max(short_sides) + 1)
+
+    def _sizes(self, height: int, width: int, scale: tuple[int, int]) -> list[tuple[int, int]]:
+        """The (width, height) of each resize, in order."""
+        if self.keep_ratio:
+            factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+            sizes = [(int(width * factor + 0.5), int(height * factor + 0.5))]
+        else:
+            sizes = [scale]
+        if self.size_divisor:
+            aligned = tuple(math.ceil(side / self.size_divisor) * self.size_divisor for side in sizes[0])
+            sizes.append(aligned)
+        return sizes
+
+    def apply(self, results: Results) -> Results:
+        """Resizes; writes ``scale``, ``scale_factor`` (w, h, w, h), ``img_shape`` and ``pad_shape``."""
+        if 'scale' not in results:
+            results['scale'] = self._draw(results)
+        height, width = last_frame(results['img']).shape[:2]
+        for size in self._sizes(height, width, results['scale']):
+            results['img'] = map_frames(
+                results['img'], lambda image, size=size: cv2.resize(image, size, interpolation=cv2.INTER_LINEAR))
+            _map_labels(results, 'resize', *size)
+        shape = last_frame(results['img']).shape
+        factors = (shape[1] / width, shape[0] / height)
+        results.update(
+            img_shape=shape, pad_shape=shape, keep_ratio=self.keep_ratio,
+            scale_factor=np.array(factors * 2, dtype=np.float32))
+        return results
+
+
+@PIPELINES.register_module(name=['AlignedResize', 'AlignedResize_clips'])
+@retired(process_clips=())
+class AlignedResize(Resize):
+    """:class:`Resize` with ``size_divisor`` 32: the sides end on a multiple of the backbone's last stride (SegFormer)."""
+
+    def __init__(
+            self, img_scale: Any = None, multiscale_mode: str = 'range', ratio_range: Sequence[float] | None = None,
+            keep_ratio: bool = True, size_divisor: int = 32):
+        super().__init__(img_scale, multiscale_mode, ratio_range, keep_ratio, size_divisor)
+
+
+@PIPELINES.register_module(name=['RandomCrop', 'RandomCrop_clips'])
+class RandomCrop(Transform):
+    """Cuts one random window out of all frames of a clip.
+
+    With ``cat_max_ratio`` < 1 the window is drawn anew, up to ten times, until the last frame shows at least two labels in
+    it and none of them on ``cat_max_ratio`` or more of its labelled pixels.
+
+    Args:
+        crop_size: (height, width); a side larger than the frame's keeps the frame's.
+        cat_max_ratio: largest share of one label.
+        ignore_index: label that does not count.
+    """
+
+    def __init__(self, crop_size: Sequence[int], cat_max_ratio: float = 1.0, ignore_index: int = VOID):
+        self.height, self.width = crop_size
+        self.cat_max_ratio = cat_max_ratio
+        self.ignore_index = ignore_index
+        if min(crop_size) <= 0:
+            raise ConfigError(f'RandomCrop: crop_size must be positive, got {tuple(crop_size)}')
+
+    def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
+        top = np.random.randint(max(height - self.height, 0) + 1)
+        left = np.random.randint(max(width - self.width, 0) + 1)
+        return top, left, self.height, self.width
+
+    def _is_mixed(self, label: np.ndarray) -> bool:
+        counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+        counts[self.ignore_index] = 0
+        return np.count_nonzero(counts) > 1 and bool(counts.max() / counts.sum() < self.cat_max_ratio)
+
+    def apply(self, results: Results) -> Results:
+        """Crops; writes ``img_shape``."""
+        height, width = last_frame(results['img']).shape[:2]
+        box = self._draw(height, width)
+        if self.cat_max_ratio < 1 and 'gt_semantic_seg' in results:
+            label = LabelView.of(last_frame(results['gt_semantic_seg']))
+            for _ in range(_CROP_REDRAWS):
+                if self._is_mixed(label.crop(*box).array()):
+                    break
+                box = self._draw(height, width)
+        top, left, crop_height, crop_width = box
+        results['img'] = map_frames(
+            results['img'], lambda image: image[top:top + crop_height, left:left + crop_width])
+        _map_labels(results, 'crop', *box)
+        results['img_shape'] = last_frame(results['img']).shape
+        return results
+
+
+@PIPELINES.register_module(name=['RandomFlip', 'RandomFlip_clips'])
+class RandomFlip(Transform):
+    """Mirrors all frames of a clip, or none.
+
+    ``results['flip']`` and ``['flip_direction']`` decide where a test-time augmentation set them; otherwise one draw does.
+
+    Args:
+        prob: probability of a flip.
+        direction: ``'horizontal'`` or ``'vertical'``.
+    """
+
+    def __init__(self, prob: float | None = None, direction: str = 'horizontal'):
+        self.prob = prob
+        self.direction = direction
+        if prob is not None and not 0 <= prob <= 1:
+            raise ConfigError(f'RandomFlip: prob is between 0 and 1, got {prob}')
+        if direction not in FLIP_DIRECTIONS:
+            raise ConfigError(f'RandomFlip: direction is one of {FLIP_DIRECTIONS}, got {direction!r}')
+
+    def apply(self, results: Results) -> Results:
+        """Flips; writes ``flip`` and ``flip_direction``."""
+        if 'flip' not in results:
+            if self.prob is None:
+                raise ConfigError('RandomFlip: needs prob where no MultiScaleFlipAug decides')
+            results['flip'] = bool(np.random.rand() < self.prob)
+        direction = results.setdefault('flip_direction', self.direction)
+        if results['flip']:
+            code = 1 if direction == 'horizontal' else 0
+            results['img'] = map_frames(results['img'], lambda image: cv2.flip(image, code))
+            _map_labels(results, 'flip', direction)
+        return results
+
+
+@PIPELINES.register_module(name=['Pad', 'Pad_clips'])
+class Pad(Transform):
+    """Pads frames and label maps at the bottom and the right.
+
+    Args:
+        size: (height, width) to reach.
+        size_divisor: instead of ``size``: reach the next multiple of it.
+        pad_val: value for frames.
+        seg_pad_val: value for label maps.
+    """
+
+    def __init__(
+            self, size: Sequence[int] | None = None, size_divisor: int | None = None, pad_val: float = 0,
+            seg_pad_val: int = VOID):
+        if (size is None) == (size_divisor is None):
+            raise ConfigError('Pad: give either size or size_divisor')
+        self.size = size
+        self.size_divisor = size_divisor
+        self.pad_val = pad_val
+        self.seg_pad_val = seg_pad_val
+
+    def apply(self, results: Results) -> Results:
+        """Pads; writes ``pad_shape``, ``pad_fixed_size`` and ``pad_size_divisor``."""
+        height, width = last_frame(results['img']).shape[:2]
+        if self.size_divisor is not None:
+            target = [math.ceil(side / self.size_divisor) * self.size_divisor for side in (height, width)]
+        else:
+            assert self.size is not None
+            target = list(self.size)
+        bottom, right = target[0] - height, target[1] - width
+        if min(bottom, right) < 0:
+            raise ConfigError(f'Pad: size {tuple(target)} is smaller than the frame, {(height, width)}; crop before it')
+
+        def pad(image: np.ndarray, value: float) -> np.ndarray:
+            if not (bottom or right):
+                return image
+            return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=[value] * 3)
+
+        results['img'] = map_frames(results['img'], lambda image: pad(image, self.pad_val))
+        for key in results.get('seg_fields', ()):
+            results[key] = map_frames(
+                results[key], lambda label: pad(LabelView.of(label).array(), self.seg_pad_val))
+        results.update(
+            pad_shape=last_frame(results['img']).shape, pad_fixed_size=self.size,
+            pad_size_divisor=self.size_divisor)
+        return results
