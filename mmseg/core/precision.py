@@ -1,0 +1,67 @@
+"""Mixed precision on CPU and GPU: which dtype the forward pass computes in, and the scaling of the loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mmseg.utils.errors import ConfigError
+
+_DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+class Precision:
+    """The ``fp16`` section of a config.
+
+    Args:
+        device: where the model runs.
+        dtype: ``bfloat16`` (no loss scaling), ``float16``, or ``float32`` for full precision.
+        loss_scale: for ``float16``: a number keeps the scale fixed, ``'dynamic'`` adapts it, a dict adapts it with
+            these arguments of ``torch.amp.GradScaler`` (mmcv 1.x's three forms; 512 is its default).
+
+    Raises:
+        ConfigError: unknown dtype or form of ``loss_scale``.
+    """
+
+    def __init__(self, device: torch.device, dtype: str = 'float16', loss_scale: Any = 512.0) -> None:
+        if dtype not in _DTYPES:
+            raise ConfigError(f"fp16.dtype: expected one of {', '.join(_DTYPES)}, got '{dtype}'")
+        self.device = device
+        self.dtype = _DTYPES[dtype]
+        self.fixed_scale: float | None = None
+        options: dict[str, Any] = {}
+        if isinstance(loss_scale, Mapping):
+            options = dict(loss_scale)
+            options.pop('mode', None)  # mmcv's own key; its scaler's other keys are torch's
+        elif isinstance(loss_scale, (int, float)):
+            self.fixed_scale = float(loss_scale)
+            options = {'init_scale': self.fixed_scale}
+        elif loss_scale != 'dynamic':
+            raise ConfigError(f"fp16.loss_scale: expected a number, 'dynamic' or a dict, got {loss_scale!r}")
+        try:
+            self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16, **options)
+        except TypeError as error:
+            raise ConfigError(f'fp16.loss_scale: {error}') from None
+
+    @property
+    def scales(self) -> bool:
+        """Whether the loss is scaled; then an overflow of the gradient skips a step instead of being an error."""
+        return self.scaler.is_enabled()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context for the forward pass."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of ``loss``, scaled where the dtype asks for it."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Updates the weights; leaves them where a scaled gradient overflowed."""
+        self.scaler.step(optimizer)
+        self.scaler.update(self.fixed_scale)

@@ -1,0 +1,151 @@
+"""Several processes, one a GPU (nccl) or one a share of the CPU's cores (gloo): start, talk, and tell who is first.
+
+Every helper also works in a single process without a process group, so callers need no ``if distributed``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mmseg.utils.errors import ConfigError
+
+LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+_control_group: dist.ProcessGroup | None = None
+"""A gloo group beside nccl: words among the hosts (stop, failed, objects) need no GPU and no stream to be idle."""
+
+_RANK_VARIABLES = {
+    'pytorch': dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE', LOCAL_RANK='LOCAL_RANK'),
+    'slurm': dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID'),
+    'mpi': dict(
+        RANK='OMPI_COMM_WORLD_RANK', WORLD_SIZE='OMPI_COMM_WORLD_SIZE', LOCAL_RANK='OMPI_COMM_WORLD_LOCAL_RANK'
+    ),
+}
+
+
+def init_dist(launcher: str, backend: str | None = None, timeout_minutes: float = 30) -> torch.device:
+    """Joins the process group that ``launcher`` started and returns this process's device.
+
+    Args:
+        launcher: ``none`` (one process, no group), ``pytorch`` (torchrun), ``slurm`` (srun) or ``mpi`` (Open MPI).
+        backend: ``nccl`` or ``gloo``; ``nccl`` falls back to ``gloo`` where there is no GPU.
+        timeout_minutes: how long a collective call may wait for the other ranks.
+
+    Returns:
+        ``cuda:<local rank>`` where there is a GPU, else ``cpu``.
+
+    Raises:
+        ConfigError: unknown launcher, its environment variables are missing, or there are more processes than GPUs.
+    """
+    if launcher not in LAUNCHERS:
+        raise ConfigError(f"launcher: expected one of {', '.join(LAUNCHERS)}, got '{launcher}'")
+    local_rank = 0
+    if launcher != 'none':
+        local_rank = _export_rank_variables(launcher)
+    if not torch.cuda.is_available():
+        device = torch.device('cpu')
+    elif local_rank >= torch.cuda.device_count():
+        raise ConfigError(f'process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}')
+    else:
+        device = torch.device('cuda', local_rank)
+        torch.cuda.set_device(device)
+    if backend not in (None, 'nccl', 'gloo'):
+        raise ConfigError(f"dist_params.backend: expected 'nccl' or 'gloo', got '{backend}'")
+    if launcher != 'none' and not dist.is_initialized():
+        global _control_group
+        timeout = timedelta(minutes=timeout_minutes)
+        if device.type == 'cpu' or backend == 'gloo':
+            dist.init_process_group('gloo', timeout=timeout)
+        else:
+            dist.init_process_group('nccl', timeout=timeout, device_id=device)
+            _control_group = dist.new_group(backend='gloo', timeout=timeout)
+    return device
+
+
+def _export_rank_variables(launcher: str) -> int:
+    """Puts the launcher's rank variables under torch's names into the environment; returns the local rank."""
+    for name, source in _RANK_VARIABLES[launcher].items():
+        if source not in os.environ:
+            raise ConfigError(
+                f"--launcher {launcher}: the environment variable {source} is missing; start with tools/dist_train.sh "
+                f'(pytorch), tools/slurm_train.sh (slurm) or mpirun (mpi), or use --launcher none'
+            )
+        os.environ[name] = os.environ[source]
+    if launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
+        hosts = subprocess.run(
+            ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']], capture_output=True, text=True, check=True
+        )
+        os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
+    os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+    os.environ.setdefault('MASTER_PORT', '29500')
+    return int(os.environ['LOCAL_RANK'])
+
+
+def close_dist() -> None:
+    """Leaves the process group, if there is one."""
+    global _control_group
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    _control_group = None
+
+
+def get_dist_info() -> tuple[int, int]:
+    """``(rank, world size)``; ``(0, 1)`` without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes files."""
+    return get_dist_info()[0] == 0
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if get_dist_info()[1] > 1:
+        dist.barrier(group=_control_group)
+
+
+def reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of ``tensor`` over the ranks, on every rank; a new tensor, without gradient."""
+    world_size = get_dist_info()[1]
+    if world_size == 1:
+        return tensor.detach()
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' values, on every rank; a word among hosts that waits for no GPU."""
+    if get_dist_info()[1] == 1:
+        return value
+    box = torch.tensor(value)
+    dist.all_reduce(box, dist.ReduceOp.MAX, group=_control_group)
+    return int(box)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value`` (any picklable object) in rank order, on every rank."""
+    world_size = get_dist_info()[1]
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value, group=_control_group)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` (any picklable object) on every rank."""
+    if get_dist_info()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_control_group)
+    return box[0]

@@ -1,0 +1,58 @@
+"""Random generators: seed them, read them, put them back."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmseg.utils.dist import broadcast_object
+
+
+def draw_seed() -> int:
+    """A seed from the operating system, the same on every rank."""
+    return broadcast_object(int.from_bytes(os.urandom(4), 'little') >> 1)
+
+
+def set_random_seed(seed: int, deterministic: bool = False) -> None:
+    """Seeds Python, numpy and torch (CPU and every GPU).
+
+    Args:
+        seed: any int in [0, 2^32).
+        deterministic: choose reproducible algorithms, slower on a GPU; an operation that has none warns.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def get_rng_state() -> dict[str, Any]:
+    """State of this process's generators, made of tensors and plain Python values (safe to load)."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        'python': random.getstate(),
+        'numpy': (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        'torch': torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what :func:`get_rng_state` returned."""
+    version, keys, gauss_next = state['python']
+    random.setstate((version, tuple(keys), gauss_next))
+    name, numpy_keys, position, has_gauss, gauss = state['numpy']
+    np.random.set_state((name, numpy_keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state['torch'].cpu())
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'].cpu())
