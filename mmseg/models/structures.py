@@ -55,10 +55,28 @@ class ClipTarget:
     labels: Tensor
 
     @classmethod
-    def from_labels(cls, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> ClipTarget:
-        """The target of a label map ``[T, H, W]``; the list of classes costs one host synchronisation."""
-        present = torch.unique(labels)
-        return cls(present[present != ignore_index], labels)
+    def from_labels(cls, labels: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> list[ClipTarget]:
+        """Targets of a batch of clips, with one host synchronisation for all of them.
+
+        Args:
+            labels: int64 ``[B, T, H, W]``, values 0..255.
+            num_classes: K.
+            ignore_index: the void label.
+
+        Raises:
+            ValueError: a label is neither void nor below ``num_classes``.
+        """
+        present = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
+        present.scatter_(1, labels.flatten(1), True)
+        present[:, ignore_index] = False
+        classes = [row.nonzero()[:, 0] for row in present.cpu()]
+        wrong = sorted({int(c) for row in classes for c in row[row >= num_classes]})
+        if wrong:
+            raise ValueError(
+                f'labels {wrong} in a clip, but the model has {num_classes} classes (0 to {num_classes - 1}; void is '
+                f'{ignore_index}): check reduce_zero_label of LoadAnnotations and num_classes of the head'
+            )
+        return [cls(row.to(labels.device, non_blocking=True), clip) for row, clip in zip(classes, labels)]
 
     @property
     def masks(self) -> Tensor:

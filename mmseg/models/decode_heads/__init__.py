@@ -1,1 +1,6 @@
-"""TODO."""
+"""Decode heads: from backbone maps to predictions, scores and losses."""
+
+from mmseg.models.decode_heads.mask2former import MaskDecoder, MSDeformAttnPixelDecoder
+from mmseg.models.decode_heads.themask_head import THEMaskHead
+
+__all__ = ['MSDeformAttnPixelDecoder', 'MaskDecoder', 'THEMaskHead']

@@ -126,6 +126,7 @@ class MaskDecoder(nn.Module):
             )
         self.num_classes = num_classes
         self.num_frames = num_frames
+        self.mask_dim = mask_dim
         self.transformer_cross_attention_layers = nn.ModuleList(
             CrossAttentionLayer(hidden_dim, nheads) for _ in range(dec_layers)
         )
