@@ -1,0 +1,301 @@
+"""Metrics of video semantic segmentation, streamed: no prediction is kept once it has been counted.
+
+Frames may come in any order inside a video, and videos may be interleaved.  What does not depend on the order is counted
+at once; the video consistency needs neighbours, so a frame waits until all frames before it have come.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .confusion import LABELS, as_label_map, class_scores, joint_histogram, mean_scores
+from .results import Results
+from .video_consistency import WindowCounts
+
+Frame = int | str
+
+
+@dataclass(frozen=True)
+class ConsistencyOptions:
+    """How VC_n is counted; the defaults are the official VSPW script.
+
+    Attributes:
+        lengths: the window lengths n.
+        last_window: count the window that ends at the last frame too (L - n + 1 windows instead of L - n).
+        min_frames: leave out videos with fewer frames; 17 is the variant that skips videos of <= 16 frames for VC8 too.
+        remap_void: apply ``reduce_zero_label`` before the comparison, so that 0 (others) and 255 (void) are one label;
+            the official script compares the labels as they stand in the files.
+    """
+
+    lengths: tuple[int, ...] = (8, 16)
+    last_window: bool = False
+    min_frames: int = 0
+    remap_void: bool = False
+
+
+@dataclass
+class _Windows:
+    """Ratios of the windows of one video, summed in the order of the windows."""
+
+    ratio: float = 0.0
+    windows: int = 0
+
+    def add(self, both: int, constant: int) -> None:
+        if constant:
+            self.ratio += both / constant
+            self.windows += 1
+
+
+@dataclass
+class _Video:
+    """What is known of one video."""
+
+    counts: np.ndarray = field(default_factory=lambda: np.zeros((LABELS, LABELS), np.int64))
+    windows: dict[int, _Windows] = field(default_factory=dict)
+    frames: int = 0
+    seen: set[Frame] = field(default_factory=set)
+    waiting: dict[Frame, tuple[np.ndarray, np.ndarray] | None] = field(default_factory=dict)
+    next: int = 0
+    stream: WindowCounts | None = None
+    shape: tuple[int, ...] | None = None
+
+
+class StreamingMetrics:
+    """mIoU, mIoU_vspw, fwIoU, aAcc, mAcc, mDice and VC_n from frames in any order.
+
+    Memory: one label pair and some bit maps per open video, plus the frames that came before their turn; after a video
+    is finished, its counts.  A video is finished when all its frames have come (if ``videos`` gives them) or by
+    :meth:`finish`; :meth:`compute` may be called at any time and looks at what has come so far.
+
+    Args:
+        num_classes: K; labels are 0..K-1 and ``ignore_index``.
+        ignore_index: the label that is not scored.  The video consistency compares it like any other.
+        reduce_zero_label: ground truth comes as in VSPW's files: 0 = others, 1..K = classes, 255 = void.
+        consistency: how VC_n is counted; None leaves it out.
+        videos: for each video its frames in order.  Needed only to stream VC for frames that are named by strings:
+            without it they wait until the video is finished and are then taken in the order of their names.  Integer
+            frames are positions, taken in ascending order.
+        class_names: names for the per-class results.
+
+    Example:
+        >>> metrics = StreamingMetrics(num_classes=2, consistency=None)
+        >>> metrics.update('v', 0, np.zeros((2, 2), np.uint8), np.zeros((2, 2), np.uint8))
+        >>> metrics.compute()['aAcc']
+        1.0
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ignore_index: int = 255,
+        reduce_zero_label: bool = False,
+        consistency: ConsistencyOptions | None = ConsistencyOptions(),
+        videos: Mapping[str, Sequence[Frame]] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        if not 0 < num_classes < LABELS or not 0 <= ignore_index < LABELS:
+            raise ValueError(f'labels are 8-bit: expected 1..255 classes and ignore_index 0..255, '
+                             f'got {num_classes} and {ignore_index}')
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f'expected {num_classes} class names, got {len(class_names)}')
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.consistency = consistency
+        self.class_names = tuple(class_names) if class_names else tuple(map(str, range(num_classes)))
+        self._reduce = _reduce_table(ignore_index) if reduce_zero_label else None
+        self._positions = {name: {f: i for i, f in enumerate(frames)} for name, frames in (videos or {}).items()}
+        self._open: dict[str, _Video] = {}
+        self._done: dict[str, dict[str, Any]] = {}
+
+    def update(self, video: str, frame: Frame, pred: np.ndarray, gt: np.ndarray) -> None:
+        """Counts one frame.
+
+        Args:
+            video: name of the video.
+            frame: its position (int) or its name.
+            pred: predicted labels [H, W], 0..K-1.
+            gt: ground truth [H, W], 0..K-1 and ``ignore_index`` (or as in the files, with ``reduce_zero_label``).
+
+        Raises:
+            ValueError: a label out of range, sizes that differ, or a frame that has come before.
+        """
+        where = f'{video}/{frame}'
+        raw, pred = as_label_map(gt, f'{where}: ground truth'), as_label_map(pred, f'{where}: prediction')
+        if raw.shape != pred.shape:
+            raise ValueError(f'{where}: the prediction is {_size(pred)}, the ground truth {_size(raw)}')
+        reduced = raw if self._reduce is None else self._reduce[raw]
+        counts = joint_histogram(reduced, pred)
+        self._check_labels(counts, where)
+        state = self._arrive(video, frame)
+        state.counts += counts
+        state.frames += 1
+        if self.consistency is not None and self.consistency.lengths:
+            if state.shape not in (None, raw.shape):
+                raise ValueError(f'{where}: {_size(raw)}, but the frames before are {state.shape[1]}x{state.shape[0]}; '
+                                 f'video consistency needs one size per video')
+            state.shape = raw.shape
+            labels = reduced if self.consistency.remap_void else raw
+            state.waiting[self._position(video, frame)] = (labels.copy(), pred.copy())
+        self._advance(video, state)
+
+    def skip(self, video: str, frame: Frame) -> None:
+        """Says that ``frame`` will not come; its neighbours then follow each other, as if it were not in the video."""
+        state = self._arrive(video, frame)
+        if self.consistency is not None and self.consistency.lengths:
+            state.waiting[self._position(video, frame)] = None
+        self._advance(video, state)
+
+    def finish(self, video: str) -> None:
+        """Closes ``video`` and frees its maps; nothing happens if it is closed already."""
+        if video in self._open:
+            self._done[video] = self._record(self._open.pop(video))
+
+    def compute(self) -> dict[str, float]:
+        """The scores over all frames so far, as fractions; nan where nothing was counted.
+
+        Keys: ``mIoU``, ``mIoU_vspw``, ``fwIoU``, ``aAcc``, ``mAcc``, ``mDice`` and one ``VC<n>`` per window length.
+        """
+        return self.results().summary
+
+    def results(self) -> Results:
+        """Summary, and scores per class and per video."""
+        records = self._records()
+        confusion = sum((_confusion(r, self.num_classes, self.ignore_index) for r in records.values()),
+                        np.zeros((self.num_classes, self.num_classes), np.int64))
+        summary = {**mean_scores(confusion), **self._consistency_of(records.values())}
+        scores = class_scores(confusion)
+        classes = [
+            {'class': name, 'IoU': float(scores['IoU'][i]), 'Acc': float(scores['Acc'][i]),
+             'Dice': float(scores['Dice'][i]), 'pixels': int(scores['pixels'][i])}
+            for i, name in enumerate(self.class_names)]
+        videos = [
+            {'video': name, 'frames': record['frames'],
+             **mean_scores(_confusion(record, self.num_classes, self.ignore_index)), **self._consistency_of([record])}
+            for name, record in records.items()]
+        return Results(summary=summary, classes=classes, videos=videos, confusion=confusion)
+
+    def state(self) -> dict[str, Any]:
+        """All counts so far as plain Python numbers, lists and dicts (JSON), for :meth:`merge` on another rank."""
+        return self._records()
+
+    def merge(self, state: Mapping[str, Any]) -> None:
+        """Adds the videos of another rank's :meth:`state`.
+
+        Every result is then the same to the last digit, however the videos were divided: counts are integers, and
+        ratios are summed per video in the order of its windows and over videos in the order of their names.
+
+        Raises:
+            ValueError: a video that this rank has seen too: the windows of a video need all its frames in one place.
+        """
+        twice = sorted(set(state) & (set(self._open) | set(self._done)))
+        if twice:
+            raise ValueError(f'video {twice[0]} was evaluated on two ranks; give whole videos to a rank')
+        self._done.update(copy.deepcopy(dict(state)))
+
+    def _arrive(self, video: str, frame: Frame) -> _Video:
+        if video in self._done:
+            raise ValueError(f'{video}/{frame}: the video is finished, no further frame can be counted')
+        state = self._open.setdefault(video, _Video())
+        if frame in state.seen:
+            raise ValueError(f'{video}/{frame}: the frame has come before')
+        self._position(video, frame)
+        state.seen.add(frame)
+        return state
+
+    def _position(self, video: str, frame: Frame) -> Frame:
+        positions = self._positions.get(video)
+        if positions is None:
+            return frame
+        if frame not in positions:
+            raise ValueError(f'{video}/{frame}: not among the frames given for this video')
+        return positions[frame]
+
+    def _advance(self, video: str, state: _Video) -> None:
+        """Counts the windows of all frames whose turn has come."""
+        while state.next in state.waiting:
+            self._count(state, state.waiting.pop(state.next))
+            state.next += 1
+        if video in self._positions and len(state.seen) == len(self._positions[video]):
+            self.finish(video)
+
+    def _count(self, state: _Video, maps: tuple[np.ndarray, np.ndarray] | None) -> None:
+        if maps is None:
+            return
+        assert self.consistency is not None
+        if state.stream is None:
+            state.stream = WindowCounts(self.consistency.lengths, self.consistency.last_window)
+            state.windows = {n: _Windows() for n in self.consistency.lengths}
+        for n, both, constant in state.stream.push(*maps):
+            state.windows[n].add(both, constant)
+
+    def _record(self, state: _Video) -> dict[str, Any]:
+        """The counts of a finished video; ``state`` is used up."""
+        for frame in sorted(state.waiting):
+            self._count(state, state.waiting[frame])
+        if state.stream is not None:
+            for n, both, constant in state.stream.close():
+                state.windows[n].add(both, constant)
+        used = np.flatnonzero(state.counts)
+        return {
+            'frames': state.frames,
+            'pairs': used.tolist(),
+            'pixels': state.counts.ravel()[used].tolist(),
+            'windows': {str(n): [w.ratio, w.windows] for n, w in state.windows.items()},
+        }
+
+    def _records(self) -> dict[str, dict[str, Any]]:
+        unfinished = {name: self._record(copy.deepcopy(state)) for name, state in self._open.items()}
+        return dict(sorted({**self._done, **unfinished}.items()))
+
+    def _consistency_of(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        if self.consistency is None:
+            return {}
+        records = [r for r in records if r['frames'] >= self.consistency.min_frames]
+        scores = {}
+        for n in self.consistency.lengths:
+            sums = [r['windows'][str(n)] for r in records if str(n) in r['windows']]
+            windows = sum(count for _, count in sums)
+            scores[f'VC{n}'] = math.fsum(ratio for ratio, _ in sums) / windows if windows else float('nan')
+        return scores
+
+    def _check_labels(self, counts: np.ndarray, where: str) -> None:
+        valid = np.zeros(LABELS, bool)
+        valid[:self.num_classes] = True
+        valid[self.ignore_index] = False
+        others = np.flatnonzero(counts.any(1) & ~valid)
+        others = others[others != self.ignore_index]
+        if others.size:
+            shift = int(self._reduce is not None)
+            raise ValueError(f'{where}: the ground truth holds label {int(others[0]) + shift}; expected '
+                             f'{shift}..{self.num_classes - 1 + shift} and {self.ignore_index}')
+        others = np.flatnonzero(counts[valid].any(0))
+        others = others[others >= self.num_classes]
+        if others.size:
+            raise ValueError(f'{where}: the prediction holds label {int(others[0])}; '
+                             f'expected 0..{self.num_classes - 1}')
+
+
+def _reduce_table(ignore_index: int) -> np.ndarray:
+    """Look-up table of ``reduce_zero_label``: 0 and 255 -> ``ignore_index``, else minus 1."""
+    table = np.arange(LABELS, dtype=np.int64) - 1
+    table[[0, LABELS - 1]] = ignore_index
+    return table.astype(np.uint8)
+
+
+def _confusion(record: Mapping[str, Any], num_classes: int, ignore_index: int) -> np.ndarray:
+    """The scored part of a video's counts, int64 [K, K]."""
+    counts = np.zeros((LABELS, LABELS), np.int64)
+    counts.reshape(-1)[record['pairs']] = record['pixels']
+    counts[ignore_index] = 0
+    return counts[:num_classes, :num_classes]
+
+
+def _size(labels: np.ndarray) -> str:
+    return f'{labels.shape[1]}x{labels.shape[0]}'

@@ -1,0 +1,82 @@
+"""Results of an evaluation as a table, as JSON and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmseg.utils.files import write_atomically
+
+
+@dataclass
+class Results:
+    """Scores as fractions; nan where nothing was counted.
+
+    Attributes:
+        summary: metric -> score over all frames.
+        classes: one row a class: ``class``, ``IoU``, ``Acc``, ``Dice``, ``pixels`` (of the ground truth).
+        videos: one row a video: ``video``, ``frames`` and the keys of ``summary``.
+        confusion: int64 [K, K], rows = ground truth.
+    """
+
+    summary: dict[str, float]
+    classes: list[dict[str, Any]]
+    videos: list[dict[str, Any]]
+    confusion: np.ndarray
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the confusion matrix, ready for JSON: nan becomes None."""
+        return {**_plain(self.summary), 'per_class': [_plain(r) for r in self.classes],
+                'per_video': [_plain(r) for r in self.videos]}
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes :meth:`as_dict`."""
+        write_atomically(path, json.dumps(self.as_dict(), indent=1))
+
+    def to_csv(self, folder: str | Path) -> None:
+        """Writes ``summary.csv``, ``classes.csv`` and ``videos.csv`` into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in (('summary', [self.summary]), ('classes', self.classes), ('videos', self.videos)):
+            with open(folder / f'{name}.csv', 'w', newline='') as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+                writer.writeheader()
+                writer.writerows(rows)
+
+    def print(self, per_class: bool = False, per_video: bool = False) -> None:
+        """Prints the summary, and on request the rows per class (those that occur) and per video, in per cent."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console()
+
+        def show(title: str, rows: list[dict[str, Any]]) -> None:
+            table = Table(title=title, title_justify='left')
+            for key in rows[0]:
+                table.add_column(key, justify='left' if isinstance(rows[0][key], str) else 'right', no_wrap=True)
+            for row in rows:
+                table.add_row(*map(_cell, row.values()))
+            console.print(table)
+
+        seen = [row for row in self.classes if not math.isnan(row['IoU'])]
+        if per_class and seen:
+            show('Classes', seen)
+        if per_video and self.videos:
+            show('Videos', self.videos)
+        show('All frames, per cent', [self.summary])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return '-' if math.isnan(value) else f'{100 * value:.2f}'
+    return f'{value:,}' if isinstance(value, int) else str(value)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
