@@ -1,0 +1,76 @@
+"""Data sets made of data sets."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from mmseg.registry import DATASETS, build
+from mmseg.utils.errors import ConfigError
+
+
+@DATASETS.register_module()
+class RepeatDataset(Dataset):
+    """A data set counted ``times`` times over, so that an epoch is longer; items are drawn anew each time.
+
+    Args:
+        dataset: a data set or its config.
+        times: number of repetitions.
+    """
+
+    def __init__(self, dataset: Any, times: int):
+        self.dataset = build(DATASETS, dataset, 'dataset') if isinstance(dataset, Mapping) else dataset
+        self.times = times
+        self.CLASSES = self.dataset.CLASSES
+        self.PALETTE = self.dataset.PALETTE
+        self.ignore_index = self.dataset.ignore_index
+        self.is_training = self.dataset.is_training
+        if times < 1:
+            raise ConfigError(f'RepeatDataset: times is at least 1, got {times}')
+
+    def __len__(self) -> int:
+        return self.times * len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index % len(self.dataset)]
+
+
+@DATASETS.register_module()
+class ConcatDataset(Dataset):
+    """Training sets with the same classes, one after the other.
+
+    Args:
+        datasets: data sets or their configs.
+    """
+
+    def __init__(self, datasets: Sequence[Any]):
+        self.datasets = [
+            build(DATASETS, cfg, f'datasets[{index}]') if isinstance(cfg, Mapping) else cfg
+            for index, cfg in enumerate(datasets)
+        ]
+        if not self.datasets:
+            raise ConfigError('ConcatDataset: needs at least one data set')
+        first = self.datasets[0]
+        for other in self.datasets:
+            if other.CLASSES != first.CLASSES:
+                raise ConfigError('ConcatDataset: the data sets have different classes')
+            if not other.is_training:
+                raise ConfigError('ConcatDataset: joins training sets; test one test set at a time')
+        self.CLASSES = first.CLASSES
+        self.PALETTE = first.PALETTE
+        self.ignore_index = first.ignore_index
+        self.is_training = True
+        self._ends = list(accumulate(len(dataset) for dataset in self.datasets))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        if index < 0:
+            index += len(self)
+        which = bisect_right(self._ends, index)
+        return self.datasets[which][index - (self._ends[which - 1] if which else 0)]

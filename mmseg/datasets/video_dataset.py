@@ -1,0 +1,327 @@
+"""Clips of labelled videos.
+
+One class holds all behaviour: it lists videos, asks the clip sampler for frames, and runs the pipeline.  A concrete data
+set is data: class names, a palette, whether raw label 0 is void, and a :class:`Layout` on disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from mmseg.registry import DATASETS, check_arguments, retired
+from mmseg.utils.errors import ConfigError, DataError
+
+from .clip_sampler import cut_test_clips, frames_needed, sample_training_clip
+from .pipelines.compose import Compose
+from .pipelines.loading import VOID, LoadAnnotations, load_labels
+from .pipelines.transform import Results
+
+_MAX_DRAWS = 100  # clips drawn for one training item before giving up
+_NAMES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of a data set lie under its root; ``{split}`` and ``{video}`` stand for names.
+
+    Attributes:
+        split_file: text file with one video a line.
+        frames: folder of a video's frames.
+        masks: folder of a video's masks, whose file names are those of the frames but for the suffix.
+        frame_suffix: what frame files end in.
+        mask_suffix: what mask files end in.
+    """
+
+    split_file: str = '{split}.txt'
+    frames: str = 'data/{video}/origin'
+    masks: str = 'data/{video}/mask'
+    frame_suffix: str = '.jpg'
+    mask_suffix: str = '.png'
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video: its name and the names of its frames in order, without suffix."""
+
+    name: str
+    frames: list[str]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip: index of its video and positions of its frames in it."""
+
+    video: int
+    positions: tuple[int, ...]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - _NAMES_SHOWN
+    return ', '.join(names[:_NAMES_SHOWN]) + (f' and {more} more' if more > 0 else '')
+
+
+def _frame_order(name: str) -> tuple[int, int, str]:
+    """Numbers in numerical order, other names after them in alphabetical order."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def list_files(folder: str | Path, suffix: str) -> list[str]:
+    """Names, without suffix and in frame order, of the visible files of ``folder`` that end in ``suffix``."""
+    names = [
+        name[:-len(suffix)] for name in os.listdir(folder) if name.endswith(suffix) and not name.startswith('.')
+    ]
+    return sorted(names, key=_frame_order)
+
+
+def read_split(root: str | Path, layout: Layout, split: str) -> list[str]:
+    """Names of the videos of a split, in the order of its file.
+
+    Blank lines, CRLF line ends, and a missing final newline are harmless; a repeated name counts once.
+
+    Raises:
+        DataError: the root or the file is missing, or the file names no video.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; set data_root to the data set (data/README.md shows its layout)")
+    path = root / layout.split_file.format(split=split.removesuffix('.txt'))
+    if not path.is_file():
+        there = sorted(p.name for p in root.glob('*.txt'))
+        raise DataError(f"{path}: no such split file; there are {there}")
+    lines = path.read_text(encoding='utf-8-sig').splitlines()
+    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not names:
+        raise DataError(f'{path}: the split names no video; write one video a line')
+    return names
+
+
+@DATASETS.register_module()
+@retired(img_dir=(), ann_dir=(), test_mode=())
+class VideoDataset(Dataset):
+    """Clips of the videos of one split.
+
+    With ``dilation`` it is a training set: one item a video, a random clip of it.  With ``test_size`` it is a test set:
+    one item a clip, and together they hold every frame exactly once.
+
+    A training item is a dict with what the pipeline collects (``img`` [T,3,H,W] float32, ``gt_semantic_seg`` [T,1,H,W]
+    int64, ``img_metas``) and ``skipped``, the errors of clips passed over on the way (list of str).
+
+    A test item is a dict with ``img`` and ``img_metas`` (lists, one entry a view; each ``img`` [T,3,h,w] float32),
+    ``label`` ([T,H0,W0] uint8 training labels, ``None`` where the split has no masks), ``video`` and ``frames`` (names), and
+    ``skipped``; if that is not empty the clip could not be read and ``img``, ``img_metas`` and ``label`` are ``None``.
+
+    Args:
+        data_root: folder of the data set.
+        split: name of the split.
+        pipeline: steps (see :mod:`mmseg.datasets.pipelines`).
+        dilation: ascending offsets <= 0 of a training clip's frames to its current frame; ``[0]`` for single frames.
+        test_size: frames of a test clip.
+        classes: class names; default ``CLASSES`` of the class.
+        palette: [R,G,B] a class; default ``PALETTE`` of the class.
+        layout: a :class:`Layout`, or its changed entries as a dict.
+        reduce_zero_label: raw label 0 is void and 1..K are the classes; default that of the class.
+        ignore_index: training label of void.
+        skip_short_videos: leave out videos that are too short for a clip, instead of raising an error.
+        skip_bad_clips: pass over clips with unreadable or inconsistent files, and list them in ``skipped``.
+
+    Attributes:
+        videos: list of :class:`Video`.
+        clips: list of :class:`Clip` of a test set; ``None`` for a training set.
+        short_videos: names of the videos that were left out.
+        has_masks: whether the split has masks.
+
+    Raises:
+        ConfigError: arguments that do not go together.
+        DataError: missing folders or files, an empty split, videos too short for a clip, a training split without masks.
+    """
+
+    CLASSES: tuple[str, ...] = ()
+    PALETTE: Sequence[Sequence[int]] = ()
+    layout = Layout()
+    reduce_zero_label = False
+
+    def __init__(
+            self, data_root: str, split: str, pipeline: Sequence[Mapping | Callable[[Results], Results]],
+            dilation: Sequence[int] | int | None = None, test_size: int | None = None,
+            classes: Sequence[str] | None = None, palette: Sequence[Sequence[int]] | None = None,
+            layout: Layout | Mapping[str, str] | None = None, reduce_zero_label: bool | None = None,
+            ignore_index: int = VOID, skip_short_videos: bool = False, skip_bad_clips: bool = False):
+        self.data_root = str(data_root)
+        self.split = split
+        self.dilation, self.test_size = self._check_clips(dilation, test_size)
+        if classes is not None:
+            self.CLASSES = tuple(classes)
+        if palette is not None:
+            self.PALETTE = [list(colour) for colour in palette]
+        if reduce_zero_label is not None:
+            self.reduce_zero_label = reduce_zero_label
+        if isinstance(layout, Mapping):
+            layout = Layout(**check_arguments(Layout, layout, 'layout'))
+        self.layout = layout or self.layout
+        self.ignore_index = ignore_index
+        self.skip_bad_clips = skip_bad_clips
+        self._check_classes()
+        self.pipeline = Compose(pipeline)
+        self._check_pipeline()
+        self.videos, self.short_videos = self._list_videos(skip_short_videos)
+        self.has_masks = any(self._video_has_masks(video) for video in self.videos)
+        if self.is_training and not self.has_masks:
+            raise DataError(f"split '{split}' of {data_root}: no masks in {self._folder('masks', self.videos[0].name)} "
+                            f'nor in any other video; training needs them')
+        self.clips = None if self.test_size is None else [
+            Clip(index, positions)
+            for index, video in enumerate(self.videos)
+            for positions in cut_test_clips(len(video.frames), self.test_size)
+        ]
+
+    @staticmethod
+    def _check_clips(
+            dilation: Sequence[int] | int | None, test_size: int | None) -> tuple[tuple[int, ...] | None, int | None]:
+        if (dilation is None) == (test_size is None):
+            raise ConfigError('a data set takes either dilation (training clips, [0] for single frames) or test_size '
+                              f'(test clips), got dilation={dilation!r} and test_size={test_size!r}')
+        if test_size is not None:
+            if not isinstance(test_size, int) or test_size < 1:
+                raise ConfigError(f'test_size: expected a whole number of frames >= 1, got {test_size!r}')
+            return None, test_size
+        offsets = (dilation,) if isinstance(dilation, int) else tuple(dilation or ())
+        ascending = all(a < b for a, b in zip(offsets, offsets[1:]))
+        if not offsets or not all(isinstance(d, int) for d in offsets) or not ascending or offsets[-1] > 0:
+            raise ConfigError('dilation: expected ascending offsets <= 0 to the current frame, the farthest first, '
+                              f'as [-9, -6, -3] or [0], got {dilation!r}')
+        return offsets, None
+
+    def _check_classes(self) -> None:
+        if not self.CLASSES:
+            raise ConfigError(f'{type(self).__name__}: has no class names; set CLASSES or give classes=[...]')
+        if len(self.PALETTE) != len(self.CLASSES):
+            raise ConfigError(f'{type(self).__name__}: {len(self.CLASSES)} classes but {len(self.PALETTE)} colours')
+
+    def _check_pipeline(self) -> None:
+        for step in self.pipeline.transforms:
+            reduce = getattr(step, 'reduce_zero_label', None) if isinstance(step, LoadAnnotations) else None
+            if reduce is not None and reduce != self.reduce_zero_label:
+                raise ConfigError(
+                    f'LoadAnnotations.reduce_zero_label={reduce}, but {type(self).__name__} has '
+                    f'reduce_zero_label={self.reduce_zero_label}: training and evaluation labels would differ')
+
+    def _list_videos(self, skip_short: bool) -> tuple[list[Video], list[str]]:
+        needed = 1 if self.dilation is None else frames_needed(self.dilation)
+        videos, short, missing = [], [], []
+        for name in read_split(self.data_root, self.layout, self.split):
+            try:
+                video = Video(name, list_files(self._folder('frames', name), self.layout.frame_suffix))
+            except (FileNotFoundError, NotADirectoryError):
+                missing.append(name)
+                continue
+            (videos if len(video.frames) >= needed else short).append(video)
+        if missing:
+            raise DataError(
+                f"split '{self.split}' of {self.data_root}: no folder of frames for {len(missing)} videos: "
+                f"{_some(missing)} (looked for {self._folder('frames', missing[0])}); "
+                f'fetch them or take them out of the split file')
+        if short and not (skip_short and videos):
+            lengths = [f'{video.name} ({len(video.frames)} frames)' for video in short]
+            raise DataError(
+                f"split '{self.split}' of {self.data_root}: {len(short)} videos have fewer than the {needed} frames that "
+                f'a clip needs: {_some(lengths)}; '
+                + ('set skip_short_videos=True to leave them out' if videos else 'no other video is left'))
+        return videos, [video.name for video in short]
+
+    def _folder(self, kind: str, video: str) -> str:
+        return os.path.join(self.data_root, getattr(self.layout, kind).format(video=video, split=self.split))
+
+    def _video_has_masks(self, video: Video) -> bool:
+        try:
+            with os.scandir(self._folder('masks', video.name)) as entries:
+                return any(entry.name.endswith(self.layout.mask_suffix) for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    @property
+    def is_training(self) -> bool:
+        """Whether items are random training clips."""
+        return self.dilation is not None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, void apart."""
+        return len(self.CLASSES)
+
+    def frame_path(self, video: str, frame: str) -> str:
+        """File of a frame."""
+        return os.path.join(self._folder('frames', video), frame + self.layout.frame_suffix)
+
+    def mask_path(self, video: str, frame: str) -> str:
+        """File of a frame's mask."""
+        return os.path.join(self._folder('masks', video), frame + self.layout.mask_suffix)
+
+    def __len__(self) -> int:
+        return len(self.videos) if self.clips is None else len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.clips is None:
+            return self._training_item(index)
+        return self._test_item(self.clips[index])
+
+    def _run(self, clip: Clip) -> dict[str, Any]:
+        """The pipeline's output for a clip."""
+        video = self.videos[clip.video]
+        frames = [video.frames[position] for position in clip.positions]
+        results = dict(
+            video=video.name, frames=[self.frame_path(video.name, frame) for frame in frames],
+            num_classes=self.num_classes, reduce_zero_label=self.reduce_zero_label)
+        if self.is_training:
+            results['masks'] = [self.mask_path(video.name, frame) for frame in frames]
+        return self.pipeline(results)
+
+    def _training_item(self, index: int) -> dict[str, Any]:
+        """A clip of video ``index``, or of random other videos while a clip is all void or, if so asked, bad."""
+        assert self.dilation is not None
+        skipped: list[str] = []
+        for _ in range(_MAX_DRAWS):
+            positions = sample_training_clip(len(self.videos[index].frames), self.dilation)
+            try:
+                item = self._run(Clip(index, positions))
+            except DataError as error:
+                if not self.skip_bad_clips:
+                    raise
+                skipped.append(str(error))
+            else:
+                label = item.get('gt_semantic_seg')
+                if label is None or bool((label != self.ignore_index).any()):
+                    return {**item, 'skipped': skipped}
+            index = np.random.randint(len(self.videos))
+        raise DataError(
+            f"split '{self.split}' of {self.data_root}: none of {_MAX_DRAWS} clips drawn could be used: "
+            f'{len(skipped)} could not be read and {_MAX_DRAWS - len(skipped)} hold void labels only; '
+            'tools/check_dataset.py lists what is wrong' + (f'; the last error was: {skipped[-1]}' if skipped else ''))
+
+    def _test_item(self, clip: Clip) -> dict[str, Any]:
+        video = self.videos[clip.video]
+        frames = [video.frames[position] for position in clip.positions]
+        item: dict[str, Any] = dict(
+            img=None, img_metas=None, label=None, video=video.name, frames=frames, skipped=[])
+        try:
+            views = self._run(clip)
+            images, metas = views['img'], views['img_metas']
+            several = isinstance(images, list)
+            item.update(img=images if several else [images], img_metas=metas if several else [metas])
+            if self.has_masks:
+                shape = item['img_metas'][0]['ori_shape'][:2]
+                paths = [self.mask_path(video.name, frame) for frame in frames]
+                item['label'] = np.stack(
+                    load_labels(paths, self.reduce_zero_label, self.num_classes, shape, video.name))
+        except DataError as error:
+            if not self.skip_bad_clips:
+                raise
+            item.update(img=None, img_metas=None, label=None, skipped=[str(error)])
+        return item
