@@ -1,1 +1,5 @@
-"""TODO."""
+"""Losses of mask classification; they know predictions and targets, never heads."""
+
+from mmseg.models.losses.criterion import LossWeights, THEMaskCriterion
+
+__all__ = ['LossWeights', 'THEMaskCriterion']

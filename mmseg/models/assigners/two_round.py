@@ -1,0 +1,155 @@
+"""Two rounds of one-to-one matching: every target gets a primary and a secondary query (THE-Mask, arXiv 2309.08020).
+
+A video holds few categories, so one round trains under a tenth of the queries.  Round 1 is the assignment of DETR;
+round 2 assigns the targets once more, among the queries that round 1 left free.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from mmseg.models.assigners.costs import classification_cost, dice_cost, mask_cost
+from mmseg.models.losses import point_sampling
+from mmseg.models.structures import ClipTarget, MaskPrediction, Match
+
+Round2Cost = Literal['full', 'mask']
+
+
+def assign_two_rounds(cost: np.ndarray, cost2: np.ndarray | None = None) -> tuple[Match, Match]:
+    """Solves both rounds for one clip.
+
+    The paper makes the rows of round 1 prohibitively expensive in round 2 (1000 times the largest cost).  Leaving them
+    out has the same solution without depending on the scale of the costs, and with more than Q / 2 targets
+    it matches as many as there are free queries, at the least cost.
+
+    Args:
+        cost: finite ``[Q, n]``, what round 1 minimises.
+        cost2: finite ``[Q, n]`` for round 2; ``None``: the same as round 1.
+
+    Returns:
+        The primary match of min(Q, n) pairs and the secondary match of min(Q - primary, n) pairs, on the CPU.
+    """
+    query, target = linear_sum_assignment(cost)
+    free = np.setdiff1d(np.arange(len(cost)), query, assume_unique=True)
+    row, target2 = linear_sum_assignment((cost if cost2 is None else cost2)[free])
+    return (
+        Match(torch.from_numpy(query), torch.from_numpy(target)),
+        Match(torch.from_numpy(free[row]), torch.from_numpy(target2)),
+    )
+
+
+def replace_non_finite(cost: np.ndarray) -> tuple[np.ndarray, int]:
+    """The matrix with every NaN and infinity replaced by a value above the largest finite one, and their number."""
+    bad = ~np.isfinite(cost)
+    if not bad.any():
+        return cost, 0
+    worst = cost[~bad].max(initial=0.0) + 1.0
+    return np.where(bad, worst, cost), int(bad.sum())
+
+
+class TwoRoundAssigner:
+    """Matches the queries of all prediction stages with the targets of a batch of clips.
+
+    The cost is a weighted sum of class probability, mean BCE and dice on random points, the same points for all masks of
+    a clip.  All matrices travel to the host together: one synchronisation a call.
+
+    Args:
+        class_weight: weight of minus the class probability.
+        mask_weight: weight of the mean BCE.
+        dice_weight: weight of dice.
+        num_points: points for each clip and stage.
+    """
+
+    def __init__(
+        self, class_weight: float = 2.0, mask_weight: float = 5.0, dice_weight: float = 5.0, num_points: int = 12544
+    ) -> None:
+        self.class_weight = class_weight
+        self.mask_weight = mask_weight
+        self.dice_weight = dice_weight
+        self.num_points = num_points
+        self._reported = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        stages: list[MaskPrediction],
+        targets: list[ClipTarget],
+        target_masks: list[Tensor],
+        round2_cost: Round2Cost = 'full',
+    ) -> list[list[tuple[Match, Match]]]:
+        """Matches every stage.
+
+        Args:
+            stages: predictions of S stages for B clips: float32 logits ``[B, Q, K+1]``, masks ``[B, Q, T, h, w]``.
+            targets: B targets.
+            target_masks: their masks, float ``[n, T, H, W]`` each.
+            round2_cost: what round 2 minimises: the ``'full'`` cost, or the unweighted ``'mask'`` BCE alone.
+
+        Returns:
+            ``[S][B]`` pairs of primary and secondary match, on the CPU.
+        """
+        matrices = []
+        for stage in stages:
+            for logits, masks, target, wanted in zip(stage.logits, stage.masks, targets, target_masks):
+                matrices += self.costs(logits, masks, target.classes, wanted, round2_cost)
+        flat = torch.cat([matrix.flatten() for matrix in matrices]).cpu().numpy()
+        ends = np.cumsum([matrix.numel() for matrix in matrices])[:-1]
+        on_host = [part.reshape(matrix.shape) for part, matrix in zip(np.split(flat, ends), matrices)]
+        rounds = len(matrices) // (len(stages) * len(targets))
+        matches: list[list[tuple[Match, Match]]] = []
+        for s, stage in enumerate(stages):
+            matches.append([])
+            for b in range(len(targets)):
+                first = (s * len(targets) + b) * rounds
+                costs = [replace_non_finite(cost) for cost in on_host[first : first + rounds]]
+                if any(number for _, number in costs):
+                    self._report(stage, s, b, costs[0][1])
+                matches[-1].append(assign_two_rounds(*(cost for cost, _ in costs)))
+        return matches
+
+    def costs(
+        self, logits: Tensor, masks: Tensor, classes: Tensor, target_masks: Tensor, round2_cost: Round2Cost = 'full'
+    ) -> list[Tensor]:
+        """Cost matrices ``[Q, n]`` of one clip: round 1's, and round 2's where it differs.
+
+        Args:
+            logits: float ``[Q, K+1]``.
+            masks: float logits ``[Q, T, h, w]``.
+            classes: int64 ``[n]``.
+            target_masks: float ``[n, T, H, W]``.
+            round2_cost: as in :meth:`__call__`.
+        """
+        points = point_sampling.random_points(1, self.num_points, masks.device)
+        sampled = point_sampling.sample_points(masks, points).flatten(1)
+        wanted = point_sampling.sample_points(target_masks, points).flatten(1)
+        bce = mask_cost(sampled, wanted)
+        full = (
+            self.class_weight * classification_cost(logits, classes)
+            + self.mask_weight * bce
+            + self.dice_weight * dice_cost(sampled, wanted)
+        )
+        return [full, bce] if round2_cost == 'mask' else [full]
+
+    def _report(self, stage: MaskPrediction, s: int, b: int, number: int) -> None:
+        """Warns, once, which costs are not finite and which prediction they come from."""
+        if self._reported:
+            return
+        self._reported = True
+        broken = [
+            name
+            for name, value in (('class logits', stage.logits[b]), ('mask logits', stage.masks[b]))
+            if not torch.isfinite(value).all()
+        ]
+        warnings.warn(
+            f'matching: {number} costs of prediction stage {s}, clip {b} of the batch, are not finite '
+            f'({" and ".join(broken) or "the costs themselves overflow"}); they count as the worst. The '
+            'model may have diverged; this is reported once.',
+            RuntimeWarning,
+            stacklevel=3,
+        )
