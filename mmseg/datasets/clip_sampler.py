@@ -38,8 +38,8 @@ def sample_training_clip(num_frames: int, dilation: Sequence[int]) -> tuple[int,
 def cut_test_clips(num_frames: int, size: int) -> list[tuple[int, ...]]:
     """Cuts a video into clips that hold every frame exactly once.
 
-    Blocks of 3 * ``size`` frames give three clips of stride 3; what is left gives consecutive clips, the last of which may
-    be shorter.  ``size`` 1 gives single frames in order.
+    Blocks of 3 * ``size`` frames give three clips of stride 3; what is left gives consecutive clips, the last of which
+    may be shorter.  ``size`` 1 gives single frames in order.
 
     Args:
         num_frames: length of the video, any.

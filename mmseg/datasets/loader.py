@@ -1,7 +1,8 @@
 """Data sets from configs, and the loaders that feed training and testing.
 
-The training order is a function of a seed and a position in one endless stream of samples: neither the number of workers,
-nor the number of ranks, nor a stop and resume changes which samples come at which position or what is drawn for them.
+The training order is a function of a seed and a position in one endless stream of samples: neither the number of
+workers, nor the number of ranks, nor a stop and resume changes which samples come at which position or what is drawn
+for them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .dataset_wrappers import ConcatDataset
 from .video_dataset import VideoDataset
 
 
-def build_dataset(cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: str = 'data.train', **defaults: Any) -> Any:
+def build_dataset(
+        cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: str = 'data.train', **defaults: Any) -> Any:
     """Builds a data set; a list of configs gives their concatenation.
 
     Args:
@@ -85,9 +87,10 @@ class _Positions(Sampler[list[tuple[int, int]]]):
 
 
 class _Seeded(Dataset):
-    """Items of a data set, each drawn under a seed made of (seed, position); a :class:`DataError` is returned as a value.
+    """Items of a data set, each drawn under a seed made of (seed, position).
 
-    Returned, it crosses from a worker without the worker's traceback, and the loader raises it as it is.
+    A :class:`DataError` is returned as a value: so it leaves a worker without the worker's traceback, and the loader
+    raises it as it is.
     """
 
     def __init__(self, dataset: Any, seed: int):
@@ -132,21 +135,22 @@ def collate(items: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | Dat
     """Joins training items to a batch.
 
     Returns:
-        ``img`` [B,T,3,H,W] float32, ``gt_semantic_seg`` [B,T,H,W] int64, ``img_metas`` (list of B dicts), ``skipped`` (errors
-        of all items); or the first error among the items.
+        ``img`` [B,T,3,H,W] float32, ``gt_semantic_seg`` [B,T,H,W] int64, ``img_metas`` (list of B dicts), ``skipped``
+        (errors of all items); or the first error among the items.
     """
+    clips = []
     for item in items:
         if isinstance(item, DataError):
             return item
-    shapes = {tuple(item['img'].shape) for item in items}  # type: ignore[call-overload, union-attr]
+        clips.append(item)
+    shapes = {tuple(clip['img'].shape) for clip in clips}
     if len(shapes) > 1:
         return DataError(f'a batch needs clips of one size, got {sorted(shapes)}; end the pipeline with Pad(size=...)')
     return {
-        'img': torch.stack([item['img'] for item in items]),  # type: ignore[call-overload]
-        'gt_semantic_seg': torch.stack(
-            [item['gt_semantic_seg'] for item in items]).squeeze(-3),  # type: ignore[call-overload]
-        'img_metas': [item['img_metas'] for item in items],  # type: ignore[call-overload]
-        'skipped': [error for item in items for error in item['skipped']],  # type: ignore[call-overload]
+        'img': torch.stack([clip['img'] for clip in clips]),
+        'gt_semantic_seg': torch.stack([clip['gt_semantic_seg'] for clip in clips]).squeeze(-3),
+        'img_metas': [clip['img_metas'] for clip in clips],
+        'skipped': [error for clip in clips for error in clip['skipped']],
     }
 
 
@@ -212,8 +216,8 @@ def build_train_loader(
     """An endless iterator over training batches.
 
     Sample number g of the whole run is item ``permutation(epoch)[g % len(dataset)]``, drawn with all random generators
-    seeded by (``seed``, g).  Rank r of R takes numbers r, r + R, ..., so batches of two ranks together are the batch of one
-    process with twice the size (in another order).
+    seeded by (``seed``, g).  Rank r of R takes numbers r, r + R, ..., so batches of two ranks together are the batch of
+    one process with twice the size (in another order).
 
     Args:
         dataset: a training set.

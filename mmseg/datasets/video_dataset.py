@@ -1,7 +1,7 @@
 """Clips of labelled videos.
 
-One class holds all behaviour: it lists videos, asks the clip sampler for frames, and runs the pipeline.  A concrete data
-set is data: class names, a palette, whether raw label 0 is void, and a :class:`Layout` on disk.
+One class holds all behaviour: it lists videos, asks the clip sampler for frames, and runs the pipeline.  A concrete
+data set is data: class names, a palette, whether raw label 0 is void, and a :class:`Layout` on disk.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,9 @@ class VideoDataset(Dataset):
     int64, ``img_metas``) and ``skipped``, the errors of clips passed over on the way (list of str).
 
     A test item is a dict with ``img`` and ``img_metas`` (lists, one entry a view; each ``img`` [T,3,h,w] float32),
-    ``label`` ([T,H0,W0] uint8 training labels, ``None`` where the split has no masks), ``video`` and ``frames`` (names), and
-    ``skipped``; if that is not empty the clip could not be read and ``img``, ``img_metas`` and ``label`` are ``None``.
+    ``label`` ([T,H0,W0] uint8 training labels, ``None`` where the split has no masks), ``video`` and ``frames``
+    (names), and ``skipped``; if that is not empty the clip could not be read and ``img``, ``img_metas`` and ``label``
+    are ``None``.
 
     Args:
         data_root: folder of the data set.
@@ -140,7 +142,8 @@ class VideoDataset(Dataset):
 
     Raises:
         ConfigError: arguments that do not go together.
-        DataError: missing folders or files, an empty split, videos too short for a clip, a training split without masks.
+        DataError: missing folders or files, an empty split, videos too short for a clip, a training split without
+            masks.
     """
 
     CLASSES: tuple[str, ...] = ()
@@ -193,7 +196,7 @@ class VideoDataset(Dataset):
                 raise ConfigError(f'test_size: expected a whole number of frames >= 1, got {test_size!r}')
             return None, test_size
         offsets = (dilation,) if isinstance(dilation, int) else tuple(dilation or ())
-        ascending = all(a < b for a, b in zip(offsets, offsets[1:]))
+        ascending = all(a < b for a, b in pairwise(offsets))
         if not offsets or not all(isinstance(d, int) for d in offsets) or not ascending or offsets[-1] > 0:
             raise ConfigError('dilation: expected ascending offsets <= 0 to the current frame, the farthest first, '
                               f'as [-9, -6, -3] or [0], got {dilation!r}')
@@ -215,7 +218,9 @@ class VideoDataset(Dataset):
 
     def _list_videos(self, skip_short: bool) -> tuple[list[Video], list[str]]:
         needed = 1 if self.dilation is None else frames_needed(self.dilation)
-        videos, short, missing = [], [], []
+        videos: list[Video] = []
+        short: list[Video] = []
+        missing: list[str] = []
         for name in read_split(self.data_root, self.layout, self.split):
             try:
                 video = Video(name, list_files(self._folder('frames', name), self.layout.frame_suffix))
@@ -231,8 +236,8 @@ class VideoDataset(Dataset):
         if short and not (skip_short and videos):
             lengths = [f'{video.name} ({len(video.frames)} frames)' for video in short]
             raise DataError(
-                f"split '{self.split}' of {self.data_root}: {len(short)} videos have fewer than the {needed} frames that "
-                f'a clip needs: {_some(lengths)}; '
+                f"split '{self.split}' of {self.data_root}: {len(short)} videos have fewer than the {needed} frames "
+                f'that a clip needs: {_some(lengths)}; '
                 + ('set skip_short_videos=True to leave them out' if videos else 'no other video is left'))
         return videos, [video.name for video in short]
 

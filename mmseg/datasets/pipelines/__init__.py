@@ -9,6 +9,7 @@ from .test_time_aug import MultiScaleFlipAug
 from .transform import Transform
 
 __all__ = [
-    'AlignedResize', 'Collect', 'Compose', 'DefaultFormatBundle', 'ImageToTensor', 'LoadAnnotations', 'LoadImageFromFile',
-    'MultiScaleFlipAug', 'Normalize', 'Pad', 'PhotoMetricDistortion', 'RandomCrop', 'RandomFlip', 'Resize', 'Transform',
+    'AlignedResize', 'Collect', 'Compose', 'DefaultFormatBundle', 'ImageToTensor', 'LoadAnnotations',
+    'LoadImageFromFile', 'MultiScaleFlipAug', 'Normalize', 'Pad', 'PhotoMetricDistortion', 'RandomCrop', 'RandomFlip',
+    'Resize', 'Transform',
 ]

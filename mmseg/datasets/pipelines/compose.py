@@ -12,8 +12,8 @@ from .transform import Results, Transform, materialise
 class Compose:
     """Steps run one after the other.
 
-    Label geometry is put off from step to step (:class:`~mmseg.datasets.pipelines.transform.LabelView`) until a step that
-    is not ours, or the last one, needs arrays.
+    Label geometry is put off from step to step (:class:`~mmseg.datasets.pipelines.transform.LabelView`) until a step
+    that is not ours, or the last one, needs arrays.
 
     Args:
         transforms: dicts with ``type`` and arguments, or callables from dict to dict.

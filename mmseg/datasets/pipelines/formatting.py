@@ -63,8 +63,8 @@ class Collect(Transform):
 
     Args:
         keys: what the model gets.
-        meta_keys: keys of ``img_metas``; by default all that mmsegmentation 0.x has, ``all_names`` and ``video``, as far as
-            they are there.
+        meta_keys: keys of ``img_metas``; by default all that mmsegmentation 0.x has, ``all_names`` and ``video``, as
+            far as they are there.
     """
 
     def __init__(self, keys: Sequence[str], meta_keys: Sequence[str] | None = None):

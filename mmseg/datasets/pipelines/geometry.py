@@ -1,13 +1,14 @@
 """Geometry: sizes, windows and mirrors, drawn once a clip.
 
-Draws and their order are those of mmsegmentation 0.x, so seeds mean what they meant there.  Sizes in configs are (width,
-height) for scales, as in mmcv, and (height, width) for crops and padding.
+Draws and their order are those of mmsegmentation 0.x, so seeds mean what they meant there.  Sizes in configs are
+(width, height) for scales, as in mmcv, and (height, width) for crops and padding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import cv2
@@ -27,6 +28,11 @@ def _map_labels(results: Results, method: str, *args: Any) -> None:
         results[key] = map_frames(results[key], lambda label: getattr(LabelView.of(label), method)(*args))
 
 
+def _align(side: int, divisor: int) -> int:
+    """The next multiple of ``divisor`` from ``side`` on."""
+    return math.ceil(side / divisor) * divisor
+
+
 def scale_list(value: Any) -> list[tuple[int, int]]:
     """One scale or a list of scales as a list."""
     if value is None:
@@ -41,8 +47,8 @@ class Resize(Transform):
     """Resizes frames (bilinear) and label maps (nearest) to a drawn scale.
 
     The scale is, in this order: ``results['scale']`` where a test-time augmentation set it; ``img_scale`` times one
-    uniform draw of ``ratio_range``; one of several ``img_scale``.  With ``keep_ratio`` it is a bound: the side lengths become
-    int(side * s + 0.5) with s = min(long / max(h, w), short / min(h, w)).
+    uniform draw of ``ratio_range``; one of several ``img_scale``.  With ``keep_ratio`` it is a bound: the side lengths
+    become int(side * s + 0.5) with s = min(long / max(h, w), short / min(h, w)).
 
     Args:
         img_scale: (width, height), or several of them; ``None`` with ``ratio_range`` takes the frame's own size.
@@ -92,8 +98,7 @@ class Resize(Transform):
         else:
             sizes = [scale]
         if self.size_divisor:
-            aligned = tuple(math.ceil(side / self.size_divisor) * self.size_divisor for side in sizes[0])
-            sizes.append(aligned)
+            sizes.append((_align(sizes[0][0], self.size_divisor), _align(sizes[0][1], self.size_divisor)))
         return sizes
 
     def apply(self, results: Results) -> Results:
@@ -102,8 +107,8 @@ class Resize(Transform):
             results['scale'] = self._draw(results)
         height, width = last_frame(results['img']).shape[:2]
         for size in self._sizes(height, width, results['scale']):
-            results['img'] = map_frames(
-                results['img'], lambda image, size=size: cv2.resize(image, size, interpolation=cv2.INTER_LINEAR))
+            resize = partial(cv2.resize, dsize=size, interpolation=cv2.INTER_LINEAR)
+            results['img'] = map_frames(results['img'], resize)
             _map_labels(results, 'resize', *size)
         shape = last_frame(results['img']).shape
         factors = (shape[1] / width, shape[0] / height)
@@ -116,7 +121,7 @@ class Resize(Transform):
 @PIPELINES.register_module(name=['AlignedResize', 'AlignedResize_clips'])
 @retired(process_clips=())
 class AlignedResize(Resize):
-    """:class:`Resize` with ``size_divisor`` 32: the sides end on a multiple of the backbone's last stride (SegFormer)."""
+    """:class:`Resize` to a multiple of ``size_divisor`` 32, the backbone's last stride (SegFormer's test resize)."""
 
     def __init__(
             self, img_scale: Any = None, multiscale_mode: str = 'range', ratio_range: Sequence[float] | None = None,
@@ -128,8 +133,8 @@ class AlignedResize(Resize):
 class RandomCrop(Transform):
     """Cuts one random window out of all frames of a clip.
 
-    With ``cat_max_ratio`` < 1 the window is drawn anew, up to ten times, until the last frame shows at least two labels in
-    it and none of them on ``cat_max_ratio`` or more of its labelled pixels.
+    With ``cat_max_ratio`` < 1 the window is drawn anew, up to ten times, until the last frame shows at least two labels
+    in it and none of them on ``cat_max_ratio`` or more of its labelled pixels.
 
     Args:
         crop_size: (height, width); a side larger than the frame's keeps the frame's.
@@ -152,7 +157,7 @@ class RandomCrop(Transform):
     def _is_mixed(self, label: np.ndarray) -> bool:
         counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel().astype(np.int64)
         counts[self.ignore_index] = 0
-        return np.count_nonzero(counts) > 1 and bool(counts.max() / counts.sum() < self.cat_max_ratio)
+        return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio)
 
     def apply(self, results: Results) -> Results:
         """Crops; writes ``img_shape``."""
@@ -176,7 +181,8 @@ class RandomCrop(Transform):
 class RandomFlip(Transform):
     """Mirrors all frames of a clip, or none.
 
-    ``results['flip']`` and ``['flip_direction']`` decide where a test-time augmentation set them; otherwise one draw does.
+    ``results['flip']`` and ``['flip_direction']`` decide where a test-time augmentation set them; otherwise one draw
+    does.
 
     Args:
         prob: probability of a flip.
@@ -230,7 +236,7 @@ class Pad(Transform):
         """Pads; writes ``pad_shape``, ``pad_fixed_size`` and ``pad_size_divisor``."""
         height, width = last_frame(results['img']).shape[:2]
         if self.size_divisor is not None:
-            target = [math.ceil(side / self.size_divisor) * self.size_divisor for side in (height, width)]
+            target = [_align(height, self.size_divisor), _align(width, self.size_divisor)]
         else:
             assert self.size is not None
             target = list(self.size)

@@ -94,8 +94,8 @@ def label_table(reduce_zero_label: bool, num_classes: int | None = None) -> np.n
 
     Args:
         reduce_zero_label: raw 0 is void and raw 1..K are the classes (VSPW); otherwise raw 0..K-1 are.
-        num_classes: K; raw values that no class has become 254, the mark of an unknown label.  Without it every value is
-            taken as it comes.
+        num_classes: K; raw values that no class has become 254, the mark of an unknown label.  Without it every value
+            is taken as it comes.
     """
     table = np.arange(256, dtype=np.uint8)
     if reduce_zero_label:
@@ -137,8 +137,8 @@ class LoadImageFromFile(Transform):
     """Loads the frames of a clip.
 
     Reads ``results['frames']``: a list whose items are paths or [H,W,3] uint8 BGR arrays (frames already in memory), or
-    one such item for a single image.  Writes ``img``, ``filename`` and ``ori_filename`` (of the last frame, ``None`` for an
-    array), ``all_names``, the shapes, and neutral ``scale_factor`` and ``img_norm_cfg``.
+    one such item for a single image.  Writes ``img``, ``filename`` and ``ori_filename`` (of the last frame, ``None``
+    for an array), ``all_names``, the shapes, and neutral ``scale_factor`` and ``img_norm_cfg``.
 
     Raises:
         DataError: a file that cannot be read, or frames of different sizes.
@@ -150,7 +150,8 @@ class LoadImageFromFile(Transform):
         single = isinstance(frames, (str, Path, np.ndarray))
         frames = [frames] if single else list(frames)
         video = results.get('video')
-        images, paths = [], []
+        images: list[np.ndarray] = []
+        paths: list[str | None] = []
         for index, frame in enumerate(frames):
             in_memory = isinstance(frame, np.ndarray)
             path = None if in_memory else str(frame)

@@ -1,7 +1,7 @@
 """Colour: distortion for training and normalisation, as tables over the 256 values of a byte.
 
-Every step of the distortion works on bytes: it takes a byte to float32, clips to 0..255 and truncates back.  So a step is
-a table of 256 bytes, made with that very arithmetic, and looking bytes up in it gives the same result bit for bit;
+Every step of the distortion works on bytes: it takes a byte to float32, clips to 0..255 and truncates back.  So a step
+is a table of 256 bytes, made with that very arithmetic, and looking bytes up in it gives the same result bit for bit;
 neighbouring steps are one table.  Only the turns to HSV and back (OpenCV's 8-bit rounding) lie between.
 """
 
@@ -94,7 +94,8 @@ class PhotoMetricDistortion(Transform):
         """
         before, saturation, hue, after = tables
         if image.dtype != np.uint8:
-            raise ConfigError(f'PhotoMetricDistortion: works on uint8 frames, got {image.dtype}; put it before Normalize')
+            raise ConfigError(
+                f'PhotoMetricDistortion: works on uint8 frames, got {image.dtype}; put it before Normalize')
         if before is not None:
             image = _look_up(image, before)
         if saturation is not None:

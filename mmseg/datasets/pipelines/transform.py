@@ -1,10 +1,10 @@
 """What travels through a pipeline, and the base of its steps.
 
 A pipeline passes one dict from step to step, with the keys of mmsegmentation 0.x: ``img``, ``gt_semantic_seg``,
-``filename``, ``ori_shape``, ``img_shape``, ``pad_shape``, ``scale_factor``, ``flip``, ``img_norm_cfg``.  ``img`` is a list
-of frames [H,W,3] and ``gt_semantic_seg`` the list of their label maps [H,W]; a bare array in their place is a clip of one
-and comes back as a bare array.  So one class serves images and clips: geometry is drawn once a clip, colour once a frame
-(the idea of sam2's clip transforms).
+``filename``, ``ori_shape``, ``img_shape``, ``pad_shape``, ``scale_factor``, ``flip``, ``img_norm_cfg``.  ``img`` is a
+list of frames [H,W,3] and ``gt_semantic_seg`` the list of their label maps [H,W]; a bare array in their place is a clip
+of one and comes back as a bare array.  So one class serves images and clips: geometry is drawn once a clip, colour once
+a frame (the idea of sam2's clip transforms).
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class Transform(ABC):
     """A step of a pipeline.
 
     :meth:`apply` may leave labels as :class:`LabelView`; calling the object gives plain arrays.  :class:`Compose` calls
-    ``apply`` on steps that derive from this class and hands plain arrays to any other callable, so a step of a user's own
-    is a function from dict to dict and never meets a view.
+    ``apply`` on steps that derive from this class and hands plain arrays to any other callable, so a step of a user's
+    own is a function from dict to dict and never meets a view.
     """
 
     @abstractmethod
