@@ -1,7 +1,7 @@
 """Metrics of video semantic segmentation, streamed: no prediction is kept once it has been counted.
 
-Frames may come in any order inside a video, and videos may be interleaved.  What does not depend on the order is counted
-at once; the video consistency needs neighbours, so a frame waits until all frames before it have come.
+Frames may come in any order inside a video, and videos may be interleaved.  What does not depend on the order is
+counted at once; the video consistency needs neighbours, so a frame waits until all frames before it have come.
 """
 
 from __future__ import annotations

@@ -1,0 +1,140 @@
+"""Speed of the metrics beside the forms that other projects use, as ratios measured in one run.
+
+    python -m benchmarks.metrics [--frames 40] [--json FILE]
+
+* VC8 + VC16: the window form of the official VSPW script (for every window, compare its frames with the first), and a
+  vectorised window form, beside :class:`WindowCounts`.
+* VC8 + VC16: the window form of the official VSPW script (each window compares its frames with its first), and a
+
+All forms of a measure must give the same integers, or the benchmark fails.  Frames are 480 x 853 with 124 classes:
+moving regions with noisy patches; every form gets the same number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mmseg.core.evaluation.confusion import joint_histogram
+from mmseg.core.evaluation.video_consistency import WindowCounts
+
+CLASSES = 124
+LENGTHS = (8, 16)
+Windows = dict[int, list[tuple[int, int]]]
+
+
+def video(frames: int, height: int = 480, width: int = 853) -> tuple[np.ndarray, np.ndarray]:
+    """Ground truth and prediction, uint8 [frames, height, width]."""
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, CLASSES, (height // 40 + 1, width // 40 + 2 + frames // 40), dtype=np.uint8)
+    stuff = np.kron(tiles, np.ones((40, 40), np.uint8))
+    gt = np.stack([stuff[:height, t:t + width] for t in range(frames)])
+    gt[:, :4] = 255
+    pred = np.where(gt == 255, 3, gt)
+    for t in range(frames):
+        y, x = rng.integers(0, height - 60), rng.integers(0, width - 60)
+        pred[t, y:y + 60, x:x + 60] = rng.integers(0, CLASSES, (60, 60))
+    return gt, pred
+
+
+def windows_official(gt: np.ndarray, pred: np.ndarray) -> Windows:
+    """The loops of VSPW's ``VC_perclip.py``."""
+    counts: Windows = {n: [] for n in LENGTHS}
+    for n in LENGTHS:
+        for i in range(len(gt) - n):
+            constant, same = np.ones(gt.shape[1:]), np.ones(gt.shape[1:])
+            for j in range(1, n):
+                constant = np.logical_and(constant, gt[i] == gt[i + j])
+                same = np.logical_and(same, pred[i] == pred[i + j])
+            counts[n].append((int((same * constant).sum()), int(constant.sum())))
+    return counts
+
+
+def windows_vectorised(gt: np.ndarray, pred: np.ndarray) -> Windows:
+    """The same windows with one comparison a window."""
+    counts: Windows = {n: [] for n in LENGTHS}
+    for n in LENGTHS:
+        for i in range(len(gt) - n):
+            constant = (gt[i:i + n] == gt[i]).all(0)
+            same = (pred[i:i + n] == pred[i]).all(0)
+            counts[n].append((int(np.count_nonzero(same & constant)), int(np.count_nonzero(constant))))
+    return counts
+
+
+def windows_streamed(gt: np.ndarray, pred: np.ndarray) -> Windows:
+    """Ours: one pass over the frames."""
+    counts: Windows = {n: [] for n in LENGTHS}
+    stream = WindowCounts(LENGTHS)
+    for t in range(len(gt)):
+        for n, both, constant in stream.push(gt[t], pred[t]):
+            counts[n].append((both, constant))
+    return counts
+
+
+def areas_histograms(gt: np.ndarray, pred: np.ndarray) -> list[np.ndarray]:
+    """Intersection, prediction and label areas as in mmsegmentation 0.x ``intersect_and_union``."""
+    mask = gt != 255
+    pred, gt = pred[mask], gt[mask]
+    bins = np.arange(CLASSES + 1)
+    return [np.histogram(x, bins=bins)[0] for x in (pred[pred == gt], pred, gt)]
+
+
+def areas_bincount(gt: np.ndarray, pred: np.ndarray) -> list[np.ndarray]:
+    """The confusion matrix of VSPW's ``Evaluator``, reduced to the three areas."""
+    mask = gt < CLASSES
+    index = CLASSES * gt[mask].astype(int) + pred[mask]
+    confusion = np.bincount(index, minlength=CLASSES**2).reshape(CLASSES, CLASSES)
+    return [np.diag(confusion), confusion.sum(0), confusion.sum(1)]
+
+
+def areas_joint(gt: np.ndarray, pred: np.ndarray) -> list[np.ndarray]:
+    """Ours, reduced to the three areas."""
+    confusion = joint_histogram(gt, pred)[:CLASSES, :CLASSES]
+    return [np.diag(confusion), confusion.sum(0), confusion.sum(1)]
+
+
+def fastest(function: Callable[[], Any], rounds: int) -> tuple[float, Any]:
+    """Seconds of the fastest of ``rounds`` calls, and the last result."""
+    best = float('inf')
+    for _ in range(rounds):
+        start = time.perf_counter()
+        result = function()
+        best = min(best, time.perf_counter() - start)
+    return best, result
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--frames', type=int, default=40, help='frames of the video')
+    parser.add_argument('--rounds', type=int, default=3, help='the fastest of so many rounds counts')
+    parser.add_argument('--json', help='write the figures to this file')
+    args = parser.parse_args()
+    cv2.setNumThreads(1)
+    gt, pred = video(args.frames)
+
+    figures: dict[str, dict[str, float]] = {}
+    for title, forms, data, per in (
+            ('VC8 + VC16', (windows_official, windows_vectorised, windows_streamed), (gt, pred), args.frames),
+            ('confusion', (areas_histograms, areas_bincount, areas_joint), (gt[0], pred[0]), 1)):
+        timed = [fastest(lambda form=form, data=data: form(*data), args.rounds) for form in forms]  # type: ignore[misc]
+        for _, result in timed[:-1]:
+            np.testing.assert_equal(result, timed[-1][1])
+        ours = timed[-1][0]
+        figures[title] = {form.__name__: 1000 * seconds / per for form, (seconds, _) in zip(forms, timed)}
+        print(f'{title}, {gt.shape[2]}x{gt.shape[1]}, one thread, equal results:')
+        for form, (seconds, _) in zip(forms, timed):
+            print(f'  {form.__name__:20s} {1000 * seconds / per:8.3f} ms a frame   {seconds / ours:6.1f}x ours')
+    if args.json:
+        with open(args.json, 'w') as file:
+            json.dump(figures, file, indent=1)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,157 @@
+"""Scores predictions that stand in PNG files: ``python -m mmseg.core.evaluation PRED_DIR GT_DIR --num-classes K``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mmseg.utils.errors import DataError
+
+from .metrics import ConsistencyOptions, StreamingMetrics
+
+EPILOG = """layouts (both folders, one may differ from the other):
+  DIR/<video>/<frame>.png        label maps, 8-bit, grey or palette
+  DIR/<video>/mask/<frame>.png   VSPW's data folder
+
+The videos of PRED_DIR are scored (or those of --videos), and of these every frame of GT_DIR must have a prediction.
+Predictions hold 0..K-1.  Ground truth holds 0..K-1 and 255 = void, or with --reduce-zero-label, as VSPW's files do,
+1..K, with 0 and 255 = void.
+
+examples:
+  python -m mmseg.core.evaluation work_dirs/b1/png data/vspw/VSPW_480p/data --num-classes 124 --reduce-zero-label
+  python -m mmseg.core.evaluation preds gt --num-classes 11 --json scores.json --csv scores --per-class
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    args = _parser().parse_args(argv)
+    consistency = ConsistencyOptions(
+        tuple(args.vc), last_window=args.vc_last_window, min_frames=args.vc_min_frames, remap_void=args.vc_remap_void)
+    make = partial(
+        StreamingMetrics, args.num_classes, reduce_zero_label=args.reduce_zero_label, consistency=consistency,
+        class_names=args.class_names and args.class_names.read_text().splitlines())
+    try:
+        metrics = make()
+        videos = _videos(args.pred_dir, args.gt_dir, args.videos and args.videos.read_text().split())
+        _score_all(metrics, make, videos, args.jobs)
+    except (DataError, ValueError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    results = metrics.results()
+    results.print(per_class=args.per_class, per_video=args.per_video)
+    if args.json:
+        results.to_json(args.json)
+    if args.csv:
+        results.to_csv(args.csv)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m mmseg.core.evaluation', description=__doc__, epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('pred_dir', type=Path, metavar='PRED_DIR')
+    parser.add_argument('gt_dir', type=Path, metavar='GT_DIR')
+    parser.add_argument('--num-classes', type=int, required=True, metavar='K')
+    parser.add_argument('--reduce-zero-label', action='store_true', help='ground truth as in the files of VSPW')
+    parser.add_argument('--videos', type=Path, metavar='FILE', help='score these videos (one a line, such as val.txt)')
+    parser.add_argument('--class-names', type=Path, metavar='FILE', help='one name a line, for the per-class results')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all results, as fractions')
+    parser.add_argument('--csv', type=Path, metavar='DIR', help='write summary.csv, classes.csv and videos.csv')
+    parser.add_argument('--per-class', action='store_true', help='print the classes that occur')
+    parser.add_argument('--per-video', action='store_true', help='print the videos')
+    parser.add_argument('--jobs', type=int, default=min(8, os.cpu_count() or 1), help='processes (default %(default)s)')
+    group = parser.add_argument_group('video consistency', 'the defaults count as the official VSPW script does')
+    group.add_argument('--vc', type=int, nargs='*', default=[8, 16], metavar='N', help='window lengths (default 8 16)')
+    group.add_argument('--vc-last-window', action='store_true', help='count all L-n+1 windows instead of L-n')
+    group.add_argument('--vc-min-frames', type=int, default=0, metavar='N',
+                       help='leave out videos with fewer frames; 17 skips videos of <= 16 frames for VC8 too')
+    group.add_argument('--vc-remap-void', action='store_true', help='0 and 255 of the ground truth are one label')
+    return parser
+
+
+def _videos(pred_dir: Path, gt_dir: Path, names: list[str] | None) -> dict[str, list[tuple[str, Path, Path]]]:
+    """For each video its frames in order: (name, prediction, ground truth)."""
+    preds, gts = _folders(pred_dir), _folders(gt_dir)
+    videos = {}
+    for name in preds if names is None else names:
+        if name not in preds or name not in gts:
+            raise DataError(f'video {name} is not in {pred_dir if name not in preds else gt_dir}')
+        pred, gt = _frames(preds[name]), _frames(gts[name])
+        for missing, where in ((gt.keys() - pred.keys(), preds[name]), (pred.keys() - gt.keys(), gts[name])):
+            if missing:
+                raise DataError(f'{where}: {len(missing)} of {len(pred.keys() | gt.keys())} frames are missing, '
+                                f'the first is {min(missing)}.png')
+        videos[name] = [(frame, pred[frame], gt[frame]) for frame in sorted(gt)]
+    if not videos:
+        raise DataError(f'{pred_dir} holds no videos: expected folders <video>/<frame>.png')
+    left = len(gts.keys() - videos.keys())
+    if left and names is None:
+        print(f'{left} videos of {gt_dir} have no prediction and are not scored', file=sys.stderr)
+    return videos
+
+
+def _folders(root: Path) -> dict[str, Path]:
+    """Video name -> folder of its PNG files."""
+    if not root.is_dir():
+        raise DataError(f'{root} is not a folder')
+    videos = (path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith('.'))
+    return {path.name: path / 'mask' if (path / 'mask').is_dir() else path for path in videos}
+
+
+def _frames(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in folder.glob('*.png') if not path.name.startswith('.')}
+
+
+def _score_all(metrics: StreamingMetrics, make: partial[StreamingMetrics],
+               videos: dict[str, list[tuple[str, Path, Path]]], jobs: int) -> None:
+    """Scores every video in ``jobs`` processes and merges the counts into ``metrics``."""
+    from rich.console import Console
+    from rich.progress import track
+
+    score = partial(_score, make)
+    show = partial(track, total=len(videos), description='videos', console=Console(stderr=True), transient=True)
+    if jobs <= 1 or len(videos) == 1:
+        for state in show(map(score, videos.items())):
+            metrics.merge(state)
+        return
+    with ProcessPoolExecutor(min(jobs, len(videos))) as pool:
+        for state in show(pool.map(score, videos.items())):
+            metrics.merge(state)
+
+
+def _score(make: partial[StreamingMetrics], video: tuple[str, list[tuple[str, Path, Path]]]) -> dict[str, Any]:
+    name, frames = video
+    metrics = make(videos={name: [frame for frame, _, _ in frames]})
+    for frame, pred, gt in frames:
+        metrics.update(name, frame, read_label_map(pred), read_label_map(gt))
+    return metrics.state()
+
+
+def read_label_map(path: Path) -> np.ndarray:
+    """The labels of an 8-bit grey or palette PNG, uint8 [H, W].
+
+    Raises:
+        DataError: not readable, or not a label map.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ('L', 'P'):
+                raise DataError(f'{path}: expected an 8-bit grey or palette PNG, got mode {image.mode}')
+            return np.array(image)
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        raise DataError(f'{path} cannot be read: {error}') from None
+
+
+if __name__ == '__main__':
+    sys.exit(main())
