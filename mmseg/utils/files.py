@@ -11,10 +11,15 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | Path, sync: bool = True) -> Iterator[IO[bytes]]:
     """A binary file that appears under ``path`` when the block ends well, and not at all when it does not.
 
-    The data is on disk before the name is; a file that stood there before is replaced in one step.  Folders are made.
+    A file that stood there before is replaced in one step.  Folders are made.
+
+    Args:
+        path: the file.
+        sync: have the data on disk before the name is there, so that a power cut leaves a whole file too; many small
+            files that can be made again are faster without.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,8 +27,9 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(handle, 'wb') as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
@@ -32,9 +38,9 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
+def write_atomically(path: str | Path, content: str | bytes, sync: bool = True) -> None:
     """Writes ``content`` (text as UTF-8) with :func:`atomic_file`."""
-    with atomic_file(path) as file:
+    with atomic_file(path, sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
