@@ -1,12 +1,14 @@
 """The data that travels between the parts of THE-Mask: predictions, targets and matches of clips.
 
 Letters in shapes: B clips, T frames a clip, Q queries, K classes (without "no object"), h x w a map at stride 4,
-H x W the label size, n targets of a clip.
+H x W the label size, n targets of a clip.  What a model returns is a named tuple, which ``torch.compile`` and DDP take
+and give back without a graph break.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,7 @@ from torch import Tensor
 IGNORE_INDEX = 255
 
 
-@dataclass
-class MaskPrediction:
+class MaskPrediction(NamedTuple):
     """Class and mask logits of one prediction stage at one level.
 
     Clip level: N = B and T frames a mask.  Frame level: N = B * T (frames of a clip stand together), one frame a mask.
@@ -29,8 +30,7 @@ class MaskPrediction:
     masks: Tensor
 
 
-@dataclass
-class DecoderOutput:
+class DecoderOutput(NamedTuple):
     """What a mask decoder predicts for a batch of clips.
 
     Attributes:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,34 +19,40 @@ _SCALE = 2 * math.pi
 _EPS = 1e-6
 
 
-def _sine(length: int, channels: int) -> Tensor:
-    """[length, channels]: normalised index 1..length, sine on even and cosine on odd channels, on the CPU."""
-    index = torch.arange(1, length + 1, dtype=torch.float32, device='cpu')
+def _cached(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps the last results of ``function``; ``torch.compile`` traces it instead, as a kept tensor has no source."""
+    kept = functools.lru_cache(maxsize=32)(torch.inference_mode(False)(torch.no_grad()(function)))
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Tensor:
+        return function(*args) if torch.compiler.is_compiling() else kept(*args)
+
+    return call
+
+
+def _sine(length: int, channels: int, device: torch.device) -> Tensor:
+    """[length, channels]: normalised index 1..length, sine on even and cosine on odd channels."""
+    index = torch.arange(1, length + 1, dtype=torch.float32, device=device)
     angle = index / (index[-1] + _EPS) * _SCALE
-    pair = torch.arange(channels, device='cpu') // 2
+    pair = torch.arange(channels, device=device) // 2
     phase = angle[:, None] / _TEMPERATURE ** (2 * pair.to(torch.float32) / channels)
     return torch.stack((phase[:, 0::2].sin(), phase[:, 1::2].cos()), dim=2).flatten(1)
 
 
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
-@torch.no_grad()
+@_cached
 def _plane(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[height, width, channels], stored in this order: the order of tokens."""
-    rows = _sine(height, channels // 2)[:, None].expand(-1, width, -1)
-    columns = _sine(width, channels // 2)[None].expand(height, -1, -1)
-    return torch.cat((rows, columns), dim=2).to(device, dtype)
+    rows = _sine(height, channels // 2, device)[:, None].expand(-1, width, -1)
+    columns = _sine(width, channels // 2, device)[None].expand(height, -1, -1)
+    return torch.cat((rows, columns), dim=2).to(dtype)
 
 
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
-@torch.no_grad()
+@_cached
 def _line(frames: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[frames, channels]."""
-    return _sine(frames, channels).to(device, dtype)
+    return _sine(frames, channels, device).to(dtype)
 
 
-@torch.compiler.assume_constant_result
 def sine_position_2d(
     height: int, width: int, channels: int, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -69,7 +77,6 @@ def sine_position_2d(
     return _plane(int(height), int(width), channels, torch.device(device), dtype).permute(2, 0, 1)
 
 
-@torch.compiler.assume_constant_result
 def sine_position_3d(
     frames: int,
     height: int,
