@@ -1,0 +1,104 @@
+"""Reads every file of a data set, lists what is wrong with it, and counts the pixels of each class.
+
+The target is a config file, whose data sets are checked for their clip length, or a data set's folder.  The exit status
+is 0 for a clean data set, 1 where something is wrong, 2 where the check could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mmseg.datasets.check import Report, SplitToCheck, check_split, count_by_kind
+from mmseg.datasets.pipelines.loading import VOID
+from mmseg.utils.config import load_config
+from mmseg.utils.errors import ConfigError, DataError
+
+
+def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
+    """The splits that the arguments ask for."""
+    if args.target.suffix == '.py':
+        data = load_config(str(args.target))['data']
+        found: dict[tuple[str, str], SplitToCheck] = {}
+        for part in ('train', 'val', 'test'):
+            for split in SplitToCheck.from_config(data[part], f'data.{part}') if part in data else ():
+                found.setdefault((split.data_root, split.split), split)
+        return [split for split in found.values() if not args.splits or split.split in args.splits]
+    names = args.splits or [name for name in ('train', 'val', 'test') if (args.target / f'{name}.txt').exists()]
+    if not names:
+        raise DataError(f'{args.target}: neither a config file nor a folder with train.txt, val.txt or test.txt')
+    described: dict[str, Any] = dict(type=args.type, data_root=str(args.target))
+    if args.min_frames > 1:
+        described['dilation'] = [1 - args.min_frames]
+    return [split for name in names for split in SplitToCheck.from_config({**described, 'split': name}, '--type')]
+
+
+def _set_total(bar: Progress, task: TaskID, total: int) -> None:
+    bar.update(task, total=total)
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints the problems of a split, its classes, and a summary."""
+    for problem in report.problems:
+        console.print(f'{problem.kind}: {problem.message}', style='red', highlight=False, soft_wrap=True, markup=False)
+    total = int(report.pixels.sum())
+    if total:
+        table = Table(title=f'{report.split}: pixels of each class')
+        for name, justify in (('label', 'right'), ('class', 'left'), ('pixels', 'right'), ('share', 'right')):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        named = [(str(index), name, report.pixels[index]) for index, name in enumerate(report.classes)]
+        for label, name, pixels in [*named, (str(VOID), 'void', report.pixels[VOID])]:
+            if pixels:
+                table.add_row(label, name, f'{pixels:,}', f'{pixels / total:.2%}')
+        console.print(table)
+        absent = [name for _, name, pixels in named if not pixels]
+        if absent:
+            console.print(f'{report.split}: {len(absent)} of {len(named)} classes do not occur', highlight=False)
+    kinds = ', '.join(f'{count} {kind}' for kind, count in count_by_kind(report.problems).items())
+    console.print(
+        f'{report.split}: {report.videos} videos, {report.frames} frames, '
+        f'{len(report.problems)} problems{f" ({kinds})" if kinds else ""}', highlight=False, soft_wrap=True)
+
+
+def main() -> int:
+    """Runs the tool; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('target', type=Path, help='config file, or folder of a data set')
+    parser.add_argument('--splits', nargs='+', help='splits to check; default all')
+    parser.add_argument('--type', default='VSPWDataset', help='for a folder: type of the data set')
+    parser.add_argument('--min-frames', type=int, default=1, help='for a folder: frames that a video must have')
+    parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='threads')
+    parser.add_argument('--json', type=Path, help='write the report to this file too')
+    args = parser.parse_args()
+    console = Console()
+    reports = []
+    try:
+        splits = splits_of(args)
+        columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            for split in splits:
+                task = bar.add_task(split.split, total=None)
+                reports.append(check_split(
+                    split, args.workers, on_start=partial(_set_total, bar, task), on_video=partial(bar.advance, task)))
+    except (ConfigError, DataError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    for report in reports:
+        show(report, console)
+    if args.json:
+        args.json.write_text(json.dumps({report.split: report.to_json() for report in reports}, indent=1) + '\n')
+    return int(any(report.problems for report in reports))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
