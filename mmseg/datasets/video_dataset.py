@@ -21,7 +21,7 @@ from mmseg.utils.errors import ConfigError, DataError
 
 from .clip_sampler import cut_test_clips, frames_needed, sample_training_clip
 from .pipelines.compose import Compose
-from .pipelines.loading import VOID, LoadAnnotations, load_labels
+from .pipelines.loading import VOID, LoadAnnotations, label_table, load_labels, located, to_training_labels
 from .pipelines.transform import Results
 
 _MAX_DRAWS = 100  # clips drawn for one training item before giving up
@@ -116,9 +116,9 @@ class VideoDataset(Dataset):
     int64, ``img_metas``) and ``skipped``, the errors of clips passed over on the way (list of str).
 
     A test item is a dict with ``img`` and ``img_metas`` (lists, one entry a view; each ``img`` [T,3,h,w] float32),
-    ``label`` ([T,H0,W0] uint8 training labels, ``None`` where the split has no masks), ``video`` and ``frames``
-    (names), and ``skipped``; if that is not empty the clip could not be read and ``img``, ``img_metas`` and ``label``
-    are ``None``.
+    ``label`` ([T,H0,W0] uint8 training labels, ``None`` where the split has no masks), ``raw_label`` (the same as it
+    stands in the files: the official VC compares these), ``video`` and ``frames`` (names), and ``skipped``; if that is
+    not empty the clip could not be read and ``img``, ``img_metas``, ``label`` and ``raw_label`` are ``None``.
 
     Args:
         data_root: folder of the data set.
@@ -314,7 +314,7 @@ class VideoDataset(Dataset):
         video = self.videos[clip.video]
         frames = [video.frames[position] for position in clip.positions]
         item: dict[str, Any] = dict(
-            img=None, img_metas=None, label=None, video=video.name, frames=frames, skipped=[])
+            img=None, img_metas=None, label=None, raw_label=None, video=video.name, frames=frames, skipped=[])
         try:
             views = self._run(clip)
             images, metas = views['img'], views['img_metas']
@@ -323,10 +323,22 @@ class VideoDataset(Dataset):
             if self.has_masks:
                 shape = item['img_metas'][0]['ori_shape'][:2]
                 paths = [self.mask_path(video.name, frame) for frame in frames]
-                item['label'] = np.stack(
-                    load_labels(paths, self.reduce_zero_label, self.num_classes, shape, video.name))
+                raw = load_labels(paths, False, None, shape, video.name)
+                item['raw_label'] = np.stack(raw)
+                item['label'] = np.stack(self._training_labels(raw, paths, video.name))
         except DataError as error:
             if not self.skip_bad_clips:
                 raise
-            item.update(img=None, img_metas=None, label=None, skipped=[str(error)])
+            item.update(img=None, img_metas=None, label=None, raw_label=None, skipped=[str(error)])
         return item
+
+    def _training_labels(self, raw: Sequence[np.ndarray], paths: Sequence[str], video: str) -> list[np.ndarray]:
+        """Training labels of a video's raw label maps."""
+        table = label_table(self.reduce_zero_label, self.num_classes)
+        labels = []
+        for mask, path in zip(raw, paths):
+            try:
+                labels.append(to_training_labels(mask, table, self.num_classes, path))
+            except DataError as error:
+                raise located(error, video, Path(path).stem) from None
+        return labels

@@ -1,0 +1,302 @@
+"""Testing: clips in, metrics and files out, with one clip of predictions in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mmseg.core.evaluation import ConsistencyOptions, Results, StreamingMetrics
+from mmseg.datasets.video_dataset import VideoDataset
+from mmseg.registry import nearest
+from mmseg.utils.dist import barrier, broadcast_object, gather_objects, get_dist_info
+from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.files import write_atomically
+from mmseg.utils.logger import get_logger
+
+from .sinks import Sink
+
+_CONFUSION_METRICS = ('mIoU', 'mIoU_vspw', 'fwIoU', 'aAcc', 'mAcc', 'mDice')
+Gather = Callable[[Any], list[Any]]
+
+
+@dataclass
+class TestOutcome:
+    """What a test gives, the same on every rank.
+
+    Attributes:
+        results: metrics; None where the split has no masks or none were asked for.
+        skipped: errors of the clips that were left out (``skip_bad_clips``).
+        frames: number of frames predicted.
+        seconds: of this rank, loading included.
+    """
+
+    __test__ = False  # no test case, whatever pytest makes of its name
+
+    results: Results | None
+    skipped: list[str]
+    frames: int
+    seconds: float
+
+
+def metrics_for(dataset: VideoDataset, names: str | Sequence[str] = (), *, last_window: bool = False,
+                min_frames: int = 0, remap_void: bool = False) -> StreamingMetrics:
+    """The metrics of a test set.
+
+    Args:
+        dataset: a test set with masks.
+        names: what was asked for, as ``--eval`` and ``evaluation.metric`` give it.  The scores of the confusion matrix
+            always come together; ``VC<n>`` chooses window lengths, 8 and 16 where none is named.
+        last_window: see :class:`~mmseg.core.evaluation.ConsistencyOptions`.
+        min_frames: likewise.
+        remap_void: likewise.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    lengths = []
+    for name in names:
+        window = re.fullmatch(r'VC(\d+)', name)
+        if window and int(window[1]) >= 2:
+            lengths.append(int(window[1]))
+        elif name not in _CONFUSION_METRICS:
+            raise ConfigError(f"metric '{name}' is not known{nearest(name, (*_CONFUSION_METRICS, 'VC8', 'VC16'))}; "
+                              f'VC<n> takes any n >= 2')
+    consistency = ConsistencyOptions(
+        tuple(dict.fromkeys(lengths)) or (8, 16), last_window=last_window, min_frames=min_frames,
+        remap_void=remap_void)
+    return StreamingMetrics(
+        len(dataset.CLASSES), ignore_index=dataset.ignore_index, reduce_zero_label=dataset.reduce_zero_label,
+        consistency=consistency, videos={video.name: video.frames for video in dataset.videos},
+        class_names=dataset.CLASSES)
+
+
+def run_test(model: Any, dataset: VideoDataset, loader: Iterable[dict[str, Any]], **options: Any) -> dict[str, float]:
+    """The summary of :func:`stream_test`, as fractions: what evaluation during training needs.
+
+    Raises:
+        DataError: the split has no masks; see also :func:`stream_test`.
+    """
+    if not dataset.has_masks:
+        raise DataError(f"split '{dataset.split}' of {dataset.data_root} has no masks to evaluate against")
+    results = stream_test(model, dataset, loader, **options).results
+    assert results is not None
+    return results.summary
+
+
+def stream_test(
+    model: Any,
+    dataset: VideoDataset,
+    loader: Iterable[dict[str, Any]],
+    *,
+    device: torch.device | str | None = None,
+    metrics: StreamingMetrics | None = None,
+    evaluate: bool = True,
+    sinks: Sequence[Sink] = (),
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    gather: Gather = gather_objects,
+    progress: bool = True,
+) -> TestOutcome:
+    """Predicts every clip of ``loader``, counts it, hands it to the sinks, and forgets it.
+
+    Called by all ranks, each with a loader over whole videos of its own; the results are those of one rank to the last
+    digit.
+
+    Args:
+        model: a segmentor with ``predict(views, flips, size)``, wrapped for several processes or not.  Its training
+            mode is put back afterwards.
+        dataset: the test set.
+        loader: test items, video by video (:func:`mmseg.datasets.build_test_loader`).
+        device: where the clips go; default that of the model's first parameter.
+        metrics: what counts the frames; default :func:`metrics_for`.
+        evaluate: whether to count at all; a split without masks is never counted.
+        sinks: where predictions go.
+        autocast: makes the context of a forward pass (mixed precision).
+        gather: collects a value from all ranks on every rank.
+        progress: show rate and remaining time on rank 0.
+
+    Raises:
+        DataError: a bad file, named, unless the data set has ``skip_bad_clips``.  What the sinks have finished stays.
+    """
+    segmentor = getattr(model, 'module', model)
+    device = torch.device(device) if device is not None else next(segmentor.parameters()).device
+    if not (evaluate and dataset.has_masks):
+        metrics = None
+    elif metrics is None:
+        metrics = metrics_for(dataset)
+    skipped: list[str] = []
+    frames = 0
+    start = time.perf_counter()
+    training = segmentor.training
+    segmentor.eval()
+    try:
+        with _closing(sinks), torch.no_grad(), _Progress(loader, progress) as show:
+            video = None
+            for item in loader:
+                if video is not None and item['video'] != video:
+                    _finish_video(video, metrics, sinks)
+                video = item['video']
+                if item['skipped']:
+                    skipped += item['skipped']
+                    if metrics is not None:
+                        for frame in item['frames']:
+                            metrics.skip(video, frame)
+                else:
+                    with autocast():
+                        labels = predict_item(segmentor, item, device)
+                    if metrics is not None:
+                        _count(metrics, item, labels)
+                    for sink in sinks:
+                        sink.write(item, labels)
+                    frames += len(labels)
+                show.advance(len(item['frames']))
+            if video is not None:
+                _finish_video(video, metrics, sinks)
+    finally:
+        segmentor.train(training)
+
+    seconds = time.perf_counter() - start
+    shares = gather({'state': metrics.state() if metrics else {}, 'skipped': skipped, 'frames': frames})
+    if metrics is not None:
+        rank = get_dist_info()[0]
+        for other, share in enumerate(shares):
+            if other != rank:
+                metrics.merge(share['state'])
+    return TestOutcome(
+        results=metrics.results() if metrics else None, skipped=[e for share in shares for e in share['skipped']],
+        frames=sum(share['frames'] for share in shares), seconds=seconds)
+
+
+def predict_item(segmentor: Any, item: dict[str, Any], device: torch.device) -> np.ndarray:
+    """Label maps of one test item, uint8 [T, H0, W0] at the size of the files."""
+    views = [view.unsqueeze(0).to(device, non_blocking=True) for view in item['img']]
+    flips = [meta['flip_direction'] if meta['flip'] else None for meta in item['img_metas']]
+    return segmentor.predict(views, flips, tuple(item['img_metas'][0]['ori_shape'][:2]))[0].cpu().numpy()
+
+
+def _count(metrics: StreamingMetrics, item: dict[str, Any], labels: np.ndarray) -> None:
+    for frame, pred, gt in zip(item['frames'], labels, item['raw_label']):
+        try:
+            metrics.update(item['video'], frame, pred, gt)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+
+
+def _finish_video(video: str, metrics: StreamingMetrics | None, sinks: Sequence[Sink]) -> None:
+    if metrics is not None:
+        metrics.finish(video)
+    for sink in sinks:
+        sink.finish_video(video)
+
+
+@contextlib.contextmanager
+def _closing(sinks: Sequence[Sink]) -> Any:
+    with contextlib.ExitStack() as stack:
+        for sink in sinks:
+            stack.callback(sink.close)
+        yield
+
+
+class _Progress:
+    """Clips done, frames a second and remaining time of rank 0's share.
+
+    A terminal gets one line that is written anew; a file gets a line now and then.
+    """
+
+    def __init__(self, loader: Any, enabled: bool) -> None:
+        self.total = len(loader) if hasattr(loader, '__len__') else None
+        self.enabled = enabled and get_dist_info()[0] == 0
+        self.terminal = sys.stderr.isatty()
+        self.every = 0.2 if self.terminal else 30.0
+        self.clips = self.frames = 0
+
+    def __enter__(self) -> _Progress:
+        self.start = self.shown = time.perf_counter()
+        return self
+
+    def advance(self, frames: int) -> None:
+        """One more clip, with ``frames`` frames."""
+        self.clips += 1
+        self.frames += frames
+        now = time.perf_counter()
+        if self.enabled and now - self.shown >= self.every:
+            self.shown = now
+            self._show(now - self.start)
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled and self.clips:
+            self._show(time.perf_counter() - self.start)
+            if self.terminal:
+                sys.stderr.write('\n')
+
+    def _show(self, seconds: float) -> None:
+        text = f'clip {self.clips}'
+        if self.total:
+            text += f'/{self.total}'
+        world_size = get_dist_info()[1]
+        text += f' of rank 0 of {world_size}' if world_size > 1 else ''
+        text += f', {self.frames / seconds:.1f} frames/s'
+        if self.total:
+            left = seconds / self.clips * (self.total - self.clips)
+            text += f', ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}'
+        if self.terminal:
+            sys.stderr.write(f'\r\033[K{text}')
+            sys.stderr.flush()
+        else:
+            get_logger().info(text)
+
+
+def gather_in_folder(folder: str | None) -> Gather:
+    """``--tmpdir``: ranks leave their part as a JSON file in a folder that all of them can see.
+
+    Args:
+        folder: an existing or new folder; the files are removed afterwards.  None makes a temporary one, for ranks of
+            one machine.
+    """
+
+    def gather(value: Any) -> list[Any]:
+        rank, world_size = get_dist_info()
+        shared = Path(broadcast_object(folder or tempfile.mkdtemp(prefix='themask_test_')))
+        write_atomically(shared / f'rank{rank}.json', json.dumps(value))
+        barrier()
+        values = [json.loads((shared / f'rank{other}.json').read_text()) for other in range(world_size)]
+        barrier()
+        (shared / f'rank{rank}.json').unlink()
+        if folder is None and rank == 0:
+            with contextlib.suppress(OSError):
+                shared.rmdir()
+        return values
+
+    return gather
+
+
+def gather_on_device(device: torch.device) -> Gather:
+    """``--gpu-collect``: ranks send their part through the collective backend of their device (nccl on GPUs)."""
+
+    def gather(value: Any) -> list[Any]:
+        world_size = get_dist_info()[1]
+        if world_size == 1:
+            return [value]
+        data = torch.tensor(bytearray(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
+        dist.all_gather(lengths, torch.tensor([len(data)], device=device))
+        longest = max(int(length) for length in lengths)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+        padded[:len(data)] = data
+        parts = [torch.empty_like(padded) for _ in range(world_size)]
+        dist.all_gather(parts, padded)
+        return [json.loads(bytes(part[:int(n)].cpu().numpy())) for part, n in zip(parts, lengths)]
+
+    return gather
