@@ -1,4 +1,4 @@
-"""Control of the demo: the one-frame model trains on for the time that ``mini_video.py`` takes, with the same freeze."""
+"""Control of the demo: the one-frame model trains on, with the same freeze, for the time of ``mini_video.py``."""
 
 _base_ = './mini_1f.py'
 
