@@ -1,8 +1,8 @@
 """A small synthetic data set in VSPW's format, made from a seed: the data of the demo and of end-to-end tests.
 
 Textured things move and occlude each other over panning stuff.  The classes come in pairs that share shape and colour
-and differ in texture alone; about a third of the frames are blurred, noisy and low in contrast, each for itself, so that
-such a frame does not tell which of a pair it shows, while a sharp frame of the same clip does.
+and differ in texture alone; about a third of the frames are blurred, noisy and low in contrast, each for itself, so
+that such a frame does not tell which of a pair it shows, while a sharp frame of the same clip does.
 """
 
 from __future__ import annotations
