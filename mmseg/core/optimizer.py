@@ -33,7 +33,7 @@ def build_optimizer(model: nn.Module, cfg: Mapping[str, Any]) -> torch.optim.Opt
     arguments = dict(cfg)
     name = arguments.pop('type', None)
     paramwise = dict(arguments.pop('paramwise_cfg', None) or {})
-    classes = {n: c for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != 'Optimizer'}
+    classes: dict[str, Any] = {n: c for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != 'Optimizer'}
     if name not in classes:
         raise ConfigError(f"optimizer.type: torch.optim has no '{name}'{nearest(str(name), classes)}")
     known = set(inspect.signature(classes[name]).parameters) - {'params'}

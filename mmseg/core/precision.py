@@ -61,7 +61,8 @@ class Precision:
         """Adds the gradient of ``loss``, scaled where the dtype asks for it."""
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Updates the weights; leaves them where a scaled gradient overflowed."""
-        self.scaler.step(optimizer)
+    def step(self, optimizer: torch.optim.Optimizer, skip: bool = False) -> None:
+        """Updates the weights; leaves them if told to ``skip``, or where a scaled gradient overflowed."""
+        if not skip:
+            self.scaler.step(optimizer)
         self.scaler.update(self.fixed_scale)

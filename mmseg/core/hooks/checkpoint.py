@@ -1,0 +1,81 @@
+"""When to save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmseg.core.checkpoint import prune_checkpoints
+from mmseg.core.hooks.hook import Hook
+from mmseg.registry import HOOKS, retired
+from mmseg.utils.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from mmseg.core.runner import IterBasedRunner
+
+
+@HOOKS.register_module()
+@retired(by_epoch=(False,), sync_buffer=(), create_symlink=(True,))
+class CheckpointHook(Hook):
+    """Saves ``iter_<n>.pth`` every ``interval`` iterations.
+
+    A save that fails (a full disk) is reported and the training goes on: the state is in memory, and space may be there
+    the next time.  At the end it is an error.
+
+    Args:
+        interval: iterations between two checkpoints.  Inside a group of accumulated gradients the save waits for the
+            update, since half a group cannot be resumed.
+        max_keep_ckpts: how many to keep; -1 keeps all.  The oldest goes only after the new one is whole.
+        save_last: also save after the last iteration.
+        save_optimizer: without it a checkpoint is a third of the size, and cannot be resumed.
+        out_dir: folder; the work dir where None.
+    """
+
+    priority = 'BELOW_NORMAL'
+
+    def __init__(
+        self,
+        interval: int,
+        max_keep_ckpts: int = -1,
+        save_last: bool = True,
+        save_optimizer: bool = True,
+        out_dir: str | None = None,
+    ) -> None:
+        if interval < 1:
+            raise ConfigError(f'checkpoint_config.interval: expected at least 1, got {interval}')
+        if max_keep_ckpts == 0 or max_keep_ckpts < -1:
+            raise ConfigError(f'checkpoint_config.max_keep_ckpts: expected -1 or at least 1, got {max_keep_ckpts}')
+        self.interval = interval
+        self.max_keep_ckpts = max_keep_ckpts
+        self.save_last = save_last
+        self.save_optimizer = save_optimizer
+        self.out_dir = out_dir
+        self._due = False
+
+    def after_train_iter(self, runner: IterBasedRunner) -> None:
+        """Saves where it is due."""
+        last = self.is_last_iter(runner) and self.save_last
+        self._due = self._due or last or self.every_n_iters(runner, self.interval)
+        if not self._due or not runner.resumable:
+            return
+        self._due = False
+        try:
+            self.save(runner)
+        except CheckpointError as error:
+            if self.is_last_iter(runner):
+                raise
+            runner.logger.error('%s; the training goes on and will try again in %d iterations', error, self.interval)
+
+    def save(self, runner: IterBasedRunner) -> Path:
+        """Saves now; returns the path.
+
+        Raises:
+            CheckpointError: on every rank, where rank 0 cannot write.
+        """
+        folder = Path(self.out_dir or runner.work_dir)
+        done = runner.iters_done
+        path = folder / f'iter_{done}.pth'
+        runner.save_checkpoint(path, save_optimizer=self.save_optimizer, latest=True)
+        if self.max_keep_ckpts > 0 and runner.rank == 0:
+            prune_checkpoints(folder, self.max_keep_ckpts, done)
+        return path

@@ -1,0 +1,155 @@
+"""Evaluate during training, and keep the best checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from mmseg.core.checkpoint import read_checkpoint
+from mmseg.core.hooks.hook import Hook
+from mmseg.registry import HOOKS, nearest
+from mmseg.utils.dist import broadcast_object
+from mmseg.utils.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from mmseg.core.runner import IterBasedRunner
+
+_GREATER = ('iou', 'acc', 'dice', 'fscore', 'precision', 'recall', 'vc', 'vec', 'consistency')
+_LESS = ('loss', 'error')
+
+
+@HOOKS.register_module()
+class EvalHook(Hook):
+    """Evaluates every ``interval`` iterations, logs the figures, and keeps the best checkpoint (mmcv 1.x's semantics).
+
+    Args:
+        evaluate: called with the bare model in eval mode on every rank; returns figures by name (rank 0's count).
+        interval: iterations between two evaluations.
+        start: first iteration at which to evaluate; None starts with the first multiple of ``interval``.
+        save_best: name of the figure by which the best checkpoint is kept as ``best_<name>_iter_<n>.pth``; ``auto``
+            takes the first figure; None keeps none.
+        rule: ``greater`` or ``less``; None derives it from the name.
+    """
+
+    priority = 'LOW'
+
+    def __init__(
+        self,
+        evaluate: Callable[[nn.Module], Mapping[str, float]],
+        interval: int = 1,
+        start: int | None = None,
+        save_best: str | None = None,
+        rule: str | None = None,
+    ) -> None:
+        if interval < 1:
+            raise ConfigError(f'evaluation.interval: expected at least 1, got {interval}')
+        if rule not in (None, 'greater', 'less'):
+            raise ConfigError(f"evaluation.rule: expected 'greater' or 'less', got {rule!r}")
+        if save_best is not None and not isinstance(save_best, str):
+            raise ConfigError(f"evaluation.save_best: expected a metric's name or 'auto', got {save_best!r}")
+        self.evaluate = evaluate
+        self.interval = interval
+        self.start = start
+        self.save_best = save_best
+        self.rule = rule
+        if save_best not in (None, 'auto'):
+            self.rule = rule or _rule_of(str(save_best))
+        self.best_score: float | None = None
+        self.best_path: Path | None = None
+
+    def _due(self, runner: IterBasedRunner) -> bool:
+        done = runner.iter + 1
+        if self.start is None:
+            return done % self.interval == 0
+        return done >= self.start and (done - self.start) % self.interval == 0
+
+    def after_train_iter(self, runner: IterBasedRunner) -> None:
+        """Evaluates where it is due."""
+        if not self._due(runner):
+            return
+        runner.call_hook('before_val_epoch')
+        try:
+            with runner.evaluation_weights(), runner.interruptible():
+                runner.module.eval()
+                figures = dict(self.evaluate(runner.module))
+        except KeyboardInterrupt:
+            runner.logger.warning('the evaluation was interrupted')
+            return
+        finally:
+            runner.train_mode()
+        runner.val_results = broadcast_object(figures)
+        runner.call_hook('after_val_epoch')
+        if self.save_best is not None:
+            self._keep_best(runner)
+
+    def _keep_best(self, runner: IterBasedRunner) -> None:
+        results = runner.val_results
+        if self.save_best == 'auto':
+            self.save_best = next(iter(results))
+            self.rule = self.rule or _rule_of(self.save_best)
+        if self.save_best not in results:
+            raise ConfigError(
+                f"evaluation.save_best: no figure '{self.save_best}'{nearest(str(self.save_best), results)}"
+            )
+        score = results[self.save_best]
+        if score != score or (self.best_score is not None and not self._better(score, self.best_score)):
+            return
+        path = Path(runner.work_dir) / f'best_{self.save_best}_iter_{runner.iters_done}.pth'
+        former, former_score = self.best_path, self.best_score
+        self.best_score, self.best_path = score, path
+        try:
+            runner.save_checkpoint(path)
+        except CheckpointError as error:
+            self.best_score, self.best_path = former_score, former
+            runner.logger.error('%s; the training goes on without its best checkpoint', error)
+            return
+        if runner.rank == 0 and former is not None and former != path:
+            former.unlink(missing_ok=True)
+        runner.logger.info('best %s so far: %.4f, saved as %s', self.save_best, score, path)
+
+    def _better(self, score: float, best: float) -> bool:
+        return score > best if self.rule == 'greater' else score < best
+
+    def before_save_checkpoint(self, runner: IterBasedRunner, checkpoint: dict[str, Any]) -> None:
+        """Saves the best score so far."""
+        if self.best_path is not None:
+            checkpoint['best'] = {'key': self.save_best, 'score': self.best_score}
+
+    def after_load_checkpoint(self, runner: IterBasedRunner, checkpoint: dict[str, Any]) -> None:
+        """Takes the best score back; the best file knows it even where the resumed checkpoint is older than it."""
+        if self.save_best is None:
+            return
+        best = broadcast_object(self._best_on_disk(Path(runner.work_dir)) if runner.rank == 0 else None)
+        if best is not None:
+            self.save_best, self.best_score, self.best_path = best
+            self.rule = self.rule or _rule_of(self.save_best)
+
+    def _best_on_disk(self, folder: Path) -> tuple[str, float, Path] | None:
+        key = '*' if self.save_best == 'auto' else glob.escape(str(self.save_best))
+        found = []
+        for path in folder.glob(f'best_{key}_iter_*.pth'):
+            with contextlib.suppress(CheckpointError):
+                best = read_checkpoint(path).get('best')
+                if best is not None:
+                    found.append((best['key'], best['score'], path))
+        if not found:
+            return None
+        choose = max if (self.rule or _rule_of(found[0][0])) == 'greater' else min
+        return choose(found, key=lambda best: best[1])
+
+
+def _rule_of(name: str) -> str:
+    """Whether more or less is better, from the name of a figure."""
+    lowered = name.lower()
+    if any(word in lowered for word in _GREATER):
+        return 'greater'
+    if any(word in lowered for word in _LESS):
+        return 'less'
+    raise ConfigError(
+        f"evaluation.save_best: is more of '{name}' better? Say so by evaluation.rule: 'greater' or 'less'"
+    )

@@ -1,0 +1,176 @@
+"""Where the numbers of a training go: text, JSON lines, TensorBoard; each a mean over the iterations since the last."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmseg.core.hooks.hook import Hook
+from mmseg.registry import HOOKS, retired
+from mmseg.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmseg.core.runner import IterBasedRunner
+
+_INFO = ('lr', 'eta', 'time', 'rate', 'data_time', 'memory')
+
+
+class LoggerHook(Hook):
+    """Collects the numbers of each iteration and hands their means to :meth:`write`, on rank 0 only.
+
+    Args:
+        interval: iterations between two records; the last iteration is always recorded.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, interval: int = 10) -> None:
+        if interval < 1:
+            raise ConfigError(f'log_config.interval: expected at least 1, got {interval}')
+        self.interval = interval
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def after_train_iter(self, runner: IterBasedRunner) -> None:
+        """Adds this iteration; writes where a record is due."""
+        if runner.rank:
+            return
+        for name, value in runner.log_buffer.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+        if self.every_n_iters(runner, self.interval) or self.is_last_iter(runner):
+            means = {name: total / self._counts[name] for name, total in self._sums.items()}
+            self._sums.clear()
+            self._counts.clear()
+            self.write(runner, 'train', runner.iter + 1, self._info(runner, means) | means)
+
+    @staticmethod
+    def _info(runner: IterBasedRunner, means: dict[str, float]) -> dict[str, Any]:
+        seconds = means.pop('time')
+        left = runner.seconds_per_iter * (runner.max_iters - runner.iter - 1)
+        return {
+            'lr': max(group['lr'] for group in runner.optimizer.param_groups),
+            'eta': str(datetime.timedelta(seconds=int(left))),
+            'time': seconds,
+            'rate': 1 / seconds,
+            'data_time': means.pop('data_time'),
+            'memory': _peak_memory_mib(runner.device),
+        }
+
+    def after_val_epoch(self, runner: IterBasedRunner) -> None:
+        """Writes the figures of an evaluation."""
+        if runner.rank == 0:
+            self.write(runner, 'val', runner.iter + 1, dict(runner.val_results))
+
+    def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
+        """Stores one record.
+
+        Args:
+            runner: the running training.
+            mode: ``train`` or ``val``.
+            iteration: number of iterations that have run.
+            record: names and values; in ``train`` mode ``lr``, ``eta`` (text), ``time`` (s an iteration), ``rate``
+                (iterations a second), ``data_time`` (s), ``memory`` (peak, MiB) and all losses.
+        """
+        raise NotImplementedError
+
+
+def _peak_memory_mib(device: torch.device) -> int:
+    if device.type == 'cuda':
+        return int(torch.cuda.max_memory_allocated(device) / 2**20)
+    unit = 1 if sys.platform == 'darwin' else 1024  # getrusage counts bytes there, KiB elsewhere
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+@HOOKS.register_module()
+@retired(by_epoch=(False,), ignore_last=(), reset_flag=(), interval_exp_name=(), out_dir=(None,))
+class TextLoggerHook(LoggerHook):
+    """One line a record, to the terminal and the log file."""
+
+    def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
+        """Writes the line."""
+        if mode == 'val':
+            values = ', '.join(f'{name}: {value:.4f}' for name, value in record.items())
+            runner.logger.info('Iter(val) [%d/%d]\t%s', iteration, runner.max_iters, values)
+            return
+        losses = ', '.join(f'{name}: {value:.4f}' for name, value in record.items() if name not in _INFO)
+        runner.logger.info(
+            'Iter [%d/%d]\tlr: %.3e, eta: %s, time: %.3f, rate: %.2f it/s, data_time: %.3f, memory: %d, %s',
+            *(iteration, runner.max_iters, *(record[name] for name in _INFO), losses),
+        )
+
+
+@HOOKS.register_module()
+@retired(by_epoch=(False,), ignore_last=(), reset_flag=())
+class JsonLoggerHook(LoggerHook):
+    """One JSON object a line in ``<work dir>/<start time>.log.json``; the first line describes the run."""
+
+    def __init__(self, interval: int = 10) -> None:
+        super().__init__(interval)
+        self.path: Path | None = None
+
+    def before_run(self, runner: IterBasedRunner) -> None:
+        """Writes the first line."""
+        self.path = Path(runner.work_dir) / f'{runner.timestamp}.log.json'
+        self._append(runner, {key: runner.meta.get(key) for key in ('exp_name', 'mmseg_version', 'seed')})
+
+    def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
+        """Appends the line."""
+        self._append(runner, {'mode': mode, 'iter': iteration, **record})
+
+    def _append(self, runner: IterBasedRunner, record: dict[str, Any]) -> None:
+        if runner.rank or self.path is None:
+            return
+        try:
+            with self.path.open('a') as file:
+                file.write(json.dumps(record) + '\n')
+        except OSError as error:  # a full disk must not end the training
+            runner.logger.error('cannot write %s: %s', self.path, error)
+
+
+@HOOKS.register_module()
+@retired(by_epoch=(False,), ignore_last=(), reset_flag=())
+class TensorboardLoggerHook(LoggerHook):
+    """TensorBoard scalars: ``train/<loss>``, ``val/<metric>``, ``learning_rate``, and time and memory under ``info/``.
+
+    Args:
+        interval: iterations between two records.
+        log_dir: folder of the event files; ``<work dir>/tf_logs`` where None.
+    """
+
+    def __init__(self, interval: int = 10, log_dir: str | None = None) -> None:
+        super().__init__(interval)
+        self.log_dir = log_dir
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError('TensorboardLoggerHook: tensorboard is not installed (pip install tensorboard)') from None
+        self._make_writer = SummaryWriter
+        self._writer: Any = None
+
+    def before_run(self, runner: IterBasedRunner) -> None:
+        """Opens the event file; after a resume, points beyond the resumed iteration are hidden."""
+        if runner.rank == 0:
+            self._writer = self._make_writer(
+                self.log_dir or str(Path(runner.work_dir) / 'tf_logs'), purge_step=runner.iter + 1
+            )
+
+    def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
+        """Adds the scalars."""
+        for name, value in record.items():
+            if isinstance(value, str):
+                continue
+            tag = 'learning_rate' if name == 'lr' else f'info/{name}' if name in _INFO else f'{mode}/{name}'
+            self._writer.add_scalar(tag, value, iteration)
+        self._writer.flush()
+
+    def after_run(self, runner: IterBasedRunner) -> None:
+        """Closes the event file."""
+        if self._writer is not None:
+            self._writer.close()

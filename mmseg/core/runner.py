@@ -1,0 +1,422 @@
+"""The training loop: counts iterations, calls hooks, stops cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmseg.core.checkpoint import load_weights, point_latest, save_checkpoint
+from mmseg.core.finetune import frozen_parts
+from mmseg.core.hooks.hook import Hook, check_hook, priority_value
+from mmseg.core.lr_schedule import LrSchedule
+from mmseg.core.optimizer import load_optimizer_state
+from mmseg.core.precision import Precision
+from mmseg.utils.dist import broadcast_object, gather_objects, get_dist_info, largest, reduce_mean
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+from mmseg.utils.seed import get_rng_state, set_rng_state
+from mmseg.version import __version__
+
+_DATA_FAILED = 1000  # above every signal number
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or the gradient became NaN or infinite."""
+
+
+@dataclass
+class UpdateConfig:
+    """How a gradient becomes an update: ``optimizer_config`` and ``nan_loss`` of a config.
+
+    Attributes:
+        max_norm: gradients are scaled down to this norm; None leaves them.
+        norm_type: which norm (2 = Euclidean).
+        cumulative_iters: iterations whose mean gradient makes one update; each has half the batch for 2, and so on.
+        nan_loss: at a NaN or infinite loss, ``stop`` with an error, or ``skip`` the update with a warning.
+    """
+
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    cumulative_iters: int = 1
+    nan_loss: str = 'stop'
+
+    @classmethod
+    def from_config(cls, optimizer_config: Any, nan_loss: str = 'stop') -> UpdateConfig:
+        """Reads mmcv's ``optimizer_config`` (``grad_clip``, ``cumulative_iters``).
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        section = dict(optimizer_config or {})
+        clip = dict(section.get('grad_clip') or {})
+        if clip and 'max_norm' not in clip:
+            raise ConfigError(f'optimizer_config.grad_clip: max_norm is missing in {clip}')
+        config = cls(clip.get('max_norm'), clip.get('norm_type', 2.0), section.get('cumulative_iters', 1), nan_loss)
+        if config.cumulative_iters < 1:
+            raise ConfigError(f'optimizer_config.cumulative_iters: expected at least 1, got {config.cumulative_iters}')
+        if nan_loss not in ('stop', 'skip'):
+            raise ConfigError(f"nan_loss: expected 'stop' or 'skip', got {nan_loss!r}")
+        return config
+
+
+@dataclass(eq=False)
+class IterBasedRunner:
+    """Trains ``model`` for ``max_iters`` iterations.
+
+    The model is called as ``model(clip, label, iteration)`` and returns its losses by name; those whose name holds
+    ``loss`` are summed, the others (accuracies and the like) are only logged.  An iteration is one batch of every rank;
+    gradients are averaged by ``DistributedDataParallel`` around the model.
+
+    Attributes:
+        model: the network, maybe wrapped for several ranks; ``module`` is the bare one.
+        optimizer: from :func:`mmseg.core.optimizer.build_optimizer`.
+        schedule: rate of each iteration.
+        max_iters: number of iterations of the whole training, those before a resume counted.
+        work_dir: where checkpoints and logs go.
+        update: clipping, accumulation, and what to do at a NaN.
+        precision: dtype of the forward pass; None computes in fp32.
+        device: where the batches are moved to.
+        frozen_eval: parts without trainable parameters run in eval mode.
+        meta: what is saved with each checkpoint (config text, seed, class names).
+        timestamp: start of the run, in the names of its log files.
+        iter: index of the current iteration; see :class:`mmseg.core.hooks.Hook`.
+        outputs: losses of the current iteration on the device.
+        log_buffer: numbers of the current iteration that are logged.
+        val_results: figures of the last evaluation.
+        skipped: bad clips that the loader passed over, in order.
+        stopped_by: number of the signal that ended the run early, or None.
+        evaluation_weights: context inside which the model holds the weights to evaluate.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LrSchedule
+    max_iters: int
+    work_dir: str | Path
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    precision: Precision | None = None
+    device: torch.device = field(default_factory=lambda: torch.device('cpu'))
+    frozen_eval: bool = False
+    meta: dict[str, Any] = field(default_factory=dict)
+    timestamp: str = field(default_factory=lambda: time.strftime('%Y%m%d_%H%M%S'))
+    logger: logging.Logger = field(default_factory=lambda: logging.getLogger('mmseg'))
+
+    iter: int = field(default=0, init=False)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+    log_buffer: dict[str, float] = field(default_factory=dict, init=False)
+    val_results: dict[str, float] = field(default_factory=dict, init=False)
+    skipped: list[str] = field(default_factory=list, init=False)
+    stopped_by: int | None = field(default=None, init=False)
+    evaluation_weights: Callable[[], contextlib.AbstractContextManager[None]] = field(
+        default=contextlib.nullcontext, init=False
+    )
+
+    def __post_init__(self) -> None:
+        self.rank, self.world_size = get_dist_info()
+        self.module: nn.Module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        if self.precision is None:
+            self.precision = Precision(self.device, 'float32')
+        self.resumable = True  # False inside a group of accumulated gradients
+        self.iters_done = 0  # iterations whose work is in the weights
+        self.seconds_per_iter = 0.0
+        self._hooks: list[tuple[int, Hook]] = []
+        self._signal = 0
+        self._interruptible = False
+        self._saved_at = -1  # iters_done of the newest checkpoint that can be resumed
+        self._poisoned = False
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+
+    def register_hook(self, hook: Hook, priority: str | int | None = None, where: str = 'custom_hooks') -> None:
+        """Adds a hook; at equal priority the order of registration counts.
+
+        Raises:
+            ConfigError: the hook would not be called, or the priority is unknown; ``where`` names its place.
+        """
+        check_hook(hook, where)
+        value = priority_value(hook.priority if priority is None else priority, where)
+        self._hooks.append((value, hook))
+        self._hooks.sort(key=lambda entry: entry[0])
+
+    @property
+    def hooks(self) -> list[Hook]:
+        """The hooks in the order in which they are called."""
+        return [hook for _, hook in self._hooks]
+
+    def call_hook(self, point: str, *args: Any) -> None:
+        """Calls the method ``point`` of every hook."""
+        for hook in self.hooks:
+            getattr(hook, point)(self, *args)
+
+    # --------------------------------------------------------------------------------------------------------- run
+
+    def run(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Trains on ``batches`` until ``max_iters`` or a SIGINT or SIGTERM, which ends the run after an iteration.
+
+        Args:
+            batches: endless; each with ``img`` [B,T,3,H,W], ``gt_semantic_seg`` [B,T,H,W] and maybe ``skipped``.
+
+        Raises:
+            NonFiniteLossError: naming iteration and loss; a checkpoint of the state before it is saved.
+            DataError: from the loader, after a checkpoint has been saved.
+            CheckpointError: the last checkpoint cannot be written.
+        """
+        iterator = iter(batches)
+        self.train_mode()
+        self.optimizer.zero_grad()
+        with self._signals():
+            self.call_hook('before_run')
+            self.call_hook('before_train_epoch')
+            while self.iter < self.max_iters:
+                start = time.perf_counter()
+                batch, error = self._draw(iterator)
+                event = largest(_DATA_FAILED if error else self._signal if self.resumable else 0)
+                if event == _DATA_FAILED:
+                    self._rescue()
+                    raise error or DataError('another rank met bad data; its message says which')
+                if event:
+                    self._stop(event)
+                    break
+                self._train_iter(batch, start)
+                self.iter += 1
+            self.call_hook('after_train_epoch')
+            self.call_hook('after_run')
+
+    def train_mode(self) -> None:
+        """Puts the model in training mode, frozen parts in eval mode where so configured."""
+        self.model.train()
+        if self.frozen_eval:
+            for part in frozen_parts(self.module):
+                part.eval()
+
+    def _draw(self, iterator: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], DataError | None]:
+        try:
+            return next(iterator), None
+        except DataError as error:
+            return {}, error
+
+    def _train_iter(self, batch: dict[str, Any], start: float) -> None:
+        data_time = time.perf_counter() - start
+        for clip in batch.get('skipped', ()):
+            self.logger.warning('skipped bad clip: %s', clip)
+            self.skipped.append(clip)
+        self.log_buffer = {}
+        self.call_hook('before_train_iter')
+        self.schedule.apply(self.optimizer, self.iter)
+        first = self.iter - self.iter % self.update.cumulative_iters
+        group = min(self.update.cumulative_iters, self.max_iters - first)
+        updates = self.iter - first == group - 1
+
+        self._forward_backward(batch, group, synchronise=updates)
+        norm = self._clip() if updates else None
+        self._read_numbers(norm)
+        if updates:
+            self._step()
+        self.resumable = updates
+        if updates:
+            self.iters_done = self.iter + 1
+        seconds = time.perf_counter() - start
+        self.log_buffer |= {'time': seconds, 'data_time': data_time}
+        weight = 0.02 if self.seconds_per_iter else 1.0
+        self.seconds_per_iter += weight * (seconds - self.seconds_per_iter)
+        self.call_hook('after_train_iter')
+
+    def _forward_backward(self, batch: dict[str, Any], group: int, synchronise: bool) -> None:
+        assert self.precision is not None
+        clip = batch['img'].to(self.device, non_blocking=True)
+        label = batch['gt_semantic_seg'].to(self.device, non_blocking=True)
+        local = not synchronise and isinstance(self.model, DistributedDataParallel)
+        with self.model.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
+            with self.precision.autocast():
+                losses = self.model(clip, label, self.iter)
+            total = torch.stack([value for name, value in losses.items() if 'loss' in name]).sum()
+            self.precision.backward(total / group)
+        self.outputs = {name: value.detach() for name, value in losses.items()} | {'loss': total.detach()}
+
+    def _clip(self) -> torch.Tensor:
+        """Limits the gradient's norm; returns the norm before."""
+        assert self.precision is not None
+        self.precision.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], self.update.norm_type)
+        if self.update.max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.update.max_norm, norm)
+        return norm
+
+    def _read_numbers(self, norm: torch.Tensor | None) -> None:
+        """Brings losses and norm to the host, in one transfer, as means over the ranks; looks for NaN."""
+        assert self.precision is not None
+        numbers = dict(self.outputs)
+        if norm is not None:
+            numbers['grad_norm'] = norm
+        values = reduce_mean(torch.stack([value.float() for value in numbers.values()])).tolist()
+        self.log_buffer |= dict(zip(numbers, values))
+        if self.precision.scales:
+            self.log_buffer['loss_scale'] = self.precision.scaler.get_scale()
+        bad = [
+            name
+            for name, value in zip(numbers, values)
+            if not math.isfinite(value) and not (name == 'grad_norm' and self.precision.scales)
+        ]
+        if not bad:
+            return
+        shown = ', '.join(f'{name} = {self.log_buffer[name]}' for name in bad[:3])
+        message = f'iteration {self.iter + 1}: {shown}' + (f' and {len(bad) - 3} more' if len(bad) > 3 else '')
+        if self.update.nan_loss == 'stop':
+            self.optimizer.zero_grad()
+            self._rescue()
+            raise NonFiniteLossError(
+                f"{message}; the weights are those before it. Lower optimizer.lr, or set nan_loss='skip' to pass over "
+                'such batches'
+            )
+        self.logger.warning('%s; this update is skipped', message)
+        self._poisoned = True
+
+    def _step(self) -> None:
+        assert self.precision is not None
+        self.precision.step(self.optimizer, skip=self._poisoned)
+        self._poisoned = False
+        self.optimizer.zero_grad()
+
+    # -------------------------------------------------------------------------------------------------------- stop
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, SIGINT and SIGTERM only take note; the loop stops when the iteration is complete."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != owner or self._signal:
+                return
+            self._signal = number
+            if self._interruptible:
+                raise KeyboardInterrupt
+
+        owner = os.getpid()
+        try:
+            former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: signals are the caller's business
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal raises ``KeyboardInterrupt``: for evaluations, which may take hours and can be redone.
+
+        With several ranks the block runs to its end, because ranks cannot leave their common calls one by one.
+        """
+        self._interruptible = self.world_size == 1
+        try:
+            if self._interruptible and self._signal:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._interruptible = False
+
+    def _stop(self, number: int) -> None:
+        self.stopped_by = number
+        path = self._numbered()
+        if self._saved_at != self.iters_done:
+            self.save_checkpoint(path, latest=True)
+        self.logger.info('%s: stopped after iteration %d, saved %s', signal.Signals(number).name, self.iter, path)
+
+    def _rescue(self) -> None:
+        """Before an error ends the run: saves what has been trained so far."""
+        path = self._numbered()
+        if not self.resumable or not self.iters_done:
+            self.logger.error('the run ends after iteration %d; the last checkpoint is the state to resume', self.iter)
+            return
+        try:
+            if self._saved_at != self.iters_done:
+                self.save_checkpoint(path, latest=True)
+            self.logger.error('the run ends after iteration %d, saved as %s', self.iter, path)
+        except CheckpointError as error:
+            self.logger.error('%s', error)
+
+    def _numbered(self) -> Path:
+        return Path(self.work_dir) / f'iter_{self.iters_done}.pth'
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, path: str | Path, save_optimizer: bool = True, latest: bool = False) -> None:
+        """Saves the state of the run; every rank must call it, rank 0 writes.
+
+        Args:
+            path: the file.
+            save_optimizer: without, the file can be tested and fine-tuned from, but not resumed.
+            latest: whether ``latest.pth`` shall point to it.
+
+        Raises:
+            CheckpointError: on every rank, where rank 0 cannot write.
+        """
+        assert self.precision is not None
+        rng = gather_objects(get_rng_state())
+        failure = None
+        if self.rank == 0:
+            meta = {'iter': self.iters_done, 'epoch': 0, 'mmseg_version': __version__, 'world_size': self.world_size}
+            checkpoint: dict[str, Any] = {
+                'meta': {**self.meta, **meta, 'time': time.asctime()},
+                'state_dict': {name: value.cpu() for name, value in self.module.state_dict().items()},
+            }
+            if save_optimizer:
+                checkpoint |= {
+                    'optimizer': self.optimizer.state_dict(),
+                    'scaler': self.precision.scaler.state_dict(),
+                    'rng': rng,
+                }
+            self.call_hook('before_save_checkpoint', checkpoint)
+            try:
+                save_checkpoint(checkpoint, path)
+                if latest:
+                    point_latest(Path(path))
+            except CheckpointError as error:
+                failure = str(error)
+        failure = broadcast_object(failure)
+        if failure:
+            raise CheckpointError(failure)
+        if latest and save_optimizer:
+            self._saved_at = self.iters_done
+
+    def resume(self, checkpoint: dict[str, Any], source: str | Path) -> None:
+        """Takes over the state that :meth:`save_checkpoint`, or mmcv 1.x, saved; call it after hooks are registered.
+
+        Raises:
+            CheckpointError: the file holds weights only, or is of another model.
+        """
+        assert self.precision is not None
+        if 'optimizer' not in checkpoint or 'iter' not in checkpoint['meta']:
+            raise CheckpointError(f"'{source}' holds weights only; use --load-from to start a new training from them")
+        checkpoint = dict(checkpoint)
+        self.call_hook('after_load_checkpoint', checkpoint)
+        weights = checkpoint.get('trained_state_dict', checkpoint['state_dict'])
+        load_weights(self.module, weights, source)
+        buffers = {name for name, _ in self.module.named_buffers()}
+        load_optimizer_state(self.optimizer, checkpoint['optimizer'], [name for name in weights if name not in buffers])
+        if checkpoint.get('scaler'):
+            self.precision.scaler.load_state_dict(checkpoint['scaler'])
+        states = checkpoint.get('rng', [])
+        if len(states) == self.world_size:
+            set_rng_state(states[self.rank])
+        else:
+            self.logger.warning(
+                "'%s' holds the random generators of %d ranks, now there are %d: training goes on, but not bit for bit",
+                *(source, len(states), self.world_size),
+            )
+        self.iter = self.iters_done = self._saved_at = checkpoint['meta']['iter']
+        self.logger.info("resumed '%s' at iteration %d", source, self.iter)
