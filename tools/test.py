@@ -1,0 +1,214 @@
+"""Tests a checkpoint: metrics, result files, palette PNGs, pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+
+from mmseg.apis.sinks import OUT_FORMS, PalettePNG, Pictures, Sink, VideoFiles, join_parts, parts_folder
+from mmseg.apis.test import TestOutcome, gather_in_folder, gather_on_device, metrics_for, stream_test
+from mmseg.core.checkpoint import load_weights, open_checkpoint
+from mmseg.core.precision import Precision
+from mmseg.datasets import VideoDataset, build_dataset, build_test_loader
+from mmseg.models import build_segmentor
+from mmseg.registry import nearest
+from mmseg.utils.config import load_config
+from mmseg.utils.dist import LAUNCHERS, barrier, close_dist, gather_objects, get_dist_info, init_dist
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+from mmseg.utils.files import write_atomically
+from mmseg.utils.logger import get_logger, setup_logger
+
+AUG_RATIOS = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]  # --aug-test of mmsegmentation 0.x
+EVAL_OPTIONS = {
+    'vc_last_window': 'count all L-n+1 windows of a video instead of L-n',
+    'vc_min_frames': 'leave out videos with fewer frames; 17 skips videos of <= 16 frames for VC8 too',
+    'vc_remap_void': 'raw labels 0 and 255 are one label for VC',
+    'imgfile_prefix': 'folder of --format-only, where --out names none',
+}
+EPILOG = f"""forms of --out:
+{OUT_FORMS}
+
+--eval takes mIoU, mIoU_vspw, fwIoU, aAcc, mAcc, mDice (they come together) and VC<n>; the default is all of them and
+VC8, VC16 if the split has masks.
+
+--eval-options:
+""" + '\n'.join(f'  {key:15s} {text}' for key, text in EVAL_OPTIONS.items()) + """
+
+examples:
+  python tools/test.py local_configs/themask/video_themask_mit_b1.py CKPT --options data.test.test_size=4
+  python tools/test.py CONFIG CKPT --eval mIoU VC8 --show-dir pictures
+  python tools/test.py CONFIG CKPT --options data.test.split=test --format-only --out submission
+  ./tools/dist_test.sh CONFIG CKPT 2 --out results.npz
+"""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file, or a work dir (then its newest whole checkpoint)')
+    parser.add_argument('--work-dir', type=Path, help='folder for metrics.json and CSV files (default: metrics as '
+                        'JSON beside the checkpoint)')
+    parser.add_argument('--out', help='write the label maps to this folder, .npz or .pkl file')
+    parser.add_argument('--format-only', action='store_true',
+                        help='write a palette PNG per frame, <out>/<video>/<frame>.png, and do not evaluate')
+    parser.add_argument('--eval', nargs='+', metavar='M', help='metrics')
+    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
+    parser.add_argument('--show-dir', type=Path, help='write pictures of frame, prediction and ground truth')
+    parser.add_argument('--opacity', type=float, default=0.6, help='of the colours in pictures, 0..1')
+    parser.add_argument('--aug-test', action='store_true', help='average over scales 0.5 .. 1.75 and flips')
+    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V',
+                        help='change the config, as in data.test.test_size=4')
+    parser.add_argument('--eval-options', nargs='+', action=DictAction, default={}, metavar='K=V', help='see below')
+    parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='how several processes were started')
+    parser.add_argument('--tmpdir', help='collect the results of several processes in this (shared) folder')
+    parser.add_argument('--gpu-collect', action='store_true', help='collect them through the GPUs')
+    parser.add_argument('--local_rank', '--local-rank', type=int, help='set by old launchers')
+    args = parser.parse_args(argv)
+    if args.local_rank is not None:
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend ends in one line instead of a traceback."""
+    try:
+        run(parse_args())
+    except (ConfigError, DataError, CheckpointError) as error:
+        sys.exit(f'error: {error}')
+    finally:
+        close_dist()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tests as ``args`` says."""
+    check_args(args)
+    cfg = load_config(args.config, args.options)
+    device = init_dist(args.launcher, cfg.get('dist_params', {}).get('backend'))
+    logger = setup_logger(level=cfg.get('log_level', 'INFO'))
+    rank, world_size = get_dist_info()
+    if args.show and world_size > 1:
+        raise ConfigError('--show: needs a single process')
+    torch.backends.cudnn.benchmark = cfg.get('cudnn_benchmark', False)
+    if args.aug_test:
+        augment(cfg.data.test)
+
+    dataset = build_dataset(cfg.data.test, where='data.test')
+    loader = build_test_loader(dataset, cfg.data.get('workers_per_gpu', 0), rank, world_size)
+    evaluate = dataset.has_masks and not args.format_only
+    if args.eval and not evaluate:
+        raise DataError(f"--eval: split '{dataset.split}' of {dataset.data_root} has no masks to evaluate against")
+    if not (evaluate or args.out or args.format_only or args.show or args.show_dir):
+        raise ConfigError(f"split '{dataset.split}' has no masks, so there is nothing to measure: "
+                          f'give --out, --format-only or --show-dir')
+    options = {key.removeprefix('vc_'): value for key, value in args.eval_options.items() if key.startswith('vc_')}
+    metrics = metrics_for(dataset, args.eval or (), **options) if evaluate else None
+
+    checkpoint, model = load_model(cfg, args.checkpoint, dataset, device)
+    sinks = make_sinks(args, checkpoint.parent, dataset)
+    outcome = stream_test(
+        model, dataset, loader, device=device, metrics=metrics, evaluate=evaluate, sinks=sinks,
+        autocast=Precision(device, **cfg.fp16).autocast if cfg.get('fp16') else Precision(device, 'float32').autocast,
+        gather=choose_gather(args, device))
+    if rank == 0:
+        if args.out and any(isinstance(sink, VideoFiles) for sink in sinks):
+            join_parts(args.out, [video.name for video in dataset.videos])
+        logger.info('%d frames, %.1f frames/s on rank 0 of %d', outcome.frames,
+                    outcome.frames / world_size / outcome.seconds, world_size)
+        report(args, outcome, checkpoint)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses, before anything is loaded, options that are unknown or exclude each other."""
+    for key in args.eval_options:
+        if key not in EVAL_OPTIONS:
+            raise ConfigError(f"--eval-options: unknown option '{key}'{nearest(key, EVAL_OPTIONS)}")
+    if args.format_only and args.eval:
+        raise ConfigError('--format-only writes files without evaluating; it does not go with --eval')
+    if args.tmpdir and args.gpu_collect:
+        raise ConfigError('--tmpdir and --gpu-collect are two ways to collect results; give one')
+    if args.out:
+        parts_folder(args.out)
+
+
+def augment(test: Mapping[str, Any]) -> None:
+    """Gives the pipeline of ``data.test`` the scales and flips of ``--aug-test``."""
+    steps = [step for step in test['pipeline'] if step['type'] == 'MultiScaleFlipAug']
+    if not steps:
+        raise ConfigError('--aug-test: data.test.pipeline has no MultiScaleFlipAug, whose scales and flips it sets')
+    steps[0]['img_ratios'] = AUG_RATIOS
+    steps[0]['flip'] = True
+
+
+def load_model(
+        cfg: Config, checkpoint: str, dataset: VideoDataset, device: torch.device) -> tuple[Path, torch.nn.Module]:
+    """The config's model with the weights of ``checkpoint``, and the file they came from."""
+    model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))
+    if model.num_classes != len(dataset.CLASSES):
+        raise ConfigError(f'model.decode_head.num_classes is {model.num_classes}, but the data set of data.test has '
+                          f'{len(dataset.CLASSES)} classes')
+    path, content = open_checkpoint(checkpoint)
+    load_weights(model, content['state_dict'], path)
+    trained_on = content['meta'].get('CLASSES')
+    if trained_on is not None and tuple(trained_on) != tuple(dataset.CLASSES):
+        get_logger().warning('%s was trained on other class names than the data set of data.test has', path)
+    return path, model.to(device).eval()
+
+
+def make_sinks(args: argparse.Namespace, beside: Path, dataset: VideoDataset) -> list[Sink]:
+    """What ``--out``, ``--format-only``, ``--show-dir`` and ``--show`` ask for."""
+    sinks: list[Sink] = []
+    out_is_file = args.out and parts_folder(args.out) != Path(args.out)
+    if args.format_only:
+        folder = None if out_is_file else args.out
+        folder = folder or args.eval_options.get('imgfile_prefix') or (args.work_dir or beside) / 'format_results'
+        get_logger().info('palette PNGs go to %s', folder)
+        sinks.append(PalettePNG(folder, dataset))
+    if args.out and (out_is_file or not args.format_only):
+        if out_is_file and get_dist_info()[0] == 0:
+            shutil.rmtree(parts_folder(args.out), ignore_errors=True)  # left by a test that was broken off
+        barrier()
+        sinks.append(VideoFiles(parts_folder(args.out)))
+    if args.show or args.show_dir:
+        sinks.append(Pictures(dataset, args.show_dir, window=args.show, opacity=args.opacity))
+    return sinks
+
+
+def choose_gather(args: argparse.Namespace, device: torch.device) -> Callable[[Any], list[Any]]:
+    """How ranks exchange their parts."""
+    if args.gpu_collect:
+        return gather_on_device(device)
+    return gather_in_folder(args.tmpdir) if args.tmpdir else gather_objects
+
+
+def report(args: argparse.Namespace, outcome: TestOutcome, checkpoint: Path) -> None:
+    """Prints what was measured and left out, and writes it down."""
+    logger = get_logger()
+    if outcome.skipped:
+        logger.warning('%d clips were left out:', len(outcome.skipped))
+        for error in outcome.skipped:
+            logger.warning('  %s', error)
+    if outcome.results is None:
+        return
+    outcome.results.print(per_class=True)
+    path = args.work_dir / 'metrics.json' if args.work_dir else checkpoint.with_suffix('.metrics.json')
+    run_of = {'config': args.config, 'checkpoint': str(checkpoint), 'options': args.options,
+              'frames': outcome.frames, 'skipped': outcome.skipped}
+    write_atomically(path, json.dumps({**outcome.results.as_dict(), 'test': run_of}, indent=1, default=str))
+    if args.work_dir:
+        outcome.results.to_csv(args.work_dir)
+    logger.info('metrics written to %s', path)
+
+
+if __name__ == '__main__':
+    main()
