@@ -60,6 +60,7 @@ def _sum_of_softplus(x: Tensor) -> Tensor:
     the sum of their logarithms is the logarithm of the product: a third of the time of softplus.
     """
     sigmoid = x.abs().sigmoid_()
-    whole = x.shape[1] // _PRODUCT_LENGTH * _PRODUCT_LENGTH
-    logs = sigmoid[:, :whole].unflatten(1, (-1, _PRODUCT_LENGTH)).prod(2).log().sum(1)
+    groups = x.shape[1] // _PRODUCT_LENGTH
+    whole = groups * _PRODUCT_LENGTH
+    logs = sigmoid[:, :whole].unflatten(1, (groups, _PRODUCT_LENGTH)).prod(2).log().sum(1)
     return x.relu().sum(1) - logs - sigmoid[:, whole:].log().sum(1)

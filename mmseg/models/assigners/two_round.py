@@ -24,9 +24,9 @@ Round2Cost = Literal['full', 'mask']
 def assign_two_rounds(cost: np.ndarray, cost2: np.ndarray | None = None) -> tuple[Match, Match]:
     """Solves both rounds for one clip.
 
-    The paper makes the rows of round 1 prohibitively expensive in round 2 (1000 times the largest cost).  Leaving them
-    out has the same solution without depending on the scale of the costs, and with more than Q / 2 targets
-    it matches as many as there are free queries, at the least cost.
+    Round 2 makes the rows of round 1 dearer than any other (1000 times the largest cost), as the paper does, and not
+    shorter: between equally good solutions the solver then chooses as the reference does.  With more than Q / 2
+    targets some of these rows have to be taken; such pairs are dropped, and every free query serves a target.
 
     Args:
         cost: finite ``[Q, n]``, what round 1 minimises.
@@ -36,11 +36,13 @@ def assign_two_rounds(cost: np.ndarray, cost2: np.ndarray | None = None) -> tupl
         The primary match of min(Q, n) pairs and the secondary match of min(Q - primary, n) pairs, on the CPU.
     """
     query, target = linear_sum_assignment(cost)
-    free = np.setdiff1d(np.arange(len(cost)), query, assume_unique=True)
-    row, target2 = linear_sum_assignment((cost if cost2 is None else cost2)[free])
+    cost2 = np.array(cost if cost2 is None else cost2)
+    cost2[query] = 1000 * np.abs(cost2.max(initial=-np.inf)) or 1.0
+    query2, target2 = linear_sum_assignment(cost2)
+    free = ~np.isin(query2, query)
     return (
         Match(torch.from_numpy(query), torch.from_numpy(target)),
-        Match(torch.from_numpy(free[row]), torch.from_numpy(target2)),
+        Match(torch.from_numpy(query2[free]), torch.from_numpy(target2[free])),
     )
 
 
@@ -56,8 +58,8 @@ def replace_non_finite(cost: np.ndarray) -> tuple[np.ndarray, int]:
 class TwoRoundAssigner:
     """Matches the queries of all prediction stages with the targets of a batch of clips.
 
-    The cost is a weighted sum of class probability, mean BCE and dice on random points, the same points for all masks of
-    a clip.  All matrices travel to the host together: one synchronisation a call.
+    The cost is a weighted sum of class probability, mean BCE and dice on random points, shared by all masks of a
+    clip.  All matrices travel to the host together: one synchronisation a call.
 
     Args:
         class_weight: weight of minus the class probability.

@@ -49,7 +49,7 @@ class LossWeights:
 class _MatchTable:
     """Where the matched masks of all stages lie, as tensors on the model's device.
 
-    S stages, the final one first; L levels (clip, then frame); R1 primary and R2 secondary masks of one frame.
+    S stages; L levels (clip, then frame); R1 primary and R2 secondary masks of one frame.
 
     Attributes:
         classes: int64 ``[S, B, Q]``, what each query should predict; K is "no object".
@@ -171,8 +171,7 @@ class THEMaskCriterion(nn.Module):
             return self._losses(output, targets, iteration)
 
     def _losses(self, output: DecoderOutput, targets: list[ClipTarget], iteration: int) -> dict[str, Tensor]:
-        stages = [len(output.clip) - 1, *range(len(output.clip) - 1)]
-        levels = [[level[s] for s in stages] for level in (output.clip, output.frame) if level is not None]
+        levels = [level for level in (output.clip, output.frame) if level is not None]
         warming_up = len(levels) == 1 and (self.warmup_iters is None or iteration < self.warmup_iters)
         target_masks = [target.masks.float() for target in targets]
         matches = self._match(levels, targets, target_masks)
@@ -200,11 +199,13 @@ class THEMaskCriterion(nn.Module):
                 self.weights.dice_weight_unmatched * self.round_weight[1],
             )
 
-        level_names = (('', 1.0), ('_aux', self.aux_weight))[: len(levels)]
+        earlier = range(len(output.clip) - 1)
+        stage_names = [(len(earlier), ''), *((stage, f'_{stage}') for stage in earlier)]
+        level_names = [('', 1.0), ('_aux', self.aux_weight)][: len(levels)]
         return {
-            f'{name}{"" if row == 0 else f"_{stage}"}{suffix}': value[row, level] * (weight * level_weight)
+            f'{name}{stage_suffix}{suffix}': value[stage, level] * (weight * level_weight)
             for level, (suffix, level_weight) in enumerate(level_names)
-            for row, stage in enumerate(stages)
+            for stage, stage_suffix in stage_names
             for name, (value, weight) in values.items()
         }
 
@@ -255,8 +256,8 @@ class THEMaskCriterion(nn.Module):
         wanted = torch.cat([target.classes for target in targets])[pair_table[:, 1]]
         classes = wanted.new_full((len(matches), batch * queries), self.num_classes)
         classes.scatter_(1, pair_table[:, 0], wanted)
-        num_primary = sum(len(primary.query) for primary, _ in matches[0])
-        self._remember(levels[0][0].logits, pair_table[0, 0], wanted[0], num_primary)
+        num_primary = sum(len(primary.query) for primary, _ in matches[-1])
+        self._remember(levels[0][-1].logits, pair_table[-1, 0], wanted[-1], num_primary)
         return _MatchTable(
             classes.unflatten(1, (batch, queries)), row_table[:, :, 0], row_table[:, :, 1], num_primary * frames
         )

@@ -55,9 +55,9 @@ def self_labelled_losses(logits: Tensor, counts: Tensor, area: Tensor) -> tuple[
     """BCE and dice, on every pixel of the label, of masks that learn only where they already agree with their target.
 
     The loss is defined on logits resized (nearest) to the label size, with label = target AND sigmoid > 0.5.  Nearest
-    resizing repeats a logit over the pixels of its cell, and so the label is the target where the cell's sigmoid is
-    above 0.5 and zero elsewhere; a sum over pixels is therefore a sum over cells weighted with the number of (target) pixels,
-    exactly, at 1/16 of the work for masks at stride 4.
+    resizing repeats a logit over the pixels of its cell, so the label is the target where the sigmoid of the cell is
+    above 0.5, and zero elsewhere; a sum over pixels is therefore a sum over cells weighted with the number of
+    (target) pixels, exactly, at 1/16 of the work for masks at stride 4.
 
     Args:
         logits: float ``[..., h, w]``.

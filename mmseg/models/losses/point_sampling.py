@@ -1,8 +1,8 @@
 """Random points on masks: where matching and mask losses look.
 
-A mask loss on a few thousand points costs a fraction of one on every pixel and trains as well when most points lie
-where the mask is undecided (PointRend, arXiv 1912.08193; used so by Mask2Former, arXiv 2112.01527).  Points are (x, y) in
-[0, 1), relative to the size of the map, so the same points address a stride-4 prediction and a full-size label.
+A mask loss on a few thousand points costs a fraction of one on every pixel, and trains as well when most of the points
+lie where the mask is undecided (PointRend, arXiv 1912.08193; used so by Mask2Former, arXiv 2112.01527).  Points are
+(x, y) in [0, 1), relative to the size of the map: the same points address a stride-4 prediction and a full-size label.
 """
 
 from __future__ import annotations
