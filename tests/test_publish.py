@@ -1,0 +1,55 @@
+"""A published model: weights only, named by their hash, with a card that says what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from mmseg.apis.convert import read_weights
+from mmseg.apis.publish import publish_model
+from mmseg.utils.errors import CheckpointError
+from tests.tool_process import run_tool
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    state = {name: torch.rand(3, 4) for name in ('backbone.w', 'decode_head.predictor.w', 'decode_head.criterion.w')}
+    path = tmp_path / 'latest.pth'
+    torch.save({'meta': {'iter': 1200, 'CLASSES': ['wall', 'sky'], 'time': 'now'}, 'state_dict': state,
+                'optimizer': {'state': {0: torch.rand(1000)}}}, path)
+    return path
+
+
+def test_weights_only_and_the_same_name_for_the_same_weights(checkpoint, tmp_path):
+    first = publish_model(checkpoint, tmp_path / 'out' / 'model.pth')
+    again = publish_model(checkpoint, tmp_path / 'again' / 'other.pth')
+    assert first.sha256 == again.sha256 == hashlib.sha256(first.weights.read_bytes()).hexdigest()
+    assert first.weights.name == f'model-{first.sha256[:8]}.pth' and first.card.name == f'model-{first.sha256[:8]}.md'
+    assert sorted(p.name for p in first.weights.parent.iterdir()) == sorted([first.weights.name, first.card.name])
+    content = torch.load(first.weights, weights_only=True)
+    assert set(content) == {'meta', 'state_dict'} and set(content['meta']) == {'iter', 'CLASSES'}
+    state, _ = read_weights(checkpoint)
+    assert all(torch.equal(content['state_dict'][name], value) for name, value in state.items())
+    with pytest.raises(CheckpointError, match='does not exist'):
+        publish_model(tmp_path / 'none.pth', tmp_path / 'x.pth')
+
+
+def test_tool_and_card(checkpoint, tmp_path):
+    metrics = tmp_path / 'metrics.json'
+    metrics.write_text(json.dumps({'mIoU': 0.4321, 'VC8': 0.9, 'VC16': None}))
+    done = run_tool('publish_model', checkpoint, tmp_path / 'm.pth', '--config', 'local_configs/themask/mini_video.py',
+                    '--metrics', metrics, '--data', 'mini val')
+    assert done.returncode == 0, done.stderr
+    (card,) = tmp_path.glob('m-*.md')
+    text = card.read_text()
+    for part in ('| mIoU | 43.21 |', '| VC8 | 90.00 |', '## Results on mini val', '2: wall, sky', '1,200',
+                 "type='EncoderDecoder_clips'", card.with_suffix('.pth').name, 'segment_video'):
+        assert part in text, part
+    assert 'VC16' not in text.split('## Config')[0]
+    done = run_tool('publish_model', tmp_path / 'none.pth', tmp_path / 'm.pth')
+    assert done.returncode == 1 and 'does not exist' in done.stderr and 'Traceback' not in done.stderr
+    done = run_tool('publish_model', '--help')
+    assert done.returncode == 0 and 'examples:' in done.stdout

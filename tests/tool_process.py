@@ -1,0 +1,22 @@
+"""Runs a tool as a user does: a process of its own in the repository's root."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment():
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+
+
+def command(tool, *args):
+    return [sys.executable, f'tools/{tool}.py', *map(str, args)]
+
+
+def run_tool(tool, *args):
+    return subprocess.run(command(tool, *args), capture_output=True, text=True, cwd=ROOT, env=environment())

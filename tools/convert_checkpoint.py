@@ -1,0 +1,87 @@
+"""Converts checkpoints between this project, the 2023 reference, SegFormer, Hugging Face and Mask2Former.
+
+The format of SOURCE is recognised from its names.  Every tensor is accounted for in the printed report; nothing is
+written while a name stays unexplained (leave names out with --drop).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mmseg.apis.convert import SOURCES, TARGETS, convert_state_dict, read_weights, write_weights
+from mmseg.models import build_segmentor
+from mmseg.utils.config import load_config
+from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.files import write_atomically
+
+EXAMPLES = r"""examples:
+  # a checkpoint of the reference into ours, checked against a config; and back again
+  python tools/convert_checkpoint.py reference.pth ours.pth --config local_configs/themask/video_themask_mit_b1.py
+  python tools/convert_checkpoint.py ours.pth reference.pth --to reference
+
+  # ImageNet weights of MiT, from SegFormer or from Hugging Face, for model.pretrained=pretrained/mit_b1.pth
+  python tools/convert_checkpoint.py model.safetensors pretrained/mit_b1.pth --to mit
+
+  # Mask2Former's pixel decoder and mask decoder as a start for stage 1
+  python tools/convert_checkpoint.py model_final_54b88a.pkl m2f.pth --config local_configs/themask/1f_themask_mit_b1.py
+  ./tools/dist_train.sh local_configs/themask/1f_themask_mit_b1.py 1 --work-dir DIR --load-from m2f.pth
+
+  # another container
+  python tools/convert_checkpoint.py ours.pth ours.safetensors
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', type=Path, help='.pth, .safetensors, or a .pkl of detectron2')
+    parser.add_argument('out', type=Path, help='.pth or .safetensors')
+    parser.add_argument('--from', dest='source_format', choices=('auto', *SOURCES), default='auto')
+    parser.add_argument('--to', dest='target_format', choices=TARGETS, default='themask')
+    parser.add_argument('--config', help='check names and shapes against the model of this config')
+    parser.add_argument('--drop', nargs='+', default=[], metavar='PATTERN', help='names to leave out (* and ?)')
+    parser.add_argument('--strict', action='store_true', help='fail where a tensor is missing or has another shape')
+    parser.add_argument('--json', type=Path, help='write the whole report, name by name')
+    return parser.parse_args()
+
+
+def expected_shapes(config: str) -> dict[str, list[int]]:
+    """Name -> shape of the model of a config file; no memory is taken for it."""
+    cfg = load_config(config, {'model.pretrained': None})
+    with torch.device('meta'):
+        model = build_segmentor(cfg.model)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def main() -> int:
+    """Converts one file; returns the exit status."""
+    args = parse_args()
+    try:
+        state, meta = read_weights(args.source)
+        expected = expected_shapes(args.config) if args.config else None
+        converted, report = convert_state_dict(state, args.source_format, args.target_format, expected, args.drop)
+        print(report)
+        if args.json:
+            write_atomically(args.json, json.dumps(report.as_dict(), indent=1))
+        if report.unknown:
+            raise CheckpointError(f'{len(report.unknown)} names are unexplained; nothing is written (see --drop)')
+        if args.strict and (report.missing or report.mismatched):
+            raise CheckpointError('--strict: not every tensor of the model is given; nothing is written')
+        if not converted:
+            raise CheckpointError('no tensor is left; nothing is written')
+        write_weights(args.out, converted, meta)
+    except (CheckpointError, ConfigError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    print(f'wrote {args.out}: {len(converted)} tensors, {sum(t.numel() for t in converted.values()):,} numbers')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

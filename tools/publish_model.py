@@ -1,0 +1,50 @@
+"""Publishes a trained model: the weights alone, eight digits of their SHA-256 in the file name, and a model card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mmseg.apis.publish import publish_model
+from mmseg.utils.errors import CheckpointError, ConfigError
+
+EXAMPLES = r"""examples:
+  # work_dirs/video_b1/latest.pth -> models/video_themask_mit_b1-1a2b3c4d.pth and .md
+  python tools/publish_model.py work_dirs/video_b1/latest.pth models/video_themask_mit_b1.pth \
+      --config local_configs/themask/video_themask_mit_b1.py
+
+  # with the scores that tools/test.py wrote, as safetensors
+  python tools/publish_model.py work_dirs/video_b1/latest.pth models/video_b1.safetensors \
+      --metrics work_dirs/video_b1/test/metrics.json --data 'VSPW val'
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoint', type=Path, help='checkpoint of training')
+    parser.add_argument('out', type=Path, help='folder/name.pth or .safetensors; the hash is added to the name')
+    parser.add_argument('--config', help='config file of the model, for the card')
+    parser.add_argument('--metrics', type=Path, help='JSON file of tools/test.py, for the card')
+    parser.add_argument('--data', help='data set and split of the metrics, for the card')
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Publishes one model; returns the exit status."""
+    args = parse_args()
+    try:
+        metrics = json.loads(args.metrics.read_text()) if args.metrics else None
+        published = publish_model(args.checkpoint, args.out, args.config, metrics, args.data)
+    except (CheckpointError, ConfigError, OSError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    print(f'weights: {published.weights}\ncard:    {published.card}\nsha256:  {published.sha256}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
