@@ -6,9 +6,7 @@ as tokens, convolutions as a channels-last view, and nothing is copied between t
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmseg.models.init import init_transformer_
-from mmseg.registry import BACKBONES, retired
+from mmseg.registry import BACKBONES, register_variant, retired
 
 _NORM_EPS = 1e-6  # blocks and stage ends; patch embedding and spatial reduction keep torch's default
 
@@ -125,6 +123,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+@retired(style=('pytorch',))
 class MixTransformer(nn.Module):
     """MiT of any size; ``mit_b0`` to ``mit_b5`` are the table :data:`VARIANTS`.
 
@@ -206,17 +205,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _variant(name: str) -> Callable[..., MixTransformer]:
-    """The registered function of one row of :data:`VARIANTS`; its signature shows the row's values as defaults."""
-    row = VARIANTS[name]
-
-    def build(**overrides: Any) -> MixTransformer:
-        return MixTransformer(**{**row, **overrides})
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f'MiT-{name[4:].upper()}: :class:`MixTransformer` with the row ``{name}``; any argument may be set.'
-    build.__signature__ = inspect.signature(partial(MixTransformer, **row))  # type: ignore[attr-defined]
-    return BACKBONES.register_module(module=retired(style=('pytorch',))(build))
-
-
-mit_b0, mit_b1, mit_b2, mit_b3, mit_b4, mit_b5 = map(_variant, VARIANTS)
+mit_b0, mit_b1, mit_b2, mit_b3, mit_b4, mit_b5 = (
+    register_variant(BACKBONES, name, MixTransformer, **row) for name, row in VARIANTS.items()
+)
