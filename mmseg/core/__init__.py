@@ -13,7 +13,7 @@ from .hooks import CheckpointHook, EMAHook, EvalHook, Hook, JsonLoggerHook, Tens
 from .lr_schedule import LrSchedule
 from .optimizer import build_optimizer
 from .precision import Precision
-from .runner import IterBasedRunner, NonFiniteLossError, UpdateConfig
+from .runner import IterBasedRunner, NonFiniteLossError, OtherRankError, UpdateConfig
 
 __all__ = [
     'CheckpointHook',
@@ -26,6 +26,7 @@ __all__ = [
     'JsonLoggerHook',
     'LrSchedule',
     'NonFiniteLossError',
+    'OtherRankError',
     'Precision',
     'TensorboardLoggerHook',
     'TextLoggerHook',

@@ -36,6 +36,10 @@ class NonFiniteLossError(RuntimeError):
     """A loss or the gradient became NaN or infinite."""
 
 
+class OtherRankError(RuntimeError):
+    """The run ends because of an error of another rank, which has told it."""
+
+
 @dataclass
 class UpdateConfig:
     """How a gradient becomes an update: ``optimizer_config`` and ``nan_loss`` of a config.
@@ -130,6 +134,8 @@ class IterBasedRunner:
             self.precision = Precision(self.device, 'float32')
         self.resumable = True  # False inside a group of accumulated gradients
         self.iters_done = 0  # iterations whose work is in the weights
+        self.samples_done = 0  # clips that all ranks together have drawn for them: the place in the data
+        self._samples = 0
         self.seconds_per_iter = 0.0
         self._hooks: list[tuple[int, Hook]] = []
         self._signal = 0
@@ -185,7 +191,7 @@ class IterBasedRunner:
                 event = largest(_DATA_FAILED if error else self._signal if self.resumable else 0)
                 if event == _DATA_FAILED:
                     self._rescue()
-                    raise error or DataError('another rank met bad data; its message says which')
+                    raise error or OtherRankError('another rank met bad data; its message says which')
                 if event:
                     self._stop(event)
                     break
@@ -225,8 +231,9 @@ class IterBasedRunner:
         if updates:
             self._step()
         self.resumable = updates
+        self._samples += len(batch['img']) * self.world_size
         if updates:
-            self.iters_done = self.iter + 1
+            self.iters_done, self.samples_done = self.iter + 1, self._samples
         seconds = time.perf_counter() - start
         self.log_buffer |= {'time': seconds, 'data_time': data_time}
         weight = 0.02 if self.seconds_per_iter else 1.0
@@ -369,9 +376,9 @@ class IterBasedRunner:
         rng = gather_objects(get_rng_state())
         failure = None
         if self.rank == 0:
-            meta = {'iter': self.iters_done, 'epoch': 0, 'mmseg_version': __version__, 'world_size': self.world_size}
+            place = {'iter': self.iters_done, 'epoch': 0, 'samples': self.samples_done, 'world_size': self.world_size}
             checkpoint: dict[str, Any] = {
-                'meta': {**self.meta, **meta, 'time': time.asctime()},
+                'meta': {**self.meta, **place, 'mmseg_version': __version__, 'time': time.asctime()},
                 'state_dict': {name: value.cpu() for name, value in self.module.state_dict().items()},
             }
             if save_optimizer:
@@ -419,4 +426,5 @@ class IterBasedRunner:
                 *(source, len(states), self.world_size),
             )
         self.iter = self.iters_done = self._saved_at = checkpoint['meta']['iter']
+        self._samples = self.samples_done = checkpoint['meta'].get('samples', 0)
         self.logger.info("resumed '%s' at iteration %d", source, self.iter)

@@ -181,7 +181,8 @@ def _check_component(cfg: Any, registry: Registry, where: str) -> None:
     if not isinstance(cfg, Mapping) or 'type' not in cfg:
         raise ConfigError(f"{where}: expected a dict with a 'type' key for a {registry.name}, got {cfg!r}")
     component = find(registry, cfg['type'], where)
-    _check_arguments(component, {k: v for k, v in cfg.items() if k != 'type'}, where)
+    beside = ('type', 'priority') if registry is HOOKS else ('type',)
+    _check_arguments(component, {k: v for k, v in cfg.items() if k not in beside}, where)
     for key, value in cfg.items():
         if key in _COMPONENT_KEYS and isinstance(value, Mapping):
             _check_component(value, _COMPONENT_KEYS[key], f'{where}.{key}')

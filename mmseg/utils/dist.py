@@ -73,7 +73,7 @@ def _export_rank_variables(launcher: str) -> int:
     for name, source in _RANK_VARIABLES[launcher].items():
         if source not in os.environ:
             raise ConfigError(
-                f"--launcher {launcher}: the environment variable {source} is missing; start with tools/dist_train.sh "
+                f'--launcher {launcher}: the environment variable {source} is missing; start with tools/dist_train.sh '
                 f'(pytorch), tools/slurm_train.sh (slurm) or mpirun (mpi), or use --launcher none'
             )
         os.environ[name] = os.environ[source]

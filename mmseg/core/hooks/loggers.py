@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -122,7 +123,8 @@ class JsonLoggerHook(LoggerHook):
 
     def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
         """Appends the line."""
-        self._append(runner, {'mode': mode, 'iter': iteration, **record})
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._append(runner, {'mode': mode, 'iter': iteration, **numbers})
 
     def _append(self, runner: IterBasedRunner, record: dict[str, Any]) -> None:
         if runner.rank or self.path is None:

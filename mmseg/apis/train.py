@@ -1,0 +1,305 @@
+"""Training from a config: data, model, optimizer, hooks, start weights, and the run."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmseg.apis.test import metrics_for, run_test
+from mmseg.core.checkpoint import checkpoint_files, open_checkpoint, read_checkpoint, remove_leftovers
+from mmseg.core.finetune import FinetuneConfig, freeze, load_for_finetune
+from mmseg.core.hooks import CheckpointHook, EvalHook, JsonLoggerHook
+from mmseg.core.lr_schedule import LrSchedule
+from mmseg.core.optimizer import build_optimizer
+from mmseg.core.precision import Precision
+from mmseg.core.runner import IterBasedRunner, UpdateConfig
+from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
+from mmseg.models import build_segmentor
+from mmseg.registry import HOOKS, build, check_arguments
+from mmseg.utils.dist import barrier, broadcast_object, get_dist_info
+from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.logger import get_logger, setup_logger
+from mmseg.utils.seed import draw_seed, set_random_seed
+from mmseg.version import __version__
+
+_PRIORITY = 'priority'
+
+
+def train_segmentor(cfg: Config, device: torch.device | None = None, validate: bool = True) -> IterBasedRunner:
+    """Trains as ``cfg`` says and returns the finished runner.
+
+    Every rank of a distributed training calls it.  The work dir receives the final config, a text log, a log of JSON
+    lines and the checkpoints.
+
+    Args:
+        cfg: from :func:`mmseg.utils.config.load_config`, with ``work_dir``.  Where weights come from: ``resume_from``
+            (file, work dir, or ``auto`` for the work dir itself where it holds a checkpoint) goes before
+            ``finetune_from``, ``load_from`` and ``model.pretrained``.
+        device: where to train; None chooses the CPU.
+        validate: whether to evaluate as ``cfg.evaluation`` says.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        CheckpointError: a checkpoint cannot be read, does not fit, or cannot be written.
+        DataError: a file of the data set is bad.
+        NonFiniteLossError: a loss became NaN.
+    """
+    device = device or torch.device('cpu')
+    rank, world_size = get_dist_info()
+    _check_plan(cfg)
+    work_dir = Path(cfg.work_dir)
+    timestamp = broadcast_object(time.strftime('%Y%m%d_%H%M%S'))
+    _prepare_work_dir(cfg, work_dir, timestamp)
+    logger = get_logger()
+
+    resumed = _resumed_checkpoint(cfg, work_dir)
+    seed = _choose_seed(cfg, resumed[1] if resumed else None)
+    set_random_seed(seed + rank, cfg.get('deterministic', False))
+    if not cfg.get('deterministic', False):
+        torch.backends.cudnn.benchmark = cfg.get('cudnn_benchmark', False)
+
+    dataset = build_dataset(cfg.data.train, where='data.train')
+    model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))
+    finetune = _initialise(model, cfg, resumed[1] if resumed else None)
+    model.to(device)
+
+    precision = Precision(device, **check_arguments(Precision, cfg.fp16, 'fp16')) if cfg.get('fp16') else None
+    runner = IterBasedRunner(
+        model=_distribute(model, device, cfg.get('find_unused_parameters', False)),
+        optimizer=build_optimizer(model, cfg.optimizer),
+        schedule=LrSchedule(**{'max_iters': cfg.runner.max_iters, **cfg.lr_config}),
+        max_iters=cfg.runner.max_iters,
+        work_dir=work_dir,
+        update=UpdateConfig.from_config(cfg.get('optimizer_config'), cfg.get('nan_loss', 'stop')),
+        precision=precision,
+        device=device,
+        frozen_eval=bool(finetune and finetune['frozen_eval']),
+        meta={
+            'config': cfg.pretty_text,
+            'exp_name': Path(cfg.filename).stem if cfg.filename else None,
+            'mmseg_version': __version__,
+            'seed': seed,
+            'finetune': finetune,
+            'CLASSES': list(dataset.CLASSES),
+            'PALETTE': [list(map(int, colour)) for colour in dataset.PALETTE],
+        },
+        timestamp=timestamp,
+    )
+    _register_hooks(runner, cfg)
+    if validate:
+        _register_evaluation(runner, cfg)
+    if resumed:
+        runner.resume(resumed[1], resumed[0])
+        resumed[1].clear()
+
+    data = {k: v for k, v in cfg.data.items() if k in ('samples_per_gpu', 'workers_per_gpu', 'pin_memory')}
+    data.setdefault('pin_memory', device.type == 'cuda')
+    loader = build_train_loader(
+        dataset, **data, seed=seed, rank=rank, world_size=world_size, start=runner.samples_done // world_size
+    )
+    _describe(runner, cfg, len(dataset))
+    try:
+        runner.run(loader)
+    finally:
+        loader.close()
+    if runner.skipped:
+        listed = ''.join(f'\n  {clip}' for clip in dict.fromkeys(runner.skipped))
+        logger.warning('%d bad clips were skipped:%s', len(runner.skipped), listed)
+    if rank == 0 and (files := checkpoint_files(cfg.checkpoint_config.get('out_dir') or work_dir)):
+        logger.info('checkpoint: %s', files[0])
+    return runner
+
+
+def _check_plan(cfg: Config) -> None:
+    """Refuses what the schema of mmcv 1.x allows and this loop does not do."""
+    for key in ('data', 'model', 'optimizer', 'lr_config', 'runner', 'checkpoint_config'):
+        if not cfg.get(key):
+            raise ConfigError(f'{key}: missing in the config')
+    if cfg.runner.get('type', 'IterBasedRunner') != 'IterBasedRunner':
+        raise ConfigError(f"runner.type: only 'IterBasedRunner' (training counts iterations), got '{cfg.runner.type}'")
+    if cfg.runner.get('max_iters', 0) < 1:
+        raise ConfigError(f'runner.max_iters: expected at least 1, got {cfg.runner.get("max_iters")}')
+    workflow = [tuple(step) for step in cfg.get('workflow', [('train', 1)])]
+    if workflow != [('train', 1)]:
+        raise ConfigError(f"workflow: only [('train', 1)], got {workflow}; the evaluation section evaluates")
+    for key in ('checkpoint_config', 'evaluation'):
+        if cfg.get(key, {}).get('by_epoch', False):
+            raise ConfigError(f'{key}.by_epoch: training counts iterations; set it to False')
+
+
+def _prepare_work_dir(cfg: Config, work_dir: Path, timestamp: str) -> None:
+    """Makes the folder; writes the final config; starts the log."""
+    rank, _ = get_dist_info()
+    failure = None
+    if rank == 0:
+        try:
+            work_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(work_dir)
+            cfg.dump(work_dir / (Path(cfg.filename).name if cfg.filename else 'config.py'))
+        except OSError as error:
+            failure = f"--work-dir: cannot write to '{work_dir}': {error}"
+    failure = broadcast_object(failure)
+    if failure:
+        raise ConfigError(failure)
+    logger = setup_logger(work_dir / f'{timestamp}.log', cfg.get('log_level', 'INFO'))
+    logger.info('config:\n%s', cfg.pretty_text)
+    barrier()
+
+
+def _resumed_checkpoint(cfg: Config, work_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Path and content of the checkpoint to go on from, if any; the same one on every rank."""
+    source = cfg.get('resume_from')
+    if source == 'auto':
+        source = work_dir if checkpoint_files(work_dir) else None
+    if source is None:
+        stale = checkpoint_files(work_dir)
+        if stale:
+            get_logger().warning(
+                "'%s' holds checkpoints of an earlier run (%s); this run starts anew beside them. To go on from them: "
+                '--resume-from auto',
+                *(work_dir, stale[0].name),
+            )
+        return None
+    return _open_on_all_ranks(source)
+
+
+def _open_on_all_ranks(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Rank 0 chooses the file, so that all ranks read the same one."""
+    rank, _ = get_dist_info()
+    path, content, failure = Path(source), None, None
+    if rank == 0:
+        try:
+            path, content = open_checkpoint(source)
+        except CheckpointError as error:
+            failure = str(error)
+    path, failure = broadcast_object((path, failure))
+    if failure:
+        raise CheckpointError(failure)
+    return path, content if content is not None else read_checkpoint(path)
+
+
+def _choose_seed(cfg: Config, resumed: Mapping[str, Any] | None) -> int:
+    """The config's seed; else that of the resumed run, whose order of the data goes on; else a new one."""
+    former = resumed['meta'].get('seed') if resumed else None
+    seed = cfg.get('seed')
+    if seed is None:
+        seed = draw_seed() if former is None else former
+    elif former is not None and former != seed:
+        get_logger().warning('seed %s differs from %s of the resumed run: the data come in another order', seed, former)
+    get_logger().info('seed: %d', seed)
+    return seed
+
+
+def _initialise(model: nn.Module, cfg: Config, resumed: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Gives the model its start weights and freezes parts; returns what was frozen, for the checkpoints' ``meta``."""
+    logger = get_logger()
+    finetune_from, load_from = cfg.get('finetune_from'), cfg.get('load_from')
+    config = FinetuneConfig.from_dict(cfg.get('finetune'))
+    if resumed is not None:
+        former = resumed['meta'].get('finetune')
+        if finetune_from and not former:
+            raise ConfigError('--finetune-from: the resumed run trained all parts; give one of the two options')
+        if former:
+            frozen, _ = freeze(model, former['train'])
+            logger.info('resumed fine-tuning: %d parameters stay frozen', len(frozen))
+        return former
+    if finetune_from:
+        if any('backbone' in pattern for pattern in config.fresh):
+            model.init_weights()  # type: ignore[operator]
+        path, checkpoint = _open_on_all_ranks(finetune_from)
+        report = load_for_finetune(model, checkpoint['state_dict'], config)
+        logger.info('fine-tuning from %s\n  %s', path, '\n  '.join(report.lines()))
+        return {'train': list(config.train), 'frozen_eval': config.frozen_eval}
+    if load_from:
+        path, checkpoint = _open_on_all_ranks(load_from)
+        report = load_for_finetune(model, checkpoint['state_dict'], FinetuneConfig(train=('',)))
+        logger.info('weights from %s\n  %s', path, '\n  '.join(report.lines()))
+        lost = [name for name in (*report.missing, *report.mismatched) if name.startswith('backbone.')]
+        if lost:
+            raise CheckpointError(f"'{path}' is of another backbone: {len(lost)} tensors do not fit, such as {lost[0]}")
+        return None
+    model.init_weights()  # type: ignore[operator]
+    return None
+
+
+def _distribute(model: nn.Module, device: torch.device, find_unused_parameters: bool) -> nn.Module:
+    """Wraps the model for several ranks; rank 0's weights go to all."""
+    if get_dist_info()[1] == 1:
+        return model
+    if find_unused_parameters:
+        get_logger().warning(
+            'find_unused_parameters=True is honoured but costs time: every trainable parameter here gets a gradient'
+        )
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == 'cuda' else None,
+        broadcast_buffers=False,
+        find_unused_parameters=find_unused_parameters,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _register_hooks(runner: IterBasedRunner, cfg: Config) -> None:
+    saving = {key: value for key, value in cfg.checkpoint_config.items() if key not in ('meta', 'by_epoch')}
+    runner.meta.update(cfg.checkpoint_config.get('meta') or {})
+    saving = check_arguments(CheckpointHook, saving, 'checkpoint_config')
+    if 'interval' not in saving:
+        raise ConfigError('checkpoint_config.interval: missing')
+    runner.register_hook(CheckpointHook(**saving), where='checkpoint_config')
+    logs = cfg.get('log_config') or {}
+    interval = {'interval': logs.get('interval', 50)}
+    for i, entry in enumerate(logs.get('hooks', ())):
+        where = f'log_config.hooks[{i}]'
+        runner.register_hook(build(HOOKS, entry, where, **interval), where=where)
+    if not any(isinstance(hook, JsonLoggerHook) for hook in runner.hooks):
+        runner.register_hook(JsonLoggerHook(**interval))
+    for i, entry in enumerate(cfg.get('custom_hooks') or ()):
+        where = f'custom_hooks[{i}]'
+        if not isinstance(entry, Mapping):
+            runner.register_hook(entry, where=where)
+            continue
+        hook = build(HOOKS, {key: value for key, value in entry.items() if key != _PRIORITY}, where)
+        runner.register_hook(hook, entry.get(_PRIORITY), where)
+
+
+def _register_evaluation(runner: IterBasedRunner, cfg: Config) -> None:
+    section = dict(cfg.get('evaluation') or {})
+    options = {key: section[key] for key in ('interval', 'start', 'save_best', 'rule') if key in section}
+    never = options.get('interval', 1) > runner.max_iters and options.get('start') is None
+    if not section or never:
+        runner.logger.info('no evaluation during training (evaluation.interval is beyond runner.max_iters)')
+        return
+    dataset = build_dataset(cfg.data.val, where='data.val')
+    loader = build_test_loader(dataset, cfg.data.get('workers_per_gpu', 0), runner.rank, runner.world_size)
+    names = section.get('metric', ())
+    metrics_for(dataset, names)  # names a wrong metric now, not at the first evaluation
+    assert runner.precision is not None
+    autocast = runner.precision.autocast
+
+    def evaluate(model: nn.Module) -> Mapping[str, float]:
+        return run_test(
+            model, dataset, loader, device=runner.device, metrics=metrics_for(dataset, names), autocast=autocast
+        )
+
+    runner.register_hook(EvalHook(evaluate, **options), where='evaluation')
+
+
+def _describe(runner: IterBasedRunner, cfg: Config, items: int) -> None:
+    parameters = list(runner.module.parameters())
+    runner.logger.info(
+        'mmseg %s, Python %s, torch %s, %s, %d processes with %d threads; %d of %d parameters are trained; %d items, '
+        'batch %d a process; iterations %d to %d; work dir %s',
+        *(__version__, platform.python_version(), torch.__version__),
+        torch.cuda.get_device_name(runner.device) if runner.device.type == 'cuda' else 'CPU',
+        *(runner.world_size, torch.get_num_threads()),
+        *(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)),
+        *(items, cfg.data.samples_per_gpu, runner.iter + 1, runner.max_iters, runner.work_dir),
+    )

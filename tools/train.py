@@ -1,0 +1,127 @@
+"""Train a model: ``python tools/train.py CONFIG``, or ``tools/dist_train.sh CONFIG GPUS`` for several processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmengine.config import DictAction
+
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+
+EPILOG = """examples:
+  python tools/train.py local_configs/themask/mini_1f.py --work-dir work_dirs/mini
+  tools/dist_train.sh local_configs/themask/video_themask_mit_b5.py 4 --work-dir DIR2 --finetune-from DIR \\
+      --options model.decode_head.transformer_decoder_cfg.num_frames=2 data.train.dataset.dilation="[-3]"
+  python tools/train.py CONFIG --work-dir DIR --resume-from auto
+A SIGINT or SIGTERM ends the training after the current iteration, with a checkpoint (exit status 130 or 143)."""
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description='Train a model', epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<name of the config>)')
+    parser.add_argument('--load-from', help='checkpoint or work dir whose weights the training starts from')
+    parser.add_argument(
+        '--finetune-from',
+        help='checkpoint or work dir to start from by name; trains only parameters with "predictor" in their name '
+        '(config section "finetune" says otherwise)',
+    )
+    parser.add_argument('--resume-from', help='checkpoint or work dir to go on from; "auto": the work dir')
+    parser.add_argument('--no-validate', action='store_true', help='no evaluation during training')
+    devices = parser.add_mutually_exclusive_group()
+    devices.add_argument('--gpus', type=int, help='number of GPUs (without one: of processes) to use on this machine')
+    devices.add_argument('--gpu-ids', type=int, nargs='+', help='GPUs to use on this machine')
+    parser.add_argument('--seed', type=int, help='seed of Python, numpy, torch and the data order')
+    parser.add_argument('--deterministic', action='store_true', help='reproducible algorithms on a GPU, slower')
+    parser.add_argument(
+        '--options', nargs='+', action=DictAction, metavar='K=V', help='change the config, as in runner.max_iters=100'
+    )
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, help='set by old launchers; LOCAL_RANK wins')
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; returns the exit status."""
+    from mmseg.apis.train import train_segmentor
+    from mmseg.utils.config import load_config
+    from mmseg.utils.dist import close_dist, init_dist
+
+    cfg = load_config(args.config, args.options)
+    for key in ('work_dir', 'load_from', 'finetune_from', 'resume_from', 'seed', 'gpu_ids'):
+        if getattr(args, key) is not None:
+            cfg[key] = getattr(args, key)
+    cfg.deterministic = args.deterministic or cfg.get('deterministic', False)
+    cfg.work_dir = cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    if args.local_rank is not None:
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if cfg.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    device = init_dist(args.launcher, cfg.get('dist_params', {}).get('backend'))
+    runner = train_segmentor(cfg, device, validate=not args.no_validate)
+    close_dist()
+    return 0 if runner.stopped_by is None else 128 + runner.stopped_by
+
+
+def start_processes(args: argparse.Namespace) -> None:
+    """Replaces this process by a launcher of several, where ``--gpus`` or ``--gpu-ids`` ask for them."""
+    count = len(args.gpu_ids) if args.gpu_ids else args.gpus or 1
+    if count < 1:
+        raise ConfigError(f'--gpus: expected at least 1, got {count}')
+    if args.launcher != 'none':
+        if args.gpus or args.gpu_ids:
+            raise ConfigError(f'--gpus and --gpu-ids: --launcher {args.launcher} already says how many processes run')
+        return
+    if args.gpu_ids:
+        os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, args.gpu_ids))
+    if count > 1:
+        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
+        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={count}']
+        arguments = _without_devices(sys.argv[1:])
+        os.execv(sys.executable, [sys.executable, *launcher, __file__, *arguments, '--launcher', 'pytorch'])
+
+
+def _without_devices(arguments: list[str]) -> list[str]:
+    """The command line without ``--gpus N`` and ``--gpu-ids N ...``, also in their ``--gpus=N`` form."""
+    kept: list[str] = []
+    dropping = False
+    for word in arguments:
+        if word.split('=')[0] in ('--gpus', '--gpu-ids'):
+            dropping = '=' not in word
+        elif not (dropping and word.isdigit()):
+            dropping = False
+            kept.append(word)
+    return kept
+
+
+def main() -> int:
+    """Runs the command; a user's error is one line, not a traceback."""
+    from mmseg.core.runner import NonFiniteLossError, OtherRankError
+
+    args = parse_args()
+    try:
+        start_processes(args)
+        return run(args)
+    except OtherRankError:
+        return 1
+    except (ConfigError, CheckpointError, NonFiniteLossError) as error:
+        if os.environ.get('RANK', '0') == '0':  # every rank meets it
+            print(f'error: {error}', file=sys.stderr)
+        return 1
+    except DataError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())
