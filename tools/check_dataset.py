@@ -10,9 +10,10 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -36,10 +37,11 @@ def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
     names = args.splits or [name for name in ('train', 'val', 'test') if (args.target / f'{name}.txt').exists()]
     if not names:
         raise DataError(f'{args.target}: neither a config file nor a folder with train.txt, val.txt or test.txt')
-    described: dict[str, Any] = dict(type=args.type, data_root=str(args.target))
-    if args.min_frames > 1:
-        described['dilation'] = [1 - args.min_frames]
-    return [split for name in names for split in SplitToCheck.from_config({**described, 'split': name}, '--type')]
+    described = dict(type=args.type, data_root=str(args.target))
+    return [
+        replace(split, frames_needed=args.min_frames)
+        for name in names for split in SplitToCheck.from_config({**described, 'split': name}, '--type')
+    ]
 
 
 def _set_total(bar: Progress, task: TaskID, total: int) -> None:
@@ -69,7 +71,7 @@ def show(report: Report, console: Console) -> None:
         f'{len(report.problems)} problems{f" ({kinds})" if kinds else ""}', highlight=False, soft_wrap=True)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,7 +81,7 @@ def main() -> int:
     parser.add_argument('--min-frames', type=int, default=1, help='for a folder: frames that a video must have')
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='threads')
     parser.add_argument('--json', type=Path, help='write the report to this file too')
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     console = Console()
     reports = []
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.progress import Progress
@@ -11,13 +12,13 @@ from rich.progress import Progress
 from mmseg.datasets.mini_vspw import SPLITS, write_mini_vspw
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the tool."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('root', nargs='?', type=Path, default=Path('data/mini_vspw'), help='folder to write to')
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same files')
     parser.add_argument('--overwrite', action='store_true', help='write although the folder holds a data set')
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if (args.root / 'train.txt').exists() and not args.overwrite:
         sys.exit(f'{args.root} holds a data set already; give another folder or --overwrite')
     with Progress(transient=True) as bar:
