@@ -70,9 +70,14 @@ class EncoderDecoder(nn.Module):
         train_cfg: accepted empty, as in mmsegmentation.
         test_cfg: fields of :class:`InferenceConfig`.
 
+    Attributes:
+        cfg: the whole config, where :func:`mmseg.apis.init_segmentor` made the model.
+
     Raises:
         ConfigError: parts, or arguments of parts, that do not exist or do not fit.
     """
+
+    cfg: Any = None
 
     def __init__(
         self,
