@@ -17,7 +17,19 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import Registry
 
-from mmseg.registry import BACKBONES, DATASETS, HEADS, HOOKS, PIPELINES, SEGMENTORS, arguments_of, find, nearest
+from mmseg.registry import (
+    BACKBONES,
+    DATASETS,
+    HEADS,
+    HOOKS,
+    PIPELINES,
+    PIXEL_DECODERS,
+    SEGMENTORS,
+    TRANSFORMER_DECODERS,
+    arguments_of,
+    find,
+    nearest,
+)
 from mmseg.registry import check_arguments as _check_arguments
 from mmseg.utils.errors import ConfigError
 
@@ -101,7 +113,13 @@ SECTIONS: dict[str, Any] = {
 }
 """What each section of a config may hold: a type, a dict of keys, a registry (a component stands there), or ``ANY``."""
 
-_COMPONENT_KEYS = {'backbone': BACKBONES, 'decode_head': HEADS, 'dataset': DATASETS}
+_COMPONENT_KEYS = {
+    'backbone': BACKBONES,
+    'decode_head': HEADS,
+    'pixel_decoder_cfg': PIXEL_DECODERS,
+    'transformer_decoder_cfg': TRANSFORMER_DECODERS,
+    'dataset': DATASETS,
+}
 _PIPELINE_KEYS = ('pipeline', 'transforms')
 
 logger = logging.getLogger('mmseg')
@@ -195,7 +213,7 @@ def _check_component(cfg: Any, registry: Registry, where: str) -> None:
 
 def _check_override(cfg: Config, dotted: str) -> None:
     """An override must meet an existing key, or one that its place knows."""
-    place: Any = cfg
+    place: Any = dict(cfg.items())
     schema: Any = SECTIONS
     walked = ''
     for part in dotted.split('.'):

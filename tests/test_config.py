@@ -1,0 +1,138 @@
+"""Config files: the schema of the reference is accepted, and no wrong key passes in silence."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from mmseg.utils.config import check_config, load_config
+from mmseg.utils.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
+VIDEO_B1 = CONFIGS / 'video_themask_mit_b1.py'
+
+
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda p: p.stem)
+def test_every_config_is_valid(path):
+    load_config(path)
+
+
+@pytest.mark.parametrize('name', ['1f_themask_mit_b1', 'video_themask_mit_b1'])
+def test_reference_schema_is_accepted(reference, tmp_path, name):
+    values = reference('config_values.json')[name]
+    path = tmp_path / 'reference_config.py'
+    path.write_text('\n'.join(f'{key} = {value!r}' for key, value in values.items()))
+    cfg = load_config(path)
+    assert cfg.model.decode_head.loss_cfg.train_num_points == 12544
+
+
+@pytest.mark.parametrize('name', ['1f_themask_mit_b1', 'video_themask_mit_b1'])
+def test_ours_has_the_values_of_the_reference(reference, name):
+    """Keys that both have are equal; a key we lack is retired or derived, and one of a fixed list."""
+    ours = load_config(CONFIGS / f'{name}.py')
+    left_out = set()
+
+    def compare(mine, theirs, where):
+        if isinstance(theirs, dict):
+            for key, value in theirs.items():
+                if key not in mine:
+                    left_out.add(key)
+                elif key not in ('type', 'pretrained'):
+                    compare(mine[key], value, f'{where}.{key}')
+        elif isinstance(theirs, list):
+            assert len(mine) == len(theirs), where
+            for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+                compare(a, b, f'{where}[{i}]')
+        else:
+            assert mine == theirs, where
+
+    reference_values = reference('config_values.json')[name]
+    for section in ('data', 'model', 'optimizer', 'optimizer_config', 'lr_config', 'runner', 'checkpoint_config'):
+        compare(ours[section], reference_values[section], section)
+    retired = {
+        'style', 'img_dir', 'ann_dir', 'process_clips', 'meta_keys', 'input_shape', 'in_index', 'in_features',
+        'loss_weight', 'ignore_value', 'deep_supervision', 'dec_layers', 'norm', 'transformer_in_features',
+        'common_stride', 'CONVS_DIM', 'MASK_DIM', 'transformer_in_feature', 'pre_norm', 'enforce_input_project',
+        'num_classes', 'warmup_iters',
+    }  # fmt: skip
+    assert left_out <= retired, left_out - retired
+
+
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        ({'runner.max_iter': 5}, "unknown key 'max_iter' in runner (did you mean 'max_iters'?)"),
+        ({'modle.pretrained': None}, "unknown key 'modle' at the top level (did you mean 'model'?)"),
+        ({'data.test.testsize': 4}, "(did you mean 'test_size'?)"),
+        ({'data.train.dataset.dilatoin': [-3]}, "(did you mean 'dilation'?)"),
+        ({'model.decode_head.num_query': 3}, "unknown key 'num_query' in model.decode_head"),
+        ({'model.decode_head.transformer_decoder_cfg.num_frame': 2}, "(did you mean 'num_frames'?)"),
+        ({'checkpoint_config.interval.x': 2}, "'checkpoint_config.interval' is a plain value and has no key 'x'"),
+        ({'data.test.pipeline.7.type': 'Resize'}, "'7' is no index of the list data.test.pipeline of 2"),
+        ({'optimizer_config.grad_clip.max_nrom': 1}, "(did you mean 'max_norm'?)"),
+        ({'fp16.dtpye': 'bfloat16'}, "unknown key 'dtpye' in fp16 (did you mean 'dtype'?)"),
+        ({'model.backbone.type': 'mit_b9'}, "model.backbone.type: unknown backbone 'mit_b9' (did you mean 'mit_b"),
+        ({'runner.max_iters': 'many'}, "runner.max_iters: expected int, got 'many' (str)"),
+    ],
+)
+def test_wrong_override_names_key_place_and_nearest(options, said):
+    with pytest.raises(ConfigError) as error:
+        load_config(VIDEO_B1, options)
+    assert said in str(error.value)
+
+
+def test_right_overrides_are_applied():
+    cfg = load_config(
+        VIDEO_B1,
+        {
+            'model.decode_head.transformer_decoder_cfg.num_frames': 2,
+            'data.train.dataset.dilation': [-3],
+            'runner.max_iters': 12000,
+            'fp16.dtype': 'bfloat16',
+            'evaluation.save_best': 'mIoU',
+            'model.backbone.drop_path_rate': 0.2,
+            'data.test.pipeline.1.flip': True,
+        },
+    )
+    assert cfg.model.decode_head.transformer_decoder_cfg.num_frames == 2
+    assert cfg.data.train.dataset.dilation == [-3]
+    assert cfg.fp16.dtype == 'bfloat16'
+    assert cfg.data.test.pipeline[1].flip is True
+
+
+def test_slip_at_the_top_level_is_a_warning_and_own_names_pass(caplog):
+    with caplog.at_level(logging.WARNING, logger='mmseg'):
+        check_config(Config({'optimizr': {}, 'my_learning_notes': 3}))
+    assert "'optimizr'" in caplog.text and "'optimizer'" in caplog.text
+    assert 'my_learning_notes' not in caplog.text
+
+
+def test_step_of_a_pipeline_is_checked_where_it_stands():
+    with pytest.raises(ConfigError, match=r'data\.train\.dataset\.pipeline\[3\].*crop_sise'):
+        cfg = Config.fromfile(str(VIDEO_B1))
+        cfg.data.train.dataset.pipeline[3]['crop_sise'] = (1, 1)
+        check_config(cfg)
+
+
+def test_retired_argument_with_another_value_is_an_error():
+    with pytest.raises(ConfigError, match='pre_norm'):
+        load_config(VIDEO_B1, {'model.decode_head.transformer_decoder_cfg.pre_norm': True})
+
+
+@pytest.mark.parametrize('text', ['model = dict(', 'raise ValueError("x")'])
+def test_broken_or_missing_file_is_named(tmp_path, text):
+    path = tmp_path / 'broken.py'
+    with pytest.raises(ConfigError, match='does not exist'):
+        load_config(path)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r'broken\.py'):
+        load_config(path)
+
+
+def test_dumped_config_loads_again(tmp_path):
+    cfg = load_config(VIDEO_B1)
+    cfg.dump(str(tmp_path / 'dumped.py'))
+    assert load_config(tmp_path / 'dumped.py').to_dict() == cfg.to_dict()
