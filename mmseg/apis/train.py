@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import time
 from collections.abc import Mapping
@@ -238,10 +239,12 @@ def _distribute(model: nn.Module, device: torch.device, find_unused_parameters: 
         get_logger().warning(
             'find_unused_parameters=True is honoured but costs time: every trainable parameter here gets a gradient'
         )
+    # buffers are constants; recent torch renamed the switch of their copy before each forward pass
+    renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == 'cuda' else None,
-        broadcast_buffers=False,
+        **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False},
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=True,
     )

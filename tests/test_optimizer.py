@@ -1,0 +1,200 @@
+"""Optimizer groups, learning rate, precision: the reference's numbers, mmcv's forms, errors that name the key."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mmengine.config import Config
+from torch import nn
+
+from mmseg.core import FinetuneConfig, LrSchedule, Precision, build_optimizer, load_for_finetune
+from mmseg.core.optimizer import load_optimizer_state
+from mmseg.models import build_segmentor
+from mmseg.utils.errors import CheckpointError, ConfigError
+from tests.engine import OPTIMIZER, Model, batch
+
+DEAD = ('conv_seg', 'reference_points')
+
+
+def segmentor(stage):
+    cfg = Config.fromfile(f'local_configs/themask/{stage}_themask_mit_b0.py')
+    cfg.model.pretrained = None
+    return build_segmentor(cfg.model), cfg
+
+
+def by_name(optimizer):
+    return {
+        name: (group['lr'], group['weight_decay'])
+        for group in optimizer.param_groups
+        for name in group['param_names']
+    }
+
+
+@pytest.mark.parametrize('stage', ['1f', 'video'])
+def test_rate_and_decay_of_every_parameter_equal_the_reference(reference, stage):
+    model, cfg = segmentor(stage)
+    recorded = reference('optimizer.json')[stage]
+    optimizer = build_optimizer(model, cfg.optimizer)
+    expected = {
+        group['name']: (group['lr'], group['weight_decay'])
+        for group in recorded['groups']
+        if not any(part in group['name'] for part in DEAD)
+    }
+    assert by_name(optimizer) == expected
+    assert list(optimizer.param_groups[0]['betas']) == recorded['betas']
+    assert optimizer.param_groups[0]['eps'] == recorded['eps']
+    assert len(optimizer.param_groups) == 3, 'parameters with equal settings must share a group'
+
+    trainable = set(reference(f'keys_{stage}_b0.json')['finetune_trainable'])
+    load_for_finetune(model, model.state_dict(), FinetuneConfig())
+    assert by_name(build_optimizer(model, cfg.optimizer)) == {
+        name: values for name, values in expected.items() if name in trainable}
+
+
+def test_the_longest_matching_key_wins():
+    model = nn.ModuleDict({'head': nn.ModuleDict({'norm_out': nn.Linear(2, 2), 'other': nn.Linear(2, 2)})})
+    keys = {'head': dict(lr_mult=0.5), 'norm_out': dict(lr_mult=3.0), 'out': dict(lr_mult=7.0)}
+    cfg = dict(type='SGD', lr=1.0, paramwise_cfg=dict(custom_keys=keys))
+    rates = {name: lr for name, (lr, _) in by_name(build_optimizer(model, cfg)).items()}
+    assert rates == {
+        'head.norm_out.weight': 3.0, 'head.norm_out.bias': 3.0, 'head.other.weight': 0.5, 'head.other.bias': 0.5}
+
+
+def test_poly_equals_the_reference(reference):
+    for key, expected in reference('optimizer.json')['poly'].items():
+        max_iters, base_lr, iteration = key.split('/')
+        schedule = LrSchedule(int(max_iters), policy='poly', power=0.9, min_lr=0.0, by_epoch=False, warmup_iters=0)
+        assert schedule(float(base_lr), int(iteration)) == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.floats(1e-6, 1), st.integers(0, 999), st.sampled_from(['constant', 'linear', 'exp']), st.floats(0.01, 1))
+def test_warm_up_starts_at_its_ratio_and_ends_in_the_regular_rate(base, iteration, warmup, ratio):
+    plain = LrSchedule(1000, power=0.9, min_lr=1e-7)
+    warm = LrSchedule(1000, power=0.9, min_lr=1e-7, warmup=warmup, warmup_iters=100, warmup_ratio=ratio)
+    assert warm(base, 0) == pytest.approx(plain(base, 0) * ratio)
+    assert warm(base, 99) <= plain(base, 99) * (1 + 1e-12)
+    assert warm(base, max(iteration, 100)) == plain(base, max(iteration, 100))
+    assert plain(base, 1000) == 1e-7
+
+
+def test_rates_of_all_groups_follow_the_iteration_only():
+    optimizer = build_optimizer(Model(), OPTIMIZER)
+    schedule = LrSchedule(100, power=0.9)
+    for iteration in (0, 70, 20):
+        schedule.apply(optimizer, iteration)
+        assert {group['lr'] for group in optimizer.param_groups} == {
+            schedule(1e-2, iteration), schedule(1e-3, iteration)}
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(type='AdamV'), "no 'AdamV' .did you mean 'Adam"),
+    (dict(weight_decai=0.1), "'weight_decai' .did you mean 'weight_decay'"),
+    (dict(lr=None), 'lr: missing'),
+    (dict(paramwise_cfg=dict(custom_key={})), 'paramwise_cfg.custom_key'),
+    (dict(paramwise_cfg=dict(custom_keys=dict(norm=dict(decay=0)))), 'custom_keys.norm.decay.*decay_mult'),
+])
+def test_wrong_settings_are_named(change, message):
+    cfg = {key: value for key, value in (OPTIMIZER | change).items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(Model(), cfg)
+
+
+@pytest.mark.parametrize('options', [
+    dict(policy='step'), dict(warmup='cubic', warmup_iters=3), dict(by_epoch=True), dict(warmup_by_epoch=True)])
+def test_unknown_policies_are_refused(options):
+    with pytest.raises(ConfigError):
+        LrSchedule(10, **options)
+
+
+def trained(model, cfg, steps=3):
+    optimizer = build_optimizer(model, cfg)
+    for position in range(steps):
+        data = batch(position)
+        model.eval()(data['img'], data['gt_semantic_seg'])['decode.loss_ce'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def test_states_find_their_parameters_by_name_in_another_order():
+    model = Model()
+    saved = trained(model, OPTIMIZER).state_dict()
+    other = build_optimizer(model, dict(type='AdamW', lr=0.5))  # one group, in the order of the model
+    load_optimizer_state(other, saved)
+    assert other.param_groups[0]['lr'] == 0.5, 'rates are those of the config'
+    own = other.state_dict()
+    moments = {n: own['state'][i]['exp_avg'] for n, i in zip(own['param_groups'][0]['param_names'], range(6))}
+    for group in saved['param_groups']:
+        for name, index in zip(group['param_names'], group['params']):
+            assert torch.equal(moments[name], saved['state'][index]['exp_avg'])
+
+
+def test_an_old_state_without_names_is_taken_in_the_order_of_the_weights():
+    """mmcv 1.x: one group a parameter, also for dead tensors that our model no longer has."""
+    model = Model()
+    names = ['dead.weight', *model.state_dict()]
+    state = {
+        i: {'step': 7, 'exp_avg': torch.full(tensor.shape, float(i)), 'exp_avg_sq': torch.ones(tensor.shape)}
+        for i, tensor in enumerate([torch.zeros(2), *model.state_dict().values()])
+    }
+    del state[0]  # it never had a gradient
+    saved = {'state': state, 'param_groups': [{'params': [i], 'lr': 1.0} for i in range(len(names))]}
+    optimizer = build_optimizer(model, OPTIMIZER)
+    load_optimizer_state(optimizer, saved, names)
+    assert torch.equal(optimizer.state[model.backbone.weight]['exp_avg'], torch.ones(8, 3))
+    assert float(optimizer.state[model.predictor.bias]['step']) == 7
+    optimizer.step()
+
+
+def test_a_state_of_another_model_is_refused():
+    saved = trained(Model(8), OPTIMIZER).state_dict()
+    with pytest.raises(CheckpointError, match='have another shape'):
+        load_optimizer_state(build_optimizer(Model(16), OPTIMIZER), saved)
+    stripped = copy.deepcopy(saved)
+    for group in stripped['param_groups']:
+        del group['param_names']
+    with pytest.raises(CheckpointError, match='--load-from'):
+        load_optimizer_state(build_optimizer(Model(8), OPTIMIZER), stripped, ['one'])
+
+
+@pytest.mark.parametrize('section, dtype, scale', [
+    (dict(dtype='bfloat16'), torch.bfloat16, None),
+    (dict(loss_scale=512.0), torch.float16, 512.0),
+    (dict(loss_scale='dynamic'), torch.float16, 65536.0),
+    (dict(loss_scale=dict(init_scale=64.0, mode='dynamic')), torch.float16, 64.0),
+    ({}, torch.float16, 512.0),
+])
+def test_the_forms_of_fp16(section, dtype, scale):
+    precision = Precision(torch.device('cpu'), **section)
+    linear = nn.Linear(4, 4)
+    with precision.autocast():
+        out = linear(torch.ones(2, 4))
+    assert out.dtype == dtype
+    assert precision.scales == (scale is not None)
+    if scale:
+        assert precision.scaler.get_scale() == scale
+
+
+def test_a_fixed_scale_stays_and_an_overflow_leaves_the_weights():
+    linear = nn.Linear(4, 4)
+    before = linear.weight.detach().clone()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=1.0)
+    precision = Precision(torch.device('cpu'), loss_scale=512.0)
+    precision.backward(linear(torch.full((1, 4), math.inf)).sum())
+    precision.step(optimizer)
+    assert torch.equal(linear.weight, before)
+    assert precision.scaler.get_scale() == 512.0
+    optimizer.zero_grad()
+    precision.backward(linear(torch.ones(1, 4)).sum())
+    precision.step(optimizer)
+    assert torch.allclose(linear.weight, before - 1)
+    assert precision.scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize('section', [dict(dtype='float8'), dict(loss_scale='static'), dict(loss_scale=dict(scale=1))])
+def test_unknown_precision_is_refused(section):
+    with pytest.raises(ConfigError, match='fp16'):
+        Precision(torch.device('cpu'), **section)
