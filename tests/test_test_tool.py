@@ -1,0 +1,259 @@
+"""``tools/test.py`` as a process with 1 and 2 ranks, and the streamed test beneath it."""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mmseg.apis.sinks import VideoFiles, join_parts, load_results
+from mmseg.apis.test import metrics_for, run_test, stream_test
+from mmseg.core.checkpoint import save_checkpoint
+from mmseg.core.evaluation import StreamingMetrics
+from mmseg.datasets import build_dataset, build_test_loader
+from mmseg.models import build_segmentor
+from mmseg.models.segmentors import EncoderDecoder
+from mmseg.utils.config import load_config
+from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.logger import get_logger
+from tests.vspw_fixture import test_config as dataset_config
+from tests.vspw_fixture import write_vspw
+from tools.test import parse_args, run
+
+ROOT = Path(__file__).resolve().parents[1]
+VIDEOS = {'val': {'v0': 19, 'v1': 7, 'v2': 11}, 'test': {'t0': 5}}  # clips that two ranks cannot share evenly
+CONFIG = '''
+_base_ = ['{root}/local_configs/themask/mini_video.py']
+model = dict(
+    backbone=dict(type='mit_b0'),
+    decode_head=dict(
+        num_classes=124,
+        pixel_decoder_cfg=dict(conv_dim=32, mask_dim=32, transformer_dim_feedforward=32, transformer_enc_layers=1),
+        transformer_decoder_cfg=dict(hidden_dim=32, mask_dim=32, num_queries=8, dim_feedforward=32, dec_layers=2)))
+data = dict(workers_per_gpu=0, test=dict(_delete_=True, **{test!r}))
+'''
+
+
+class Thresholds(nn.Module):
+    """A model whose labels depend on the frame alone: its brightness in steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.largest_batch = 0
+
+    def predict(self, views, flips, size):
+        assert not self.training
+        frames = views[0]
+        self.largest_batch = max(self.largest_batch, frames.shape[1])
+        grey = nn.functional.interpolate(frames.mean(2), size=size, mode='nearest')
+        return ((grey * 3).floor().clamp(-20, 20) + 20).to(torch.uint8)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_vspw(tmp_path_factory.mktemp('vspw'), VIDEOS)
+
+
+@pytest.fixture(scope='module')
+def experiment(data, tmp_path_factory):
+    """A config file and a checkpoint of a small video model with random weights."""
+    folder = tmp_path_factory.mktemp('experiment')
+    config = folder / 'tiny.py'
+    config.write_text(CONFIG.format(root=ROOT, test=dataset_config(data, test_size=2)))
+    torch.manual_seed(3)
+    model = build_segmentor(load_config(config).model)
+    save_checkpoint({'meta': {}, 'state_dict': model.state_dict()}, folder / 'iter_1.pth')
+    return config, folder / 'iter_1.pth'
+
+
+def tool(*args, ranks=1, status=0):
+    command = [sys.executable]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = probe.getsockname()[1]
+        command += ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--master_port={port}']
+    command += [str(ROOT / 'tools' / 'test.py'), *map(str, args)]
+    command += ['--launcher', 'pytorch'] if ranks > 1 else []
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    assert (done.returncode != 0) == bool(status), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def here():
+    """Runs the tool in this process, which spares the start of an interpreter."""
+    yield lambda *args: run(parse_args(list(map(str, args))))
+    for handler in list(get_logger().handlers):
+        get_logger().removeHandler(handler)
+
+
+@pytest.fixture(scope='module')
+def two_runs(experiment, tmp_path_factory):
+    """The same test with one rank and with two."""
+    folder = tmp_path_factory.mktemp('runs')
+    common = ('--eval', 'mIoU', 'VC8')
+    output = tool(*experiment, '--work-dir', folder / 'one', '--out', folder / 'one.npz', *common)
+    assert 'VC8' in output and 'mIoU_vspw' in output
+    tool(*experiment, '--work-dir', folder / 'two', '--out', folder / 'two.npz', *common,
+         '--tmpdir', folder / 'shared', ranks=2)
+    return folder
+
+
+def scores(folder):
+    stored = json.loads((folder / 'metrics.json').read_text())
+    del stored['test']
+    return stored
+
+
+def test_two_ranks_give_the_metrics_of_one_to_the_last_digit(two_runs):
+    one = scores(two_runs / 'one')
+    assert one == scores(two_runs / 'two')
+    assert 0 <= one['mIoU'] < 1 and one['VC8'] is not None and 'VC16' not in one
+    assert not list((two_runs / 'shared').iterdir())
+
+    first, second = ({(v, f): m for v, f, m in load_results(two_runs / f'{name}.npz')} for name in ('one', 'two'))
+    assert len(first) == sum(VIDEOS['val'].values())
+    assert first.keys() == second.keys()
+    assert all((first[key] == second[key]).all() for key in first)
+    assert not list(two_runs.glob('*.parts'))
+
+
+def test_saved_maps_give_the_printed_metrics(two_runs, data):
+    metrics = StreamingMetrics(124, reduce_zero_label=True)
+    for video, frame, labels in load_results(two_runs / 'two.npz'):
+        assert labels.dtype == np.uint8 and labels.shape == (60, 107)
+        gt = np.array(Image.open(data / 'data' / video / 'mask' / f'{frame}.png'))
+        metrics.update(video, int(frame), labels, gt)
+    stored, computed = scores(two_runs / 'two'), metrics.compute()
+    assert [stored[key] for key in ('mIoU', 'fwIoU', 'VC8')] == [computed[key] for key in ('mIoU', 'fwIoU', 'VC8')]
+    assert (two_runs / 'two' / 'videos.csv').read_text().count('\n') == 1 + len(VIDEOS['val'])
+
+
+def test_split_without_masks(experiment, tmp_path, here):
+    options = ('--options', 'data.test.split=test')
+    with pytest.raises(ConfigError, match='no masks'):
+        here(*experiment, *options)
+    with pytest.raises(DataError, match='no masks'):
+        here(*experiment, *options, '--eval', 'mIoU')
+    here(*experiment, *options, '--format-only', '--out', tmp_path / 'png', '--show-dir', tmp_path / 'show')
+    files = sorted(path.relative_to(tmp_path / 'png') for path in (tmp_path / 'png').rglob('*.png'))
+    assert files == [Path('t0') / f'{i:08d}.png' for i in range(1, 6)]
+    with Image.open(tmp_path / 'png' / files[0]) as image:
+        assert image.mode == 'P' and image.size == (107, 60)
+        assert np.array(image).max() < 124
+    assert len(list((tmp_path / 'show').rglob('*.jpg'))) == 5
+
+
+def test_aug_test_averages_twelve_views(experiment, tmp_path, here, monkeypatch):
+    views = []
+    predict = EncoderDecoder.predict
+
+    def spy(self, clips, flips, size):
+        views.append([(tuple(clip.shape[3:]), flip) for clip, flip in zip(clips, flips)])
+        return predict(self, clips, flips, size)
+
+    monkeypatch.setattr(EncoderDecoder, 'predict', spy)
+    here(*experiment, '--aug-test', '--out', tmp_path / 'maps', '--options', 'data.test.split=test')
+    assert len(views) == 3 and all(len(clip) == 12 for clip in views)
+    assert views[0][0] == ((32, 64), None) and views[0][1] == ((32, 64), 'horizontal')
+    assert views[0][-1] == ((128, 192), 'horizontal')
+
+
+def test_wrong_usage_is_one_line(experiment):
+    output = tool(*experiment, '--eval', 'mIuO', status=1)
+    assert "error: metric 'mIuO' is not known (did you mean 'mIoU'?)" in output and 'Traceback' not in output
+
+
+@pytest.mark.parametrize('args, message', [
+    (('--eval', 'mIoU', '--format-only'), '--format-only'),
+    (('--out', 'results.txt'), r'\.npz or \.pkl'),
+    (('--eval-options', 'vc_lastwindow=True'), "did you mean 'vc_last_window'"),
+    (('--options', 'data.test.test_sise=4'), 'test_size'),
+    (('--opacity', '2', '--show-dir', 'x'), '--opacity'),
+    (('--show',), '--show-dir'),
+    (('--tmpdir', 'x', '--gpu-collect'), 'give one'),
+])
+def test_wrong_usage(experiment, here, args, message):
+    with pytest.raises(ConfigError, match=message):
+        here(*experiment, *args)
+
+
+def test_bad_frame_is_named_and_finished_videos_stay(experiment, tmp_path):
+    config = tmp_path / 'tiny.py'
+    data = write_vspw(tmp_path / 'data', {'val': {'v0': 4, 'v1': 8}})
+    config.write_text(CONFIG.format(root=ROOT, test=dataset_config(data, test_size=2)))
+    bad = data / 'data' / 'v1' / 'origin' / '00000003.jpg'
+    bad.write_bytes(bad.read_bytes()[:700])
+    args = (config, experiment[1], '--work-dir', tmp_path, '--out', tmp_path / 'maps', '--show-dir', tmp_path / 'show')
+    output = tool(*args, status=1)
+    assert str(bad) in output and 'Traceback' not in output
+    assert [path.name for path in (tmp_path / 'maps').iterdir()] == ['v0.npz']
+    assert len(list((tmp_path / 'show' / 'v0').iterdir())) == 4
+
+    output = tool(*args, '--gpu-collect', '--options', 'data.test.skip_bad_clips=True', ranks=2)
+    assert '1 clips were left out' in output and str(bad) in output
+    assert [row['frames'] for row in scores(tmp_path)['per_video']] == [4, 6]
+
+
+def test_only_one_clip_is_in_memory_and_the_mode_is_put_back(data):
+    dataset = build_dataset(dataset_config(data, test_size=4), where='data.test')
+    model = Thresholds().train()
+    summary = run_test(model, dataset, build_test_loader(dataset), progress=False)
+    assert model.training and model.largest_batch == 4
+    assert set(summary) == {'mIoU', 'mIoU_vspw', 'fwIoU', 'aAcc', 'mAcc', 'mDice', 'VC8', 'VC16'}
+    by_frame = build_dataset(dataset_config(data, test_size=1), where='data.test')
+    assert run_test(model, by_frame, build_test_loader(by_frame), progress=False) == summary
+
+
+def test_validation_needs_masks(data):
+    dataset = build_dataset(dataset_config(data, split='test'), where='data.val')
+    with pytest.raises(DataError, match=r"'test'.* has no masks"):
+        run_test(Thresholds(), dataset, build_test_loader(dataset))
+
+
+def test_names_of_metrics(data):
+    dataset = build_dataset(dataset_config(data), where='data.test')
+    assert metrics_for(dataset, ['mIoU', 'VC4']).consistency.lengths == (4,)
+    assert metrics_for(dataset, 'mIoU', min_frames=17).consistency.min_frames == 17
+    with pytest.raises(ConfigError, match=r"'VC1' is not known"):
+        metrics_for(dataset, ['VC1'])
+
+
+@pytest.mark.parametrize('name', ['results.npz', 'results.pkl', 'results'])
+def test_forms_of_out(data, tmp_path, name):
+    dataset = build_dataset(dataset_config(data, test_size=3), where='data.test')
+    out = tmp_path / name
+    sink = VideoFiles(out if name == 'results' else f'{out}.parts')
+    stream_test(Thresholds(), dataset, build_test_loader(dataset), sinks=[sink], progress=False)
+    join_parts(out, [video.name for video in dataset.videos])
+    names = [(video.name, frame) for video in dataset.videos for frame in video.frames]
+    if name.endswith('.pkl'):
+        maps = pickle.loads(out.read_bytes())
+        assert json.loads(out.with_suffix('.json').read_text()) == [f'{v}/{f}' for v, f in names]
+    else:
+        found = {(video, frame): labels for video, frame, labels in load_results(out)}
+        maps = [found[key] for key in names]
+    assert len(maps) == len(names) and not list(tmp_path.glob('*.parts'))
+    single = build_dataset(dataset_config(data, test_size=1), where='data.test')
+    for item, labels in zip((single[i] for i in range(len(single))), maps):
+        want = Thresholds().eval().predict([item['img'][0][None]], [None], (60, 107))[0, 0]
+        assert (labels == want.numpy()).all()
+
+
+def test_load_results_refuses_other_files(tmp_path):
+    (tmp_path / 'x.npz').write_bytes(b'no archive')
+    with pytest.raises(DataError, match=r'x\.npz cannot be read'):
+        list(load_results(tmp_path / 'x.npz'))
+    with pytest.raises(DataError, match='expected a folder'):
+        list(load_results(tmp_path / 'none'))
