@@ -55,6 +55,8 @@ class Results:
         from rich.table import Table
 
         console = Console()
+        if not console.is_terminal:
+            console = Console(width=160)
 
         def show(title: str, rows: list[dict[str, Any]]) -> None:
             table = Table(title=title, title_justify='left')
