@@ -1,25 +1,27 @@
 """The segmentor: parity with the reference, properties of tiny models, errors."""
 
 import copy
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmseg.models import build_segmentor
 from mmseg.models.segmentors.label_map import ScoreView, label_map, resize_matrix, window_matrix, window_starts
+from mmseg.utils.config import load_config
 from mmseg.utils.errors import CheckpointError, ConfigError
 from tests.reference import recipe
+from tests.tiny import tiny_model
 
+ROOT = Path(__file__).parents[1]
 SIZE = (90, 150)
 
 
 def config(stage, variant, **options):
-    cfg = Config.fromfile(f'local_configs/themask/{stage}_themask_mit_{variant}.py')
-    cfg.merge_from_dict({'model.pretrained': None, **options})
-    return cfg
+    return load_config(ROOT / f'local_configs/themask/{stage}_themask_mit_{variant}.py', options)
 
 
 def filled(model):
@@ -82,3 +84,217 @@ def test_slide_equals_the_reference(reference, reference_model):
     labels = model.predict([clip], [None], SIZE)[0]
     model.inference = whole
     assert share_equal(gold, 't2/slide_argmax', labels) >= 0.999
+
+
+DEAD = ('decode_head.conv_seg.', 'reference_points.')
+
+
+@pytest.mark.parametrize('variant', ['b0', 'b1', 'b2', 'b5'])
+@pytest.mark.parametrize('stage', ['1f', 'video'])
+def test_names_and_shapes_of_the_eight_recorded_configs(reference, stage, variant):
+    recorded = reference(f'keys_{stage}_{variant}.json')['state_dict']
+    with torch.device('meta'):
+        model = build_segmentor(config(stage, variant).model)
+    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert own == {name: shape for name, shape in recorded if not any(part in name for part in DEAD)}
+    everything = {name: torch.empty(shape, device='meta') for name, shape in recorded}
+    assert model.load_state_dict(everything, assign=True) == ([], [])
+
+
+def test_the_same_config_builds_twice_and_stays_as_it_was():
+    cfg = config('video', 'b0')
+    before = copy.deepcopy(cfg.model.to_dict())
+    with torch.device('meta'):
+        first, second = build_segmentor(cfg.model), build_segmentor(cfg.model)
+    assert cfg.model.to_dict() == before
+    assert list(first.state_dict()) == list(second.state_dict())
+
+
+def test_the_reference_schema_builds(reference):
+    """The reference's own model section, with its retired keys; only the path of the weights is ours."""
+    for stage in ('1f', 'video'):
+        section = reference('config_values.json')[f'{stage}_themask_mit_b1']['model']
+        with torch.device('meta'):
+            build_segmentor({**section, 'pretrained': None})
+
+
+@pytest.fixture(scope='module', params=['1f', 'video'])
+def tiny(request):
+    torch.manual_seed(5)
+    model = build_segmentor(tiny_model(request.param)).eval()
+    with torch.no_grad():  # from the start values alone, offsets would not depend on the image
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+@pytest.mark.parametrize('length', [1, 2, 3])
+def test_clips_of_a_batch_are_independent(tiny, length):
+    clips = torch.randn(3, length, 3, 61, 75)
+    with torch.no_grad():
+        batch = tiny.scores(clips)
+        single = torch.cat([tiny.scores(clip[None]) for clip in clips])
+    assert batch.shape == (3, length, 5, 16, 19)
+    torch.testing.assert_close(batch, single, atol=1e-4, rtol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient(tiny):
+    model = copy.deepcopy(tiny).train()
+    length = model.decode_head.predictor.num_frames
+    clip = torch.randn(2, length, 3, 64, 64)
+    label = torch.randint(0, 5, (2, length, 64, 64))
+    label[:, :, :8] = 255
+    losses = model(clip, label, iteration=100)
+    assert all(value.dim() == 0 and value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
+
+
+def test_prediction_is_the_argmax_of_the_scores(tiny):
+    clips = torch.randn(2, 2, 3, 61, 75)
+    labels = tiny.predict([clips], [None], (83, 50))
+    with torch.no_grad():
+        expected = tiny.scores(clips, (83, 50)).argmax(2)
+    assert (labels == expected).float().mean() > 0.999
+
+
+def test_flipped_view_is_flipped_back(tiny):
+    clip = torch.randn(1, 2, 3, 64, 75)
+    for flip, axis in (('horizontal', -1), ('vertical', -2)):
+        with torch.no_grad():
+            expected = tiny.scores(clip.flip(axis), (40, 51)).argmax(2).flip(axis)
+        assert (tiny.predict([clip.flip(axis)], [flip], (40, 51)) == expected).float().mean() > 0.999
+
+
+def test_views_are_averaged_after_the_softmax(tiny):
+    views = [torch.randn(1, 1, 3, 64, 96), torch.randn(1, 1, 3, 40, 60)]
+    with torch.no_grad():
+        expected = sum(tiny.scores(view, (50, 70)).softmax(2) for view in views).argmax(2)
+    assert (tiny.predict(views, [None, None], (50, 70)) == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize('crop, stride', [((64, 64), (48, 32)), ((200, 64), (200, 64)), ((33, 47), (20, 30))])
+def test_windows_are_summed_and_divided_by_their_number(tiny, crop, stride):
+    clip = torch.randn(1, 2, 3, 90, 110)
+    size = (71, 87)
+    total, count = torch.zeros(1, 2, 5, 90, 110), torch.zeros(90, 110)
+    for top in range(0, max(90 - crop[0], 0) + stride[0], stride[0]):
+        for left in range(0, max(110 - crop[1], 0) + stride[1], stride[1]):
+            y, x = min(top, max(90 - crop[0], 0)), min(left, max(110 - crop[1], 0))
+            window = clip[..., y : y + crop[0], x : x + crop[1]]
+            with torch.no_grad():
+                total[..., y : y + crop[0], x : x + crop[1]] += tiny.scores(window, window.shape[-2:])
+            count[y : y + crop[0], x : x + crop[1]] += 1
+    sliding = copy.deepcopy(tiny)
+    sliding.inference = type(tiny.inference)('slide', crop, stride)
+    with torch.no_grad():
+        torch.testing.assert_close(sliding.scores(clip), total / count, atol=1e-5, rtol=1e-4)
+        expected = sliding.scores(clip, size).argmax(2)
+    assert (sliding.predict([clip], [None], size) == expected).float().mean() > 0.999
+
+
+@given(
+    source=st.tuples(st.integers(1, 20), st.integers(1, 40)), middle=st.tuples(st.integers(1, 50), st.integers(1, 300)),
+    target=st.tuples(st.integers(1, 60), st.integers(1, 300)), classes=st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_label_map_equals_two_resizes_and_argmax(source, middle, target, classes):
+    scores = torch.from_numpy(recipe.image(1, 2, classes, *source))
+    rows, columns = (resize_matrix(*sizes) for sizes in zip(source, middle, target))
+    full = scores
+    for size in (middle, target):
+        full = F.interpolate(full, size=size, mode='bilinear', align_corners=False)
+    labels = label_map([ScoreView(scores, rows, columns)])
+    chosen = full.gather(1, labels.long()[:, None])[:, 0]
+    assert (full.amax(1) - chosen).max() <= 1e-5  # equal, or a tie up to rounding
+
+
+def test_label_map_takes_the_first_of_equal_scores():
+    scores = torch.zeros(1, 7, 4, 4)
+    scores[:, 3:5, :, 2:] = 1
+    labels = label_map([ScoreView(scores, resize_matrix(4, 16), resize_matrix(4, 16))])[0]
+    assert labels[:, 0].eq(0).all() and labels[:, -1].eq(3).all()
+
+
+def test_label_map_ignores_autocast_and_takes_bfloat16():
+    scores = torch.rand(1, 30, 12, 20)
+    views = [ScoreView(scores, resize_matrix(12, 48), resize_matrix(20, 80))]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.equal(label_map(views), F.interpolate(scores, (48, 80), mode='bilinear').argmax(1))
+    low = ScoreView(scores.bfloat16(), views[0].rows, views[0].columns)
+    full = F.interpolate(scores.bfloat16().float(), (48, 80), mode='bilinear')
+    assert torch.equal(label_map([low]), full.argmax(1))
+
+
+def test_label_map_rejects_more_classes_than_labels():
+    with pytest.raises(ValueError, match='255 classes'):
+        label_map([ScoreView(torch.zeros(1, 256, 2, 2), resize_matrix(2, 4), resize_matrix(2, 4))])
+
+
+@given(size=st.integers(1, 60), crop=st.integers(1, 70), stride=st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_windows_cover_every_pixel_and_their_weights_sum_to_one(size, crop, stride):
+    stride = min(stride, crop)
+    starts = window_starts(size, crop, stride)
+    assert starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] + min(crop, size) == size
+    length = -(-min(crop, size) // 4)
+    torch.testing.assert_close(window_matrix(size, crop, starts, length).sum(0), torch.ones(size))
+
+
+def test_pretrained_weights(tmp_path):
+    cfg = tiny_model('1f', pretrained=str(tmp_path / 'mit.pth'))
+    model = build_segmentor(cfg)
+    with pytest.raises(ConfigError, match=r'--options model\.pretrained=None'):
+        model.init_weights()
+
+    weights = {name: torch.randn_like(tensor) for name, tensor in model.backbone.state_dict().items()}
+    torch.save({**weights, 'head.weight': torch.zeros(1000, 32), 'head.bias': torch.zeros(1000)}, cfg['pretrained'])
+    model.init_weights()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.backbone.state_dict().items())
+
+    torch.save({name: tensor for name, tensor in weights.items() if 'block2' not in name}, cfg['pretrained'])
+    with pytest.raises(CheckpointError, match=r'missing: block2\.0\.norm1\.weight'):
+        model.init_weights()
+    torch.save({'state_dict': {'x': torch.nn.Module()}}, cfg['pretrained'])
+    with pytest.raises(CheckpointError, match='refused'):
+        model.init_weights()
+    build_segmentor(tiny_model('1f')).init_weights()
+
+
+def test_wrong_sections_are_named():
+    shape = {f'res{i + 2}': dict(channels=c, stride=4 << i) for i, c in enumerate((8, 16, 20, 32))}
+
+    def built(section='1f', **head):
+        cfg = tiny_model(section)
+        cfg['decode_head'].update(head)
+        return build_segmentor(cfg)
+
+    built(input_shape=shape)
+    with pytest.raises(ConfigError, match=r'decode_head\.input_shape: the backbone gives'):
+        built(input_shape={**shape, 'res3': dict(channels=64, stride=8)})
+    with pytest.raises(ConfigError, match='in_index'):
+        built(in_index=(0, 1, 2, 4))
+    with pytest.raises(ConfigError, match=r"model\.decode_head\.num_class: .*'num_classes'"):
+        built(num_class=4)
+    for test_cfg, message in [
+        (dict(mode='tiles'), "'whole' or 'slide'"), (dict(mode='slide', crop_size=(64, 64)), r'test_cfg\.stride'),
+        (dict(mode='slide', crop_size=(64, 64), stride=(64, 65)), 'gaps'),
+        (dict(mode='whole', crop=3), r"model\.test_cfg\.crop: .*'crop_size'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            build_segmentor(tiny_model('1f', test_cfg=test_cfg))
+    with pytest.raises(ConfigError, match='train_cfg'):
+        build_segmentor(tiny_model('1f', train_cfg=dict(sampler=1)))
+    with pytest.raises(ConfigError, match=r"model\.backbone\.type: .*'mit_b0'"):
+        build_segmentor(tiny_model('1f', backbone=dict(type='mit_b00')))
+
+
+def test_wrong_shapes_are_named(tiny):
+    with pytest.raises(ValueError, match=r'expected \[B, T, 3, H, W\]'):
+        tiny.scores(torch.zeros(2, 3, 64, 64))
+    with pytest.raises(ValueError, match='label: expected'):
+        tiny.loss(torch.zeros(1, 1, 3, 64, 64), torch.zeros(1, 1, 32, 32, dtype=torch.long))
+    with pytest.raises(ValueError, match='as many views as flips'):
+        tiny.predict([torch.zeros(1, 1, 3, 64, 64)], [], (64, 64))
+    with pytest.raises(ValueError, match="'diagonal'"):
+        tiny.predict([torch.zeros(1, 1, 3, 64, 64)], ['diagonal'], (64, 64))

@@ -42,6 +42,9 @@ class InferenceConfig:
             value = getattr(self, name)
             if self.mode == 'slide' and (len(value) != 2 or min(value) < 1):
                 raise ConfigError(f"test_cfg.{name}: mode 'slide' needs two positive numbers, got {value!r}")
+        if any(step > crop for step, crop in zip(self.stride, self.crop_size)):
+            raise ConfigError(
+                f'test_cfg.stride: {self.stride} is more than crop_size {self.crop_size}; windows would leave gaps')
 
 
 @SEGMENTORS.register_module(name='EncoderDecoder_clips')
