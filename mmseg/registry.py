@@ -28,7 +28,7 @@ HEADS = Registry('decode head', scope='mmseg', locations=_MODELS)
 SEGMENTORS = Registry('segmentor', scope='mmseg', locations=_MODELS)
 DATASETS = Registry('dataset', scope='mmseg', locations=_DATASETS)
 PIPELINES = Registry('pipeline step', scope='mmseg', locations=_DATASETS)
-HOOKS = Registry('hook', scope='mmseg', locations=['mmseg.core'])
+HOOKS = Registry('hook', scope='mmseg', locations=['mmseg.core.hooks'])
 
 _Component = TypeVar('_Component', bound=Callable[..., Any])
 _where: contextvars.ContextVar[str] = contextvars.ContextVar('where', default='')

@@ -1,43 +1,42 @@
-"""The engine: training loop, hooks, optimizer, checkpoints; and the metrics under ``evaluation``."""
+"""The engine: training loop, hooks, optimizer, checkpoints; and the metrics under ``evaluation``.
 
-from .checkpoint import (
-    load_checkpoint,
-    load_weights,
-    newest_checkpoint,
-    open_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
-from .finetune import FinetuneConfig, FinetuneReport, freeze, load_for_finetune
-from .hooks import CheckpointHook, EMAHook, EvalHook, Hook, JsonLoggerHook, TensorboardLoggerHook, TextLoggerHook
-from .lr_schedule import LrSchedule
-from .optimizer import build_optimizer
-from .precision import Precision
-from .runner import IterBasedRunner, NonFiniteLossError, OtherRankError, UpdateConfig
+Names are imported when they are first used: the metrics need neither torch nor the engine.
+"""
 
-__all__ = [
-    'CheckpointHook',
-    'EMAHook',
-    'EvalHook',
-    'FinetuneConfig',
-    'FinetuneReport',
-    'Hook',
-    'IterBasedRunner',
-    'JsonLoggerHook',
-    'LrSchedule',
-    'NonFiniteLossError',
-    'OtherRankError',
-    'Precision',
-    'TensorboardLoggerHook',
-    'TextLoggerHook',
-    'UpdateConfig',
-    'build_optimizer',
-    'freeze',
-    'load_checkpoint',
-    'load_for_finetune',
-    'load_weights',
-    'newest_checkpoint',
-    'open_checkpoint',
-    'read_checkpoint',
-    'save_checkpoint',
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    'CheckpointHook': 'hooks',
+    'EMAHook': 'hooks',
+    'EvalHook': 'hooks',
+    'FinetuneConfig': 'finetune',
+    'FinetuneReport': 'finetune',
+    'Hook': 'hooks',
+    'IterBasedRunner': 'runner',
+    'JsonLoggerHook': 'hooks',
+    'LrSchedule': 'lr_schedule',
+    'NonFiniteLossError': 'runner',
+    'OtherRankError': 'runner',
+    'Precision': 'precision',
+    'TensorboardLoggerHook': 'hooks',
+    'TextLoggerHook': 'hooks',
+    'UpdateConfig': 'runner',
+    'build_optimizer': 'optimizer',
+    'freeze': 'finetune',
+    'load_checkpoint': 'checkpoint',
+    'load_for_finetune': 'finetune',
+    'load_weights': 'checkpoint',
+    'newest_checkpoint': 'checkpoint',
+    'open_checkpoint': 'checkpoint',
+    'read_checkpoint': 'checkpoint',
+    'save_checkpoint': 'checkpoint',
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'.{_HOME[name]}', __name__), name)
