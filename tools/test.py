@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 from mmengine.config import Config, DictAction
 
@@ -84,7 +86,9 @@ def main() -> None:
     """Runs the command line; what the user can mend ends in one line instead of a traceback."""
     try:
         run(parse_args())
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, CheckpointError) as error:  # every rank meets it
+        sys.exit(f'error: {error}' if os.environ.get('RANK', '0') == '0' else 1)
+    except DataError as error:
         sys.exit(f'error: {error}')
     finally:
         close_dist()
