@@ -19,9 +19,10 @@ setup(
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.11',
-        'numpy>=1.26',
+        'numpy>=2.0',
         'scipy>=1.11',
         'opencv-python-headless>=4.9',
+        'matplotlib>=3.8',
         'pillow>=10',
         'onedl-mmengine>=0.10.7',
         'tensorboard>=2.15',
