@@ -127,6 +127,10 @@ def test_aliases_may_swap_names_and_must_be_one_to_one():
     state = {name: torch.full_like(value, i) for i, (name, value) in enumerate(state.items())}
     pair.load_state_dict(state)
     assert torch.equal(pair['a'].bias, state['b.bias'])
+    nested = nn.ModuleDict({'a': nn.Linear(1, 1)})
+    alias_state_dict(nested, {'a': 'x', 'a.bias': 'y.shift'})
+    assert set(nested.state_dict()) == {'x.weight', 'y.shift'}, 'the longest name that applies wins'
+    nested.load_state_dict(nested.state_dict())
     with pytest.raises(ValueError, match='share one name'):
         alias_state_dict(pair, {'a': 'c', 'b': 'c'})
 
