@@ -1,0 +1,238 @@
+"""Checkpoints: whole or absent, never run code, old layouts, the newest whole one of a work dir."""
+
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmseg.core import (
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    open_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from mmseg.core.checkpoint import DamagedCheckpointError, checkpoint_files, point_latest, prune_checkpoints
+from mmseg.utils.errors import CheckpointError
+from tests.engine import Model
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(path, value=0.0, **more):
+    save_checkpoint({'meta': {'iter': 1}, 'state_dict': {'a': torch.full((1000,), value)}, **more}, path)
+    return path
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    write(tmp_path / 'iter_1.pth', 2.0, optimizer={'state': {}, 'param_groups': []})
+    checkpoint = read_checkpoint(tmp_path / 'iter_1.pth')
+    assert torch.equal(checkpoint['state_dict']['a'], torch.full((1000,), 2.0))
+    assert checkpoint['meta'] == {'iter': 1}
+    assert checkpoint['optimizer'] == {'state': {}, 'param_groups': []}
+    assert os.listdir(tmp_path) == ['iter_1.pth']
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ('touch harmed',)
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, monkeypatch, legacy):
+    monkeypatch.chdir(tmp_path)
+    content = {'state_dict': {'a': torch.zeros(2)}, 'x': Harmful()}
+    torch.save(content, 'iter_9.pth', _use_new_zipfile_serialization=not legacy)
+    write(tmp_path / 'iter_5.pth')
+    with pytest.raises(CheckpointError, match=r'refused.*(posix|nt)\.system') as caught:
+        read_checkpoint('iter_9.pth')
+    assert not isinstance(caught.value, DamagedCheckpointError)
+    with pytest.raises(CheckpointError, match=r'refused'):
+        newest_checkpoint(tmp_path)  # an unsafe file is no accident to pass over in silence
+    assert not Path('harmed').exists()
+
+
+def mmcv_checkpoint(weights):
+    return {
+        'meta': {
+            'iter': 160000, 'epoch': 4, 'mmcv_version': '1.3.0', 'CLASSES': ('others', 'wall'),
+            'PALETTE': np.arange(6, dtype=np.uint8).reshape(2, 3), 'best_score': np.float64(0.5),
+            'names': np.array(['wall']), 'hook_msgs': {}},
+        'state_dict': weights,
+        'optimizer': {'state': {}, 'param_groups': []},
+    }
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_old_mmcv_checkpoints_load(tmp_path, legacy, prefix):
+    model = Model()
+    weights = {prefix + name: torch.full_like(tensor, 3) for name, tensor in model.state_dict().items()}
+    torch.save(mmcv_checkpoint(weights), tmp_path / 'old.pth', _use_new_zipfile_serialization=not legacy)
+    meta = load_checkpoint(model, tmp_path / 'old.pth')
+    assert meta['iter'] == 160000 and meta['best_score'] == 0.5 and meta['PALETTE'].shape == (2, 3)
+    assert all((tensor == 3).all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize('wrap', [lambda w: w, lambda w: {'model': w}, lambda w: {'state_dict': w}])
+def test_bare_weights_load(tmp_path, wrap):
+    weights = Model().state_dict()
+    torch.save(wrap(weights), tmp_path / 'weights.pth')
+    assert read_checkpoint(tmp_path / 'weights.pth')['state_dict'].keys() == weights.keys()
+
+
+def flip_byte(data, where):
+    position = data.index(where) + len(where) // 2
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+@pytest.mark.parametrize('damage', [
+    lambda data: b'',
+    lambda data: data[: len(data) // 2],
+    lambda data: data[:-10],
+    lambda data: b'<html>not found</html>',
+    lambda data: flip_byte(data, np.full(500, 7, np.float32).tobytes()),
+])
+def test_a_damaged_newest_file_is_named_and_the_one_before_used(tmp_path, caplog, damage):
+    write(tmp_path / 'iter_8.pth', 1.0)
+    write(tmp_path / 'iter_9.pth', 1.0)
+    newest = write(tmp_path / 'iter_10.pth', 7.0)
+    newest.write_bytes(damage(newest.read_bytes()))
+    path, checkpoint = open_checkpoint(tmp_path)
+    assert path.name == 'iter_9.pth' and checkpoint['state_dict']['a'][0] == 1
+    assert 'iter_10.pth' in caplog.text and 'damaged' in caplog.text
+    with pytest.raises(DamagedCheckpointError, match=r'iter_10.pth'):
+        read_checkpoint(newest)
+
+
+@pytest.mark.parametrize('content', [
+    [1, 2], {'meta': {}, 'optimizer': {}}, {'state_dict': {}}, {'state_dict': 3}])
+def test_files_without_weights_are_named(tmp_path, content):
+    torch.save(content, tmp_path / 'odd.pth')
+    with pytest.raises(DamagedCheckpointError, match=r'odd.pth'):
+        read_checkpoint(tmp_path / 'odd.pth')
+
+
+def test_missing_files_and_empty_work_dirs_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r'gone.pth.*does not exist'):
+        open_checkpoint(tmp_path / 'gone.pth')
+    with pytest.raises(CheckpointError, match=r'no complete checkpoint'):
+        open_checkpoint(tmp_path)
+
+
+def test_iterations_are_compared_as_numbers_and_other_files_ignored(tmp_path):
+    for name in ('iter_900.pth', 'iter_1000.pth', 'best_mIoU_iter_2000.pth', 'iter_x.pth', 'epoch_3.pth'):
+        write(tmp_path / name)
+    assert [path.name for path in checkpoint_files(tmp_path)] == ['iter_1000.pth', 'iter_900.pth']
+
+
+def test_pruning_keeps_the_newest_of_this_run_and_spares_later_ones(tmp_path):
+    for iteration in (2, 4, 6, 8, 100):
+        write(tmp_path / f'iter_{iteration}.pth')
+    prune_checkpoints(tmp_path, keep=2, newest=8)
+    assert [path.name for path in checkpoint_files(tmp_path)] == ['iter_100.pth', 'iter_8.pth', 'iter_6.pth']
+
+
+def test_latest_follows(tmp_path):
+    for iteration in (2, 4):
+        point_latest(write(tmp_path / f'iter_{iteration}.pth', float(iteration)))
+    assert read_checkpoint(tmp_path / 'latest.pth')['state_dict']['a'][0] == 4
+    assert os.readlink(tmp_path / 'latest.pth') == 'iter_4.pth', 'relative, so that a work dir can be moved'
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    weights = Model(16).state_dict()
+    with pytest.raises(CheckpointError, match=r'backbone.weight is \(16, 3\) there and \(8, 3\) here'):
+        load_weights(Model(8), weights, 'x.pth')
+    weights = Model().state_dict()
+    weights['extra.weight'] = weights.pop('norm.weight')
+    with pytest.raises(CheckpointError, match=r'x\.pth.*missing: norm.weight; unexpected: extra.weight'):
+        load_weights(Model(), weights, 'x.pth')
+
+
+def limited(code, tmp_path):
+    """Runs code in a process that may write files of 64 KiB at most: a disk that is full."""
+    setup = f'import resource, os, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, {resource.RLIM_INFINITY}))\n'
+    return subprocess.run([sys.executable, '-c', setup + code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, 'WORK_DIR': str(tmp_path), 'PYTHONPATH': str(ROOT)})
+
+
+def test_a_full_disk_is_one_clear_error_and_harms_nothing(tmp_path):
+    write(tmp_path / 'iter_1.pth', 1.0)
+    run = limited('''
+import torch
+from mmseg.core.checkpoint import save_checkpoint
+from mmseg.utils.errors import CheckpointError
+for name in ('iter_2.pth', 'iter_1.pth'):
+    try:
+        save_checkpoint({'state_dict': {'a': torch.zeros(100000)}}, os.environ['WORK_DIR'] + '/' + name)
+    except CheckpointError as error:
+        print(error)
+''', tmp_path)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2 and all('File too large' in line and 'free some space' in line for line in lines)
+    assert os.listdir(tmp_path) == ['iter_1.pth'], 'no half-written file'
+    assert read_checkpoint(tmp_path / 'iter_1.pth')['state_dict']['a'][0] == 1
+
+
+def test_training_goes_on_over_a_full_disk_and_ends_with_an_error(tmp_path):
+    run = limited('''
+import logging
+logging.basicConfig()
+from tests.engine import Model, batches, make_runner
+from mmseg.core import CheckpointHook
+from mmseg.utils.errors import CheckpointError
+model = Model(width=4000)
+runner = make_runner(os.environ['WORK_DIR'], iters=4, model=model, interval=2)
+try:
+    runner.run(batches())
+except CheckpointError as error:
+    print('ended:', error)
+print(model.seen)
+''', tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert 'training goes on' in run.stderr and 'iter_2.pth' in run.stderr
+    assert 'ended: cannot write' in run.stdout and 'iter_4.pth' in run.stdout
+    assert '[0, 1, 2, 3]' in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_during_the_write_leaves_the_earlier_files(tmp_path):
+    write(tmp_path / 'iter_1.pth', 1.0)
+    run = subprocess.run([sys.executable, '-c', f'''
+import os, signal, torch
+from mmseg.core.checkpoint import save_checkpoint
+original = torch.save
+def save(content, file):
+    original(content, file)
+    file.flush()
+    os.truncate(file.name, 2000)
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+save_checkpoint({{'state_dict': {{'a': torch.zeros(1000)}}}}, {str(tmp_path / "iter_2.pth")!r})
+'''], cwd=ROOT)
+    assert run.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 2, 'the half-written file is there, under a name of its own'
+    assert open_checkpoint(tmp_path)[0].name == 'iter_1.pth'
+    from mmseg.core.checkpoint import remove_leftovers
+
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ['iter_1.pth']
+
+
+def test_files_carry_checksums(tmp_path):
+    """The check of damage relies on torch writing them."""
+    buffer = io.BytesIO()
+    torch.save({'a': torch.ones(10)}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        assert all(entry.CRC for entry in archive.infolist() if entry.filename.endswith('data/0'))
