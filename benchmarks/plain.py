@@ -1,12 +1,12 @@
 """THE-Mask in plain PyTorch: every formula written out, one after the other, as a paper would state it.
 
-This is the yardstick for ``benchmarks/speed.py`` and an independent second implementation for the tests: it shares no code
-with ``mmseg``, only the names of a state dict (https://arxiv.org/abs/2309.08020; MiT: arXiv 2105.15203; pixel decoder and
-masked attention: arXiv 2010.04159 and 2112.01527; combination of frame queries: arXiv 2112.08275).  Nothing here is
-clever: all heads of all layers are evaluated, masks are resized to full size, every output is matched and sampled on
-its own.
+This is the yardstick for ``benchmarks/speed.py`` and an independent second implementation for the tests: it shares no
+code with ``mmseg``, only the names of a state dict (THE-Mask: arXiv 2309.08020; MiT: 2105.15203; pixel decoder:
+2010.04159; masked attention, matching, point losses: 2112.01527; combination of frame queries: 2112.08275).  Nothing
+here is clever: all heads of all layers are evaluated, masks are resized to full size, every output is matched and
+sampled on its own.
 
-Shapes: B clips, T frames, Q queries, K classes, h x w a map, H x W the image; "bt" counts frames of all clips, clip by clip.
+Shapes: B clips, T frames, Q queries, K classes, h x w a map, H x W the image, "bt" the frames of all clips.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Prediction = tuple[Tensor, Tensor]  # class logits [N, Q, K + 1], mask logits [N
 
 
 class Weights:
-    """A state dict seen from one module: ``weights / 'layers' / 0`` steps into it, ``weights['bias']`` reads a tensor."""
+    """A state dict seen from one module: ``weights / 'layers' / 0`` goes into it, ``weights['bias']`` is a tensor."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str = '') -> None:
         self.tensors = tensors
@@ -292,7 +292,7 @@ def blocked_positions(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
     Positions with a resized mask below one half; a query with nothing left looks everywhere.
     """
-    n, q, t = masks.shape[:3]
+    n, q = masks.shape[:2]
     resized = F.interpolate(masks.flatten(0, 1), size=size, mode='bilinear', align_corners=False)
     blocked = resized.sigmoid().view(n, q, -1) < 0.5
     return blocked & ~blocked.all(-1, keepdim=True)
@@ -619,7 +619,8 @@ class PlainModel:
         outputs, frame_outputs = self.outputs(clip, training)
         empty_weight = (self.weights / 'decode_head' / 'criterion')['empty_weight']
         warming_up = not self.video and iteration < self.warmup_iters
-        return losses_of(outputs, frame_outputs, label, empty_weight, self.num_points, warming_up)
+        losses = losses_of(outputs, frame_outputs, label, empty_weight, self.num_points, warming_up)
+        return {f'decode.{name}': loss for name, loss in losses.items()}
 
 
 def adamw(parameters: Mapping[str, Tensor]) -> torch.optim.AdamW:
@@ -641,7 +642,7 @@ def train_step(
     torch.stack(list(losses.values())).sum().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters().values(), 0.01)
     optimizer.step()
-    return losses
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 # Training pipeline
@@ -653,7 +654,7 @@ def train_pipeline(
     scale: tuple[int, int] = (853, 480),
     crop: tuple[int, int] = (480, 480),
 ) -> tuple[Tensor, Tensor]:
-    """Resize, crop, flip, colour, normalise, pad: BGR uint8 frames and label maps -> ``[T, 3, *crop]``, ``[T, *crop]``."""
+    """Resize, crop, flip, colour, normalise, pad: BGR uint8 frames, label maps -> ``[T, 3, *crop]``, ``[T, *crop]``."""
     height, width = frames[0].shape[:2]
     ratio = 0.5 + 1.5 * np.random.random_sample()
     long, short = int(scale[0] * ratio), int(scale[1] * ratio)
