@@ -51,12 +51,11 @@ class Results:
 
     def print(self, per_class: bool = False, per_video: bool = False) -> None:
         """Prints the summary, and on request the rows per class (those that occur) and per video, in per cent."""
-        from rich.console import Console
         from rich.table import Table
 
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=160)
+        from mmseg.utils.console import table_console
+
+        console = table_console()
 
         def show(title: str, rows: list[dict[str, Any]]) -> None:
             table = Table(title=title, title_justify='left')

@@ -1,0 +1,78 @@
+"""Prints the final config: after ``_base_``, overrides and checks; or what differs between two."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmengine.config import DictAction
+
+from mmseg.utils.config import load_config
+from mmseg.utils.errors import ConfigError
+
+EPILOG = """examples:
+  python tools/print_config.py local_configs/themask/video_themask_mit_b1.py
+  python tools/print_config.py CONFIG --options runner.max_iters=12000 model.pretrained=None --out final.py
+  python tools/print_config.py local_configs/themask/1f_themask_mit_b1.py \\
+      --diff local_configs/themask/video_themask_mit_b1.py
+"""
+_ABSENT = object()
+
+
+def flatten(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of every leaf; lists of dicts are walked by position."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flatten(item, f'{path}.{key}' if path else str(key))
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+        for i, item in enumerate(value):
+            yield from flatten(item, f'{path}[{i}]')
+    else:
+        yield path, value
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(path, value in the first, value in the second) of every leaf that differs, in the order of the first."""
+    a, b = dict(flatten(first)), dict(flatten(second))
+    rows = ((path, a.get(path, _ABSENT), b.get(path, _ABSENT)) for path in {**a, **b})
+    return [row for row in rows if row[1] is _ABSENT or row[2] is _ABSENT or row[1] != row[2]]
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('--diff', metavar='OTHER', help='print only what differs from this config (exit status 1 then)')
+    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V',
+                        help='overrides of CONFIG, as in training')
+    parser.add_argument('--out', type=Path, help='write the final config to this .py file, which can be trained')
+    args = parser.parse_args()
+    try:
+        config = load_config(args.config, args.options)
+        other = load_config(args.diff) if args.diff else None
+    except ConfigError as error:
+        sys.exit(f'error: {error}')
+    if args.out:
+        config.dump(str(args.out))
+    if other is None:
+        if not args.out:
+            print(config.pretty_text)
+        return
+    rows = differences(config.to_dict(), other.to_dict())
+    for path, first, second in rows:
+        if first is not _ABSENT:
+            print(f'- {path} = {first!r}')
+        if second is not _ABSENT:
+            print(f'+ {path} = {second!r}')
+    print(f'{len(rows)} differences' if rows else 'no difference')
+    sys.exit(1 if rows else 0)
+
+
+if __name__ == '__main__':
+    main()
