@@ -1,11 +1,14 @@
 """tools/analyze_logs.py and tools/print_config.py as processes."""
 
 import json
+import re
+import sys
 
 import cv2
 import pytest
 
 from tests.tool_process import run_tool
+from tools import analyze_logs, print_config
 
 CONFIG = 'local_configs/themask/1f_themask_mit_b1.py'
 
@@ -39,9 +42,13 @@ def test_curves_of_two_runs(runs):
     assert picture.shape[1] > 1500 and picture.min() < 100
 
 
-def test_a_resumed_run_counts_once(runs):
-    done = run_tool('analyze_logs', runs / 'a', '--keys', 'loss', 'mIoU', '--table')
-    rows = [[cell.strip() for cell in line.split('│')[2:-1]] for line in done.stdout.splitlines() if '│' in line]
+def test_a_resumed_run_counts_once(runs, capsys):
+    run = analyze_logs.read_run(runs / 'a', 'a')
+    assert run.evaluated == {'mIoU'}
+    assert run.curves['loss'][0] == [*range(1, 41)]
+    analyze_logs.print_table([run], ['loss', 'mIoU'])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split('│')[2:-1]] for line in lines if '│' in line]
     assert rows[0] == ['loss', '40', '540', '40', '101', '1', '540', '40']
     assert rows[1] == ['mIoU', '3', '0.375', '40', '0.25', '10', '0.5', '20']
 
@@ -53,11 +60,12 @@ def test_a_resumed_run_counts_once(runs):
     (['b.log.json', '--smooth', '0'], '--smooth'),
     (['picture.log.json'], 'line 1: no JSON record'),
 ])
-def test_wrong_logs(runs, args, message):
+def test_wrong_logs(runs, args, message, monkeypatch):
     (runs / 'empty').mkdir()
     (runs / 'picture.log.json').write_text('no json\nat all\n')
-    done = run_tool('analyze_logs', runs / args[0], *args[1:])
-    assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr
+    monkeypatch.setattr(sys, 'argv', ['analyze_logs.py', str(runs / args[0]), *args[1:]])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        analyze_logs.main()
 
 
 def test_final_config_can_be_read_again(tmp_path):
@@ -67,7 +75,15 @@ def test_final_config_can_be_read_again(tmp_path):
     done = run_tool('print_config', CONFIG, '--diff', out)
     assert done.returncode == 1
     assert done.stdout.splitlines() == ['- runner.max_iters = 160000', '+ runner.max_iters = 12', '1 differences']
-    assert run_tool('print_config', out, '--diff', out).stdout == 'no difference\n'
+
+
+def test_differences():
+    first = dict(a=1, b=dict(c=[dict(d=1)], e=[]), only=None)
+    second = dict(a=1, b=dict(c=[dict(d=2), dict(d=3)], e=[]))
+    absent = print_config._ABSENT
+    assert print_config.differences(first, second) == [
+        ('b.c[0].d', 1, 2), ('only', None, absent), ('b.c[1].d', absent, 3)]
+    assert print_config.differences(first, first) == []
 
 
 def test_print_config():
