@@ -1,4 +1,8 @@
-"""Multi-scale deformable attention: one op, several backends."""
+"""Multi-scale deformable attention: one op; native where it can be, plain PyTorch everywhere else.
+
+``functional`` checks arguments and chooses (``backend``), ``library`` tells torch about the ops, ``build`` compiles
+``src``, ``pytorch`` is the form that all others are checked against. ``python -m`` this package prints what was found.
+"""
 
 from .functional import ms_deform_attn, ms_deform_attn_fused
 

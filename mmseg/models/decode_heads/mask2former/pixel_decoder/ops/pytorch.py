@@ -26,20 +26,18 @@ def ms_deform_attn_pytorch(
 ) -> Tensor:
     """Sample `value` at the locations and sum the samples by weight; shapes as in `ms_deform_attn`."""
     n, _, heads, width = value.shape
-    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    queries = sampling_locations.shape[1]
     dtype = arithmetic_dtype(value.dtype)
     # Nothing is sampled beyond half a pixel outside [0, 1]. Pulling such locations (and NaN and infinities, which
     # fail the comparison) to -1 keeps grid_sample away from undefined float-to-int casts and NaN gradients.
     locations = sampling_locations.to(dtype)
     locations = torch.where((locations > -1) & (locations < 2), locations, -1.0)
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # [L, N*M, Q, P, 2]
-    weights = attention_weights.to(dtype).permute(3, 0, 2, 1, 4).reshape(len(spatial_shapes), -1, 1, queries, points)
+    weights = attention_weights.to(dtype).permute(3, 0, 2, 1, 4).flatten(1, 2).unsqueeze(2)  # [L, N*M, 1, Q, P]
 
     out = value.new_zeros((n * heads, width, queries), dtype=dtype)
     levels = value.to(dtype).split([h * w for h, w in spatial_shapes], dim=1)
     for (h, w), level, grid, weight in zip(spatial_shapes, levels, grids, weights):
-        if out.numel() == 0:  # grid_sample rejects empty maps
-            break
         image = level.permute(0, 2, 3, 1).reshape(n * heads, width, h, w)
         sampled = F.grid_sample(image, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
         out = out + (sampled * weight).sum(-1)

@@ -1,0 +1,142 @@
+// A vector of W numbers, from the compiler's own vector types (GCC and Clang): the same source makes SSE2, NEON, AVX2
+// or AVX-512 code by the flags it is compiled with, and a width the machine lacks is made of narrower steps.
+//
+// Everything is in an unnamed namespace, and nothing here uses the C++ library's templates: a function that two
+// translation units of different flags share by name could be linked in its AVX-512 form into the portable code.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>  // integer_sequence, a type only
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define THEMASK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef THEMASK_SHUFFLE  // GCC before 12
+#define THEMASK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
+
+namespace {
+
+template <class T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+
+template <class T, int W>
+struct Simd {
+  static constexpr int width = W;
+  using Int = typename IntOf<T>::type;
+  typedef T F __attribute__((vector_size(W * sizeof(T))));
+  typedef Int I __attribute__((vector_size(W * sizeof(T))));
+  struct Pair {
+    F a, b;
+  };
+
+  static F load(const T* p) {
+    F v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static I load(const Int* p) {
+    I v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(T* p, F v) { memcpy(p, &v, sizeof v); }
+  static void store(Int* p, I v) { memcpy(p, &v, sizeof v); }
+  static F set(T x) { return F{} + x; }
+  static F to_float(I v) { return __builtin_convertvector(v, F); }
+
+  // Only for values that fit.
+  static I floor(F x) {
+    I i = __builtin_convertvector(x, I);
+    return i + (I)(to_float(i) > x);  // a true comparison is -1
+  }
+
+  // (x0 y0 x1 ..), (.. yn) -> (x0 x1 ..), (y0 y1 ..), and back.
+  static Pair deinterleave(F a, F b) { return deinterleave(a, b, std::make_integer_sequence<int, W>()); }
+  static Pair interleave(F a, F b) { return interleave(a, b, std::make_integer_sequence<int, W>()); }
+
+  static T max(F v) {
+    T m = v[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+  }
+  // The sums of four vectors, one store of four numbers: to[i] += sum of the i-th.
+  static void add_sums(T* to, F a, F b, F c, F d) {
+    if constexpr (W > 4) {
+      using Half = Simd<T, W / 2>;
+      auto folded = [](F v) {
+        typename Half::F half[2];
+        memcpy(half, &v, sizeof half);
+        return half[0] + half[1];
+      };
+      Half::add_sums(to, folded(a), folded(b), folded(c), folded(d));
+    } else if constexpr (W == 4) {
+      F ab = THEMASK_SHUFFLE(a, b, 0, 4, 1, 5) + THEMASK_SHUFFLE(a, b, 2, 6, 3, 7);
+      F cd = THEMASK_SHUFFLE(c, d, 0, 4, 1, 5) + THEMASK_SHUFFLE(c, d, 2, 6, 3, 7);
+      store(to, load(to) + THEMASK_SHUFFLE(ab, cd, 0, 1, 4, 5) + THEMASK_SHUFFLE(ab, cd, 2, 3, 6, 7));
+    } else {
+      to[0] += sum(a), to[1] += sum(b), to[2] += sum(c), to[3] += sum(d);
+    }
+  }
+  static T sum(F v) {
+    T s = v[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < W; ++i) s += v[i];
+    return s;
+  }
+
+  // e^x for x <= 0 (0 below float's normal range); NaN stays NaN.
+  static F exp(F x) {
+    if constexpr (sizeof(T) == 8) {
+      F r;
+      for (int i = 0; i < W; ++i) r[i] = ::exp(x[i]);
+      return r;
+    } else {
+      // x = n ln 2 + r, |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer that stands in the low bits, which
+      // needs no conversion (undefined for NaN). Taylor to r^7 leaves 6e-9.
+      const F magic = set(12582912.0f);
+      F clamped = x < -87.0f ? set(-87.0f) : x;
+      F t = clamped * 1.44269504088896341f + magic;
+      F n = t - magic;
+      F r = clamped - n * 0.693359375f;
+      r = r - n * -2.12194440e-4f;
+      F p = set(1.0f / 5040);
+      p = p * r + 1.0f / 720;
+      p = p * r + 1.0f / 120;
+      p = p * r + 1.0f / 24;
+      p = p * r + 1.0f / 6;
+      p = p * r + 0.5f;
+      p = p * r + 1.0f;
+      p = p * r + 1.0f;
+      I bits = (I)t - (I)magic;
+      F scale = (F)((bits + 127) << 23);
+      return x < -87.0f ? F{} : p * scale;
+    }
+  }
+
+ private:
+  template <int... K>
+  static Pair deinterleave(F a, F b, std::integer_sequence<int, K...>) {
+    return {THEMASK_SHUFFLE(a, b, (2 * K)...), THEMASK_SHUFFLE(a, b, (2 * K + 1)...)};
+  }
+  template <int... K>
+  static Pair interleave(F a, F b, std::integer_sequence<int, K...>) {
+    return {THEMASK_SHUFFLE(a, b, (K / 2 + K % 2 * W)...), THEMASK_SHUFFLE(a, b, (W / 2 + K / 2 + K % 2 * W)...)};
+  }
+};
+
+}  // namespace
