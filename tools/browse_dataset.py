@@ -1,0 +1,148 @@
+"""Writes contact sheets of clips: the files with their labels, and what the pipeline makes of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import DictAction
+
+from mmseg.datasets import VideoDataset, build_dataset
+from mmseg.datasets.loader import seeded
+from mmseg.datasets.pipelines.loading import load_labels, read_frame
+from mmseg.utils.config import load_config
+from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.visual import legend, overlay, panels, write_picture
+
+EPILOG = """Rows of a sheet: the frames as they stand on disk; their labels; then for every view the frames after the
+pipeline and, in training, their labels.  Columns are the frames of the clip, in the order in which the model gets them.
+
+examples:
+  python tools/browse_dataset.py local_configs/themask/mini_video.py --out sheets
+  python tools/browse_dataset.py CONFIG --part test --number 3 --options data.test.test_size=4
+  python tools/browse_dataset.py CONFIG --videos 123_abc --seed 5
+"""
+
+
+def video_datasets(dataset: Any) -> Iterator[VideoDataset]:
+    """The data sets under repetitions and concatenations."""
+    if hasattr(dataset, 'datasets'):
+        for part in dataset.datasets:
+            yield from video_datasets(part)
+    elif hasattr(dataset, 'dataset'):
+        yield from video_datasets(dataset.dataset)
+    else:
+        yield dataset
+
+
+def denormalise(frame: torch.Tensor, norm: dict[str, Any]) -> np.ndarray:
+    """A frame of the model's input (float [3, H, W]) as uint8 [H, W, 3] BGR."""
+    image = frame.permute(1, 2, 0).numpy() * norm['std'] + norm['mean']
+    image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(image[..., ::-1] if norm['to_rgb'] else image)
+
+
+def fit(picture: np.ndarray, height: int) -> np.ndarray:
+    """``picture`` at the height of a row."""
+    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
+    shrinks = height < picture.shape[0]
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST)
+
+
+def sheet(item: dict[str, Any], source: VideoDataset, height: int, opacity: float) -> np.ndarray:
+    """The contact sheet of one item of a data set, uint8 BGR."""
+    views = item['img'] if isinstance(item['img'], list) else [item['img']]
+    metas = item['img_metas'] if isinstance(item['img_metas'], list) else [item['img_metas']]
+    video, paths = metas[0]['video'], metas[0]['all_names']
+    names = [Path(path).stem for path in paths]
+    frames = [read_frame(path) for path in paths]
+    rows = [[(f'{video}/{name}  {frame.shape[1]}x{frame.shape[0]}', frame) for name, frame in zip(names, frames)]]
+    shown: set[int] = set()
+    if source.has_masks:
+        masks = [source.mask_path(video, name) for name in names]
+        labels = load_labels(masks, source.reduce_zero_label, source.num_classes, frames[0].shape[:2], video)
+        shown.update(*(np.unique(label).tolist() for label in labels))
+        rows.append([('labels', overlay(f, label, source.PALETTE, opacity)) for f, label in zip(frames, labels)])
+    for i, (view, meta) in enumerate(zip(views, metas)):
+        images = [denormalise(frame, meta['img_norm_cfg']) for frame in view]
+        title = f'view {i}' if len(views) > 1 else 'input'
+        title += f'  {view.shape[3]}x{view.shape[2]}' + (f'  {meta["flip_direction"]} flip' if meta['flip'] else '')
+        rows.append([(title, image) for image in images])
+        if 'gt_semantic_seg' in item:
+            after = item['gt_semantic_seg'][:, 0].numpy().astype(np.uint8)
+            rows.append([('input labels', overlay(image, label, source.PALETTE, opacity))
+                         for image, label in zip(images, after)])
+    bands = [panels([(title, fit(picture, height)) for title, picture in row]) for row in rows]
+    width = max(band.shape[1] for band in bands)
+    bands = [cv2.copyMakeBorder(band, 0, 0, 0, width - band.shape[1], cv2.BORDER_CONSTANT, value=(255, 255, 255))
+             for band in bands]
+    classes = sorted(label for label in shown if label < source.num_classes)
+    return np.vstack([*bands, legend(classes, source.CLASSES, source.PALETTE, width)])
+
+
+def choose(dataset: Any, videos: list[str] | None, number: int, seed: int) -> list[int]:
+    """Indices of the items to draw, spread over the data set.
+
+    Raises:
+        DataError: the data set has no such video.
+    """
+    candidates = list(range(len(dataset)))
+    if videos:
+        parts = list(video_datasets(dataset))
+        known = [video.name for part in parts for video in part.videos]
+        for name in videos:
+            if name not in known:
+                raise DataError(f"--videos: the split has no video '{name}'")
+        names = known
+        if len(parts) == 1 and parts[0].clips is not None:
+            names = [parts[0].videos[clip.video].name for clip in parts[0].clips]
+        candidates = [i for i, name in enumerate(names) if name in videos]
+    order = np.random.default_rng(seed).permutation(len(candidates))[:number]
+    return sorted(candidates[i] for i in order)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('--part', choices=('train', 'val', 'test'), default='train', help='of the config\'s data')
+    parser.add_argument('--number', type=int, default=6, help='clips (default %(default)s)')
+    parser.add_argument('--videos', nargs='+', metavar='NAME', help='only clips of these videos')
+    parser.add_argument('--out', type=Path, default=Path('contact_sheets'), help='folder (default %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='of the choice of clips and the pipeline')
+    parser.add_argument('--height', type=int, default=200, help='of a row, in pixels')
+    parser.add_argument('--opacity', type=float, default=0.6, help='of the labels, 0..1')
+    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V', help='change the config')
+    args = parser.parse_args()
+    try:
+        cfg = load_config(args.config, args.options)
+        dataset = build_dataset(cfg.data[args.part], where=f'data.{args.part}')
+        for index in choose(dataset, args.videos, args.number, args.seed):
+            with seeded(args.seed, index):
+                item = dataset[index]
+            for error in item['skipped']:
+                print(f'left out: {error}', file=sys.stderr)
+            if item['img'] is None:
+                continue
+            meta = item['img_metas'][0] if isinstance(item['img_metas'], list) else item['img_metas']
+            name = Path(meta['filename']).stem
+            source = next(part for part in video_datasets(dataset)
+                          if part.frame_path(meta['video'], name) == meta['filename'])
+            path = args.out / f'{args.part}_{index:05d}_{meta["video"]}_{name}.jpg'
+            write_picture(path, sheet(item, source, args.height, args.opacity))
+            print(path)
+    except (ConfigError, DataError) as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    main()
