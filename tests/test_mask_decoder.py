@@ -32,7 +32,8 @@ def inputs(frames, seed=0, channels=32):
 
 def tensors(output):
     """Every tensor of an output, in a fixed order."""
-    return [t for level in output if level is not None for prediction in level for t in prediction]
+    levels = [level for level in (output.clip, output.frame) if level is not None]
+    return [t for level in levels for prediction in level for t in (prediction.logits, prediction.masks)]
 
 
 def assert_equal(a, b, tolerance=2e-5):
@@ -183,8 +184,8 @@ def test_skipping_early_heads_keeps_the_final_prediction(temporal):
     decoder = tiny(temporal).eval()
     maps, features = inputs(4)
     full, last = (decoder(maps, features, 2, all_layers=all_layers) for all_layers in (True, False))
-    assert [len(level) for level in full if level is not None] == [5] * (1 + temporal)
-    assert [len(level) for level in last if level is not None] == [1] * (1 + temporal)
+    assert [len(output.clip) for output in (full, last)] == [5, 1]
+    assert (full.frame is not None) == (last.frame is not None) == temporal
     assert_equal(
         last, type(last)(full.clip[-1:], None if full.frame is None else full.frame[-1:]), tolerance=0
     )

@@ -24,10 +24,13 @@ class MaskPrediction(NamedTuple):
     Attributes:
         logits: float ``[N, Q, K + 1]``; the last class is "no object".
         masks: float ``[N, Q, T, h, w]``.
+        embedding: float ``[N, Q, C]`` of which, with ``DecoderOutput.mask_features``, the masks are the product; a loss
+            on a few masks then need not go through all of them.
     """
 
     logits: Tensor
     masks: Tensor
+    embedding: Tensor | None = None
 
 
 class DecoderOutput(NamedTuple):
@@ -36,10 +39,12 @@ class DecoderOutput(NamedTuple):
     Attributes:
         clip: one :class:`MaskPrediction` a stage (before the first layer, then after each); the last is final.
         frame: the same stages for the frame queries; ``None`` without a temporal part.
+        mask_features: float ``[B, T, C, h, w]``, the other factor of every mask.
     """
 
     clip: list[MaskPrediction]
     frame: list[MaskPrediction] | None = None
+    mask_features: Tensor | None = None
 
 
 @dataclass

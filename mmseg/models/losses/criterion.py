@@ -55,12 +55,14 @@ class _MatchTable:
         classes: int64 ``[S, B, Q]``, what each query should predict; K is "no object".
         rows: int64 ``[S, L, R1 + R2]``, rows into the predicted masks of a stage and level seen as ``[-1, h, w]``.
             They run over clips, queries, frames at the clip level and over clips, frames, queries at the frame level.
+        queries: int64 ``[S, m]`` for each rank and, within it, each clip: the clip's matched queries.
         targets: int64 ``[S, L, R1 + R2]``, rows into the target masks of the batch ``[sum(n) * T, H, W]``.
         num_primary: R1.
     """
 
     classes: Tensor
     rows: Tensor
+    queries: Sequence[Tensor]
     targets: Tensor
     num_primary: int
 
@@ -181,7 +183,7 @@ class THEMaskCriterion(nn.Module):
         num_targets, num_classified = self._divisors(table, targets)
 
         values = {'loss_ce': (self._class_losses(levels, table) / num_classified[:, None], self.weights.class_weight)}
-        matched = self._matched_masks(levels, table)
+        matched = self._matched_masks(output, table)
         all_targets = torch.cat(target_masks).flatten(0, 1)
         mask_divisor = num_targets * output.clip[-1].masks.shape[2]
         bce, dice = self._primary_losses(matched[:, :, : table.num_primary], all_targets, table)
@@ -259,7 +261,13 @@ class THEMaskCriterion(nn.Module):
         num_primary = sum(len(primary.query) for primary, _ in matches[-1])
         self._remember(levels[0][-1].logits, pair_table[-1, 0], wanted[-1], num_primary)
         return _MatchTable(
-            classes.unflatten(1, (batch, queries)), row_table[:, :, 0], row_table[:, :, 1], num_primary * frames
+            classes=classes.unflatten(1, (batch, queries)),
+            rows=row_table[:, :, 0],
+            queries=(pair_table[:, 0] % queries).split(
+                [len(pair[rank].query) for rank in (0, 1) for pair in matches[0]], dim=1
+            ),
+            targets=row_table[:, :, 1],
+            num_primary=num_primary * frames,
         )
 
     @torch.no_grad()
@@ -294,12 +302,15 @@ class THEMaskCriterion(nn.Module):
             losses.append(each.view(len(stages), -1).sum(1) / frames)
         return torch.stack(losses, 1)
 
-    def _matched_masks(self, levels: list[list[MaskPrediction]], table: _MatchTable) -> Tensor:
+    def _matched_masks(self, output: DecoderOutput, table: _MatchTable) -> Tensor:
         """The matched masks alone, float32 ``[S, L, R1 + R2, h, w]``: nothing after this touches the others."""
-        matched = [
-            torch.stack([stage.masks.flatten(0, 2).index_select(0, rows) for stage, rows in zip(*level)])
-            for level in zip(levels, table.rows.unbind(1))
-        ]
+        matched = []
+        for stages, rows in zip((output.clip, output.frame or []), table.rows.unbind(1)):
+            if output.mask_features is None:
+                masks = [stage.masks.flatten(0, 2).index_select(0, own) for stage, own in zip(stages, rows)]
+                matched.append(torch.stack(masks))
+            else:
+                matched.append(_multiply_matched(stages, output.mask_features, table.queries))
         return torch.stack(matched, 1).float()
 
     def _primary_losses(self, masks: Tensor, targets: Tensor, table: _MatchTable) -> tuple[Tensor, Tensor]:
@@ -343,3 +354,29 @@ class THEMaskCriterion(nn.Module):
         wanted = counts[table.targets[:, :, table.num_primary :]]
         bce, dice = mask_losses.self_labelled_losses(masks, wanted, area)
         return bce.sum(2), dice.sum(2)
+
+
+def _multiply_matched(stages: list[MaskPrediction], mask_features: Tensor, queries: Sequence[Tensor]) -> Tensor:
+    """Matched masks of one level, multiplied from embeddings and features, ``[S, R1 + R2, h, w]``.
+
+    A mask is the product of its query's embedding with the mask features and depends on no other query, so products of
+    the matched rows are the matched masks.  All stages share one product a clip and rank: the backward pass multiplies
+    the few matched rows instead of all queries, and adds to the gradient of the features once instead of once a stage.
+
+    Args:
+        stages: S predictions with embeddings ``[N, Q, C]``; N = B (clip level) or B * T (frame level).
+        mask_features: ``[B, T, C, h, w]``.
+        queries: as in :class:`_MatchTable`.
+    """
+    batch, frames = mask_features.shape[:2]
+    embeddings = torch.stack([stage.embedding for stage in stages if stage.embedding is not None])
+    per_frame = embeddings.shape[1] == batch * frames
+    clips = list(zip(embeddings.unflatten(1, (batch, -1)).unbind(1), mask_features.flatten(3).unbind(0)))
+    masks = []
+    for i, query in enumerate(queries):
+        embedding, features = clips[i % batch]  # [S, 1 or T, Q, C], [T, C, h * w]
+        index = query[:, None, :, None].expand(-1, embedding.shape[1], -1, embedding.shape[3])
+        chosen = embedding.gather(2, index).transpose(0, 1).flatten(1, 2)
+        product = (chosen @ features).unflatten(1, query.shape)  # [T, S, m, h * w]
+        masks.append(product.permute((1, 0, 2, 3) if per_frame else (1, 2, 0, 3)).flatten(1, 2))
+    return torch.cat(masks, 1).unflatten(2, mask_features.shape[3:])

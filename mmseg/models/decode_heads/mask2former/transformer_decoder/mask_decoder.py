@@ -76,7 +76,7 @@ class PredictionHead(nn.Module):
         """Class and mask logits from both results of :meth:`embed` and features ``[N, T, C', h, w]``."""
         masks = embedding[:, None] @ mask_features.flatten(3)
         masks = masks.unflatten(3, mask_features.shape[3:]).transpose(1, 2)
-        return MaskPrediction(self.class_embed(queries), masks)
+        return MaskPrediction(self.class_embed(queries), masks, embedding)
 
 
 @retired(
@@ -195,7 +195,7 @@ class MaskDecoder(nn.Module):
             values = torch.cat([level.values for level in memory], dim=1)
             clip, queries = self.temporal(clip, position, keys, values, num_frames)
 
-        output = DecoderOutput([], None if self.temporal is None else [])
+        output = DecoderOutput([], None if self.temporal is None else [], features)
         layers = zip(
             self.transformer_cross_attention_layers, self.transformer_self_attention_layers, self.transformer_ffn_layers
         )
