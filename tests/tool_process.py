@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment():
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    own = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'THEMASK_OPS_BACKEND': 'pytorch'}
+    return {**os.environ, **own}
 
 
 def command(tool, *args):

@@ -1,0 +1,249 @@
+"""Runs a model on a video file, a folder of frames or a camera, and writes a video, pictures or label maps.
+
+Memory stays the same for a video of any length.  A broken frame is reported and skipped.  Ctrl-C finishes the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import DictAction
+
+from mmseg.apis import init_segmentor
+from mmseg.apis.video import VIEWS, FrameView, VideoSegmenter, classes_of
+from mmseg.apis.video_io import (
+    VIDEO_SUFFIXES,
+    Background,
+    FolderWriter,
+    Frame,
+    Source,
+    VideoWriter,
+    open_source,
+)
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+from mmseg.utils.files import write_atomically
+from mmseg.utils.logger import setup_logger
+from mmseg.utils.visual import write_label_png
+
+EXAMPLES = r"""examples:
+  # an overlay beside the frames, as H.264
+  python tools/video_demo.py CONFIG.py CKPT.pth street.mp4 --out out.mp4 --view side-by-side --legend
+
+  # clips of 4 frames of which neighbours share 2, scores averaged; label maps as PNG
+  python tools/video_demo.py CONFIG.py CKPT.pth data/vspw/VSPW_480p/data/VIDEO/origin --labels labels/ \
+      --clip-len 4 --overlap 2
+
+  # a camera, online: every frame is labelled when it comes; Ctrl-C ends
+  python tools/video_demo.py CONFIG.py CKPT.pth 0 --online --out camera.mp4 --device cuda
+
+  # pictures from files that match a pattern, at 25 frames per second
+  python tools/video_demo.py CONFIG.py CKPT.pth 'frames/*.png' --fps 25 --out pictures/
+"""
+INTERRUPTED = 130
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('input', help="video file, folder of images, pattern ('frames/*.jpg') or number of a camera")
+    out = parser.add_argument_group('output (default: --out <name>_themask.mp4)')
+    out.add_argument('--out', type=Path, help=f'video ({", ".join(VIDEO_SUFFIXES)}), or else a folder for pictures')
+    out.add_argument('--labels', type=Path, help='folder for palette PNGs of training labels')
+    out.add_argument('--view', choices=VIEWS, default='overlay', help='what a picture shows')
+    out.add_argument('--opacity', type=float, default=0.5, help='of the colours over the frame, 0..1')
+    out.add_argument('--legend', action='store_true', help='name the classes in sight below the picture')
+    out.add_argument('--image-format', choices=('jpg', 'png'), default='jpg', help='of pictures in a folder')
+    out.add_argument('--crf', type=int, default=18, help='quality of the video, 0 (lossless) to 51')
+    out.add_argument('--json', type=Path, help='write a summary: frames, broken ones, seconds, peak memory')
+    clips = parser.add_argument_group('clips')
+    clips.add_argument('--clip-len', type=int, help='frames in a clip; default: data.test.test_size of the config')
+    clips.add_argument('--stride', type=int, help='frames from one frame of a clip to the next; default 3')
+    clips.add_argument('--overlap', type=int, default=0, help='frames that neighbouring clips share')
+    clips.add_argument('--online', action='store_true', help='use past frames only and label each frame at once')
+    clips.add_argument('--fps', type=float, help='frame rate of images (default 15), or in place of that of a video')
+    clips.add_argument('--max-frames', type=int, help='stop after so many frames')
+    model = parser.add_argument_group('model')
+    model.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
+    model.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
+    model.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V', help='change the config')
+    return parser.parse_args()
+
+
+class Outputs:
+    """Everything that is written for a frame, in a thread of its own.
+
+    Args:
+        args: command line.
+        source: where frame rate and times come from.
+        model: where class names and colours come from.
+    """
+
+    def __init__(self, args: argparse.Namespace, source: Source, model: Any) -> None:
+        self._writes: list[Callable[[Frame, np.ndarray], None]] = []
+        self._video: VideoWriter | None = None
+        if args.out is not None:
+            view = FrameView(*classes_of(model), args.view, args.opacity, args.legend, float(source.fps))
+            if args.out.suffix in VIDEO_SUFFIXES:
+                video = self._video = VideoWriter(args.out, source.fps, source.time_base, args.crf)
+                self._writes.append(lambda frame, labels: video.write(view(frame.image, labels), frame.time))
+            else:
+                folder = FolderWriter(args.out, f'.{args.image_format}')
+                self._writes.append(lambda frame, labels: folder.write(view(frame.image, labels), frame.name))
+        if args.labels is not None:
+            _, palette = classes_of(model)
+            self._writes.append(
+                lambda frame, labels: write_label_png(args.labels / f'{frame.name}.png', labels, palette))
+        self._thread: Background[tuple[Frame, np.ndarray]] = Background(self._write)
+
+    def put(self, frame: Frame, labels: np.ndarray) -> None:
+        """Hands one frame over."""
+        self._thread.put((frame, labels))
+
+    def close(self) -> None:
+        """Finishes all files."""
+        try:
+            self._thread.close()
+        finally:
+            if self._video is not None:
+                self._video.close()
+
+    def _write(self, item: tuple[Frame, np.ndarray]) -> None:
+        for write in self._writes:
+            write(*item)
+
+
+class Progress:
+    """Frames, rate and remaining time on standard error: one line that is renewed, or a line now and then in a file.
+
+    Args:
+        total: number of frames, where it is known.
+    """
+
+    def __init__(self, total: int | None) -> None:
+        self._total = total
+        self._live = sys.stderr.isatty()
+        self._start = self._shown = time.monotonic()
+        self.frames = 0
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._start
+
+    def step(self) -> None:
+        """One more frame is done."""
+        self.frames += 1
+        now = time.monotonic()
+        if now - self._shown >= (0.2 if self._live else 5):
+            self._shown = now
+            self.show()
+
+    def show(self, end: bool = False) -> None:
+        """Writes the line."""
+        rate = self.frames / max(self.seconds, 1e-9)
+        text = f'frame {self.frames}' + (f'/{self._total}' if self._total else '') + f'  {rate:.1f} frames/s'
+        if self._total and not end:
+            text += f'  ETA {_clock(max(0, self._total - self.frames) / max(rate, 1e-9))}'
+        print(f'\r{text}\033[K' if self._live else text, end='' if self._live and not end else '\n', file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
+
+
+class Interruption:
+    """Whether SIGINT or SIGTERM has come; the second one raises KeyboardInterrupt at once.
+
+    The first only sets a flag: an exception out of a signal handler may be raised where Python cannot pass it on.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interruption:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, _number: int, _frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def run(args: argparse.Namespace) -> int:
+    """Labels the input; returns the exit status."""
+    source = open_source(args.input, args.fps)
+    if args.out is None and args.labels is None:
+        args.out = Path(f'{source.name}_themask.mp4')
+    model = init_segmentor(args.config, args.checkpoint, args.device, args.options)
+    segmenter = VideoSegmenter(model, args.clip_len, args.stride, args.overlap, args.online, args.dtype)
+    outputs = Outputs(args, source, model)
+    total = min(filter(None, (source.num_frames, args.max_frames)), default=None)
+    progress = Progress(total)
+    with Interruption() as interruption:
+        try:
+            with contextlib.closing(segmenter(source)) as labelled:
+                for frame, labels in labelled:
+                    outputs.put(frame, labels)
+                    progress.step()
+                    if interruption.requested or progress.frames == args.max_frames:
+                        break
+        finally:
+            outputs.close()
+    progress.show(end=True)
+    if not progress.frames:
+        raise DataError(f"'{args.input}': no frame could be read")
+    report(args, source, progress, interruption.requested)
+    return INTERRUPTED if interruption.requested else 0
+
+
+def report(args: argparse.Namespace, source: Source, progress: Progress, interrupted: bool) -> None:
+    """Says what was done, and writes it where ``--json`` asks for it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+    summary = {
+        'input': args.input, 'frames': progress.frames, 'broken': source.broken, 'broken_names': source.broken_names,
+        'seconds': round(progress.seconds, 3), 'frames_per_second': round(progress.frames / progress.seconds, 2),
+        'source_fps': float(Fraction(source.fps)), 'peak_memory_mib': round(peak, 1), 'interrupted': interrupted,
+    }  # fmt: skip
+    if args.json:
+        write_atomically(args.json, json.dumps(summary, indent=1))
+    written = ' and '.join(str(path) for path in (args.out, args.labels) if path is not None)
+    print(f'{"interrupted; " if interrupted else ""}{progress.frames} frames -> {written}; {source.broken} broken; '
+          f'{summary["frames_per_second"]} frames/s; peak memory {peak:.0f} MiB')
+
+
+def main() -> int:
+    """Runs the tool; returns the exit status."""
+    args = parse_args()
+    setup_logger()
+    try:
+        return run(args)
+    except (CheckpointError, ConfigError, DataError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == '__main__':
+    sys.exit(main())
