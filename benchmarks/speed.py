@@ -1,0 +1,373 @@
+"""Speed and memory of the package beside the plain formulation, as ratios measured in one run.
+
+    python -m benchmarks.speed --part eval --backbone mit_b1 --frames 1 2
+    python -m benchmarks.speed --part train data post --json speed.json
+    python -m benchmarks.speed --part eval --device cuda --compile
+
+Parts:
+
+* eval: frames to label maps, 480x864 in and 480x853 out; float32, then ours in bfloat16 beside plain float32.
+* train: a training step (loss, backward, clipping, AdamW) on one 480x480 clip, without and with activation
+  checkpointing, and matching and losses alone, forward and backward.
+* data: a training clip of two frames from decoded images to tensors.
+* post: scores at stride 4 to label maps.
+
+Both arms compute the same thing (``benchmarks/plain.py``, ``tests/test_plain.py``).  They run in turns in one process,
+so that both meet the same disturbances, and medians are compared.  The peak memory of an arm is measured in a process
+of its own, above what the loaded model and its input take.  ``--json`` writes a list of rows
+``{name, plain_ms, ours_ms, ratio, plain_peak_mib, ours_peak_mib}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import plain
+from mmseg.core import build_optimizer
+from mmseg.datasets.pipelines.compose import Compose
+from mmseg.models import EncoderDecoder, build_segmentor
+from mmseg.models.losses import THEMaskCriterion
+from mmseg.models.segmentors.label_map import ScoreView, label_map, resize_matrix
+from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
+from mmseg.utils.config import load_config
+
+ARMS = ('plain', 'ours')
+CLASSES = 124
+CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
+PARTS = ('eval', 'train', 'data', 'post')
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        name: what is measured.
+        make: arm -> the function to time, with everything it needs already built.
+    """
+
+    name: str
+    make: Callable[[str], Run]
+
+
+def labels_of(frames: int, height: int, width: int, classes: int = 6) -> Tensor:
+    """A label map ``[1, frames, height, width]`` of a few moving rectangles, with some void."""
+    rng = np.random.default_rng(0)
+    chosen = rng.choice(CLASSES, classes, replace=False)
+    labels = np.full((1, frames, height, width), chosen[0], np.int64)
+    for label in chosen[1:]:
+        y, x = rng.integers(0, height * 2 // 3), rng.integers(0, width * 2 // 3)
+        for t in range(frames):
+            labels[0, t, y : y + height // 3, x + 4 * t : x + 4 * t + width // 3] = label
+    labels[:, :, : height // 20] = 255
+    return torch.from_numpy(labels)
+
+
+def model_of(args: argparse.Namespace, stage: str, num_frames: int, checkpointing: bool = False) -> EncoderDecoder:
+    """A model of the package with random weights."""
+    options: dict[str, Any] = {'model.pretrained': None}
+    options['model.decode_head.transformer_decoder_cfg.num_frames'] = num_frames
+    if checkpointing:
+        options['model.backbone.with_cp'] = True
+        options['model.decode_head.pixel_decoder_cfg.with_cp'] = True
+    torch.manual_seed(0)
+    cfg = load_config(CONFIGS / f'{stage}_themask_{args.backbone}.py', options)
+    return build_segmentor(cfg.model).to(args.device)
+
+
+def clip_of(args: argparse.Namespace, frames: int, height: int, width: int) -> Tensor:
+    """A normalised random clip ``[1, frames, 3, height, width]``."""
+    return torch.randn(1, frames, 3, height, width, generator=torch.Generator().manual_seed(1)).to(args.device)
+
+
+def eval_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Frames to label maps."""
+    height, width = args.size or (480, 864)
+    size = height, width - width // 78
+    variants = [('fp32', False), ('bf16', False)]
+    if args.compile:
+        variants += [('fp32', True), ('bf16', True)]
+    for frames in args.frames:
+        for precision, compiled in variants:
+
+            def make(arm: str, frames: int = frames, precision: str = precision, compiled: bool = compiled) -> Run:
+                model = model_of(args, 'video', frames).eval()
+                clip = clip_of(args, frames, height, width)
+                if arm == 'plain':
+                    yardstick = plain.PlainModel(model.state_dict())
+                    del model
+                    return lambda: yardstick.predict(clip, size)
+                if compiled:
+                    for part in (model.backbone, model.decode_head.pixel_decoder, model.decode_head.predictor):
+                        part.compile()
+                low = torch.autocast(args.device, torch.bfloat16, enabled=precision == 'bf16')
+
+                def run() -> Tensor:
+                    with torch.inference_mode(), low:
+                        return model.predict([clip], [None], size)
+
+                return run
+
+            end = ' compiled' if compiled else ''
+            yield Case(f'eval {args.backbone} T={frames} {height}x{width} {precision}{end}', make)
+
+
+def train_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Training steps, and matching and losses alone."""
+    height, width = args.size or (480, 480)
+    schedule = load_config(CONFIGS / f'video_themask_{args.backbone}.py').optimizer
+    for frames in args.frames:
+        for checkpointing in (False, True):
+
+            def make(arm: str, frames: int = frames, checkpointing: bool = checkpointing) -> Run:
+                model = model_of(args, 'video', frames, checkpointing).train()
+                clip, labels = clip_of(args, frames, height, width), labels_of(frames, height, width).to(args.device)
+                if arm == 'plain':
+                    yardstick = plain.PlainModel(model.state_dict())
+                    del model
+                    plain_optimizer = plain.adamw(yardstick.parameters())
+                    return lambda: plain.train_step(yardstick, plain_optimizer, clip, labels)
+                optimizer = build_optimizer(model, schedule)
+
+                def run() -> None:
+                    losses = model(clip, labels)
+                    optimizer.zero_grad()
+                    torch.stack(list(losses.values())).sum().backward()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+                    optimizer.step()
+
+                return run
+
+            end = ' checkpointed' if checkpointing else ''
+            yield Case(f'train step {args.backbone} T={frames} {height}x{width}{end}', make)
+
+        def make_losses(arm: str, frames: int = frames) -> Run:
+            return losses_run(args, arm, frames, height, width)
+
+        yield Case(f'matching and losses T={frames} {height}x{width}', make_losses)
+
+
+def losses_run(args: argparse.Namespace, arm: str, frames: int, height: int, width: int) -> Run:
+    """Matching, losses and their gradients for ten stages of random predictions at both levels."""
+    generator = torch.Generator().manual_seed(2)
+
+    def predictions(samples: int, length: int) -> list[MaskPrediction]:
+        stages = []
+        for _ in range(10):
+            logits = torch.randn(samples, 100, CLASSES + 1, generator=generator)
+            coarse = 4 * torch.randn(samples * 100, length, height // 32, width // 32, generator=generator)
+            masks = nn.functional.interpolate(coarse, size=(height // 4, width // 4), mode='bilinear')
+            leaves = logits.to(args.device), masks.unflatten(0, (samples, 100)).to(args.device)
+            stages.append(MaskPrediction(*(leaf.requires_grad_() for leaf in leaves)))
+        return stages
+
+    clip, frame = predictions(1, frames), predictions(frames, 1)
+    leaves: list[Tensor] = [leaf for stage in (*clip, *frame) for leaf in (stage.logits, stage.masks)]
+    labels = labels_of(frames, height, width).to(args.device)
+    criterion = THEMaskCriterion(CLASSES).to(args.device)
+
+    def run() -> None:
+        if arm == 'plain':
+            pairs = [[(stage.logits, stage.masks) for stage in level] for level in (clip, frame)]
+            losses = plain.losses_of(pairs[0], pairs[1], labels, criterion.empty_weight)
+        else:
+            losses = criterion(DecoderOutput(clip, frame), ClipTarget.from_labels(labels, CLASSES))
+        torch.autograd.grad(torch.stack(list(losses.values())).sum(), leaves)
+
+    return run
+
+
+def data_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """A training clip from decoded images to tensors; the same random draws in both arms and every round."""
+    rng = np.random.default_rng(3)
+    coarse = rng.integers(0, 256, (2, 24, 43, 3), dtype=np.uint8)
+    images = [np.kron(image, np.ones((20, 20, 1), np.uint8))[:, :853].copy() for image in coarse]
+    masks = list(labels_of(2, 480, 853)[0].numpy().astype(np.uint8))
+    cfg = load_config(CONFIGS / 'video_themask_mit_b1.py').data.train.dataset.pipeline
+    pipeline = Compose([step for step in cfg if not step['type'].startswith('Load')])
+    shape = images[0].shape
+    clip = {
+        'img': images, 'gt_semantic_seg': masks, 'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape,
+        'scale_factor': 1.0, 'filename': '', 'ori_filename': '',
+    }  # fmt: skip
+
+    def make(arm: str) -> Run:
+        def run() -> None:
+            for seed in range(8):
+                np.random.seed(seed)
+                if arm == 'plain':
+                    plain.train_pipeline(images, masks)
+                else:
+                    pipeline({**clip, 'img': list(images), 'gt_semantic_seg': list(masks)})
+
+        return run
+
+    yield Case('train pipeline, 8 clips of 2 frames 480x853', make)
+
+
+def post_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Scores at stride 4 to label maps."""
+    height, width = args.size or (480, 864)
+    size = height, width - width // 78
+
+    def make(arm: str) -> Run:
+        generator = torch.Generator().manual_seed(4)
+        scores = torch.rand(1, CLASSES, height // 4, width // 4, generator=generator).to(args.device)
+        if arm == 'plain':
+            return lambda: plain.resize_and_argmax(scores, (height, width), size)
+        rows, columns = resize_matrix(height // 4, height, size[0]), resize_matrix(width // 4, width, size[1])
+        return lambda: label_map([ScoreView(scores, rows, columns)])
+
+    yield Case(f'resize and argmax {height}x{width}', make)
+
+
+def cases_of(args: argparse.Namespace, part: str) -> list[Case]:
+    """The rows of one part."""
+    return list({'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'post': post_cases}[part](args))
+
+
+def time_arms(case: Case, rounds: int, device: str) -> dict[str, float]:
+    """Median milliseconds of each arm, the arms taking turns."""
+    runs = {arm: case.make(arm) for arm in ARMS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for round_number in range(rounds + 1):
+        for arm, run in runs.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if round_number > 0:  # the first round warms caches
+                seconds[arm].append(time.perf_counter() - start)
+    return {arm: 1000 * statistics.median(values) for arm, values in seconds.items()}
+
+
+def synchronise(device: str) -> None:
+    """Waits for the GPU, where there is one."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def own_peak(run: Run, device: str) -> float:
+    """MiB that two calls need at most, above what was in use before them."""
+    gc.collect()
+    if device == 'cuda':
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(), run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path('/proc/self/clear_refs').write_text('5')  # the high-water mark starts anew
+    before = memory_status('VmRSS')
+    run(), run()
+    return (memory_status('VmHWM') - before) / 1024
+
+
+def memory_status(field: str) -> int:
+    """A figure of this process in KiB (Linux)."""
+    match = re.search(rf'{field}:\s+(\d+) kB', Path('/proc/self/status').read_text())
+    assert match is not None
+    return int(match[1])
+
+
+def peak_in_fresh_process(part: str, index: int, arm: str, arguments: list[str]) -> float | None:
+    """Runs this module once more for one arm of one case; ``None`` where the system does not tell memory."""
+    if not Path('/proc/self/clear_refs').exists():
+        return None
+    command = [sys.executable, '-m', 'benchmarks.speed', *arguments, '--peak-of', part, str(index), arm]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    if result.returncode != 0:
+        raise RuntimeError(f'{" ".join(command)} failed:\n{result.stderr[-2000:]}')
+    return float(result.stdout.split()[-1])
+
+
+def describe(args: argparse.Namespace) -> str:
+    """Machine, versions, threads and allocator."""
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = re.findall(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
+        if args.device == 'cpu' and names:
+            device = names[0]
+    allocator = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(('MALLOC_', 'LD_PRELOAD', 'PYTORCH_CUDA_ALLOC', 'PYTORCH_ALLOC'))
+    }
+    return (
+        f'{device}; torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), '
+        f'{torch.get_num_threads()} threads of {os.cpu_count()} cores; allocator {allocator or "default"}'
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--part', nargs='+', choices=PARTS, default=list(PARTS), help='what to measure')
+    parser.add_argument('--backbone', default='mit_b1', help='mit_b0 .. mit_b5')
+    parser.add_argument('--frames', nargs='+', type=int, help='clip lengths (default: eval 1 2, train 2)')
+    parser.add_argument('--size', nargs=2, type=int, metavar=('HEIGHT', 'WIDTH'), help='multiples of 32')
+    parser.add_argument('--rounds', type=int, default=5, help='timed rounds; medians count')
+    parser.add_argument('--threads', type=int, help="default: torch's own choice")
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--compile', action='store_true', help='eval: also with torch.compile')
+    parser.add_argument('--no-peaks', action='store_true', help='skip the memory measurement')
+    parser.add_argument('--json', help='write the rows to this file')
+    parser.add_argument('--peak-of', nargs=3, metavar=('PART', 'INDEX', 'ARM'), help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def for_part(args: argparse.Namespace, part: str) -> argparse.Namespace:
+    """The arguments with the part's own default clip lengths."""
+    return argparse.Namespace(**{**vars(args), 'frames': args.frames or ([1, 2] if part == 'eval' else [2])})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the benchmark."""
+    arguments = sys.argv[1:] if argv is None else argv
+    args = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.peak_of:
+        part, index, arm = args.peak_of
+        print(own_peak(cases_of(for_part(args, part), part)[int(index)].make(arm), args.device))
+        return
+    print(describe(args))
+    print(f'{"":56s}{"plain":>10s}{"ours":>10s}{"ratio":>8s}{"plain":>10s}{"ours":>10s}{"share":>8s}')
+    rows = []
+    for part in args.part:
+        for index, case in enumerate(cases_of(for_part(args, part), part)):
+            times = time_arms(case, args.rounds, args.device)
+            peaks = {arm: None if args.no_peaks else peak_in_fresh_process(part, index, arm, arguments) for arm in ARMS}
+            gc.collect()
+            row = {'name': case.name, 'plain_ms': times['plain'], 'ours_ms': times['ours']}
+            row |= {'ratio': times['plain'] / times['ours']}
+            row |= {f'{arm}_peak_mib': peaks[arm] for arm in ARMS}
+            rows.append(row)
+            line = f'{case.name:56s}{times["plain"]:8.1f}ms{times["ours"]:8.1f}ms{row["ratio"]:7.2f}x'
+            if peaks['plain'] is not None and peaks['ours'] is not None:
+                line += f'{peaks["plain"]:7.0f}MiB{peaks["ours"]:7.0f}MiB{peaks["ours"] / peaks["plain"]:8.0%}'
+            print(line, flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == '__main__':
+    main()
