@@ -58,7 +58,8 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     _check_plan(cfg)
     work_dir = Path(cfg.work_dir)
     timestamp = broadcast_object(time.strftime('%Y%m%d_%H%M%S'))
-    _prepare_work_dir(cfg, work_dir, timestamp)
+    config_text = cfg.pretty_text if rank == 0 else ''
+    _prepare_work_dir(cfg, work_dir, timestamp, config_text)
     logger = get_logger()
 
     resumed = _resumed_checkpoint(cfg, work_dir)
@@ -84,7 +85,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
         device=device,
         frozen_eval=bool(finetune and finetune['frozen_eval']),
         meta={
-            'config': cfg.pretty_text,
+            'config': config_text,
             'exp_name': Path(cfg.filename).stem if cfg.filename else None,
             'mmseg_version': __version__,
             'seed': seed,
@@ -136,7 +137,7 @@ def _check_plan(cfg: Config) -> None:
             raise ConfigError(f'{key}.by_epoch: training counts iterations; set it to False')
 
 
-def _prepare_work_dir(cfg: Config, work_dir: Path, timestamp: str) -> None:
+def _prepare_work_dir(cfg: Config, work_dir: Path, timestamp: str, config_text: str) -> None:
     """Makes the folder; writes the final config; starts the log."""
     rank, _ = get_dist_info()
     failure = None
@@ -144,14 +145,14 @@ def _prepare_work_dir(cfg: Config, work_dir: Path, timestamp: str) -> None:
         try:
             work_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(work_dir)
-            cfg.dump(work_dir / (Path(cfg.filename).name if cfg.filename else 'config.py'))
+            (work_dir / (Path(cfg.filename).name if cfg.filename else 'config.py')).write_text(config_text)
         except OSError as error:
             failure = f"--work-dir: cannot write to '{work_dir}': {error}"
     failure = broadcast_object(failure)
     if failure:
         raise ConfigError(failure)
     logger = setup_logger(work_dir / f'{timestamp}.log', cfg.get('log_level', 'INFO'))
-    logger.info('config:\n%s', cfg.pretty_text)
+    logger.info('config:\n%s', config_text)
     barrier()
 
 
