@@ -1,5 +1,8 @@
 """Mask decoder with and without its temporal part, its layers, and the names of its weights."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,6 +121,13 @@ def test_names_in_the_code_say_what_a_part_is_and_map_to_reference_names():
     assert set(names.values()) == set(decoder.state_dict())
     for local, saved in names.items():
         assert ('norm' in local) == ('norm' in saved), 'optimizer groups must not depend on the side'
+
+
+def test_a_model_can_be_pickled_and_copied():
+    decoder = tiny(True)
+    for twin in (pickle.loads(pickle.dumps(decoder)), copy.deepcopy(decoder)):
+        assert set(twin.state_dict()) == set(decoder.state_dict())
+        twin.load_state_dict(decoder.state_dict())
 
 
 def test_aliases_may_swap_names_and_must_be_one_to_one():

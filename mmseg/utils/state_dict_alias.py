@@ -9,6 +9,7 @@ is thus in reference names, ``named_parameters()`` in names of the code; :func:`
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,8 +19,10 @@ def _under(name: str, parent: str) -> bool:
     return name == parent or name.startswith(parent + '.')
 
 
-def _rename(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -> None:
-    """Replaces ``prefix + key`` by ``prefix + names[key]`` for whole dotted parts, in place, all at once."""
+def _rename(
+    names: Mapping[str, str], _module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Hook: replaces ``prefix + key`` by ``prefix + names[key]`` for whole dotted parts, in place, all at once."""
     renamed = {}
     for key in [key for key in state_dict if key.startswith(prefix)]:
         local = key[len(prefix) :]
@@ -27,6 +30,12 @@ def _rename(state_dict: dict[str, Any], prefix: str, names: Mapping[str, str]) -
         if owner is not None:
             renamed[prefix + names[owner] + local[len(owner) :]] = state_dict.pop(key)
     state_dict.update(renamed)
+
+
+def _drop(names: tuple[str, ...], _module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook: deletes ``prefix + name`` and all below it, in place."""
+    for key in [key for key in state_dict if any(_under(key, prefix + name) for name in names)]:
+        del state_dict[key]
 
 
 def alias_state_dict(module: nn.Module, names: Mapping[str, str]) -> None:
@@ -42,14 +51,8 @@ def alias_state_dict(module: nn.Module, names: Mapping[str, str]) -> None:
     if len(inverse) != len(names):
         raise ValueError(f'two names of {type(module).__name__} share one name in checkpoints: {names}')
 
-    def save(_module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        _rename(state_dict, prefix, names)
-
-    def load(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        _rename(state_dict, prefix, inverse)
-
-    module.register_state_dict_post_hook(save)
-    module.register_load_state_dict_pre_hook(load)
+    module.register_state_dict_post_hook(partial(_rename, names))
+    module.register_load_state_dict_pre_hook(partial(_rename, inverse))
 
 
 def drop_dead_keys(module: nn.Module, names: Iterable[str]) -> None:
@@ -59,14 +62,7 @@ def drop_dead_keys(module: nn.Module, names: Iterable[str]) -> None:
         module: the owner of the names.
         names: names relative to ``module``; everything under them is dropped on load.
     """
-    names = tuple(names)
-
-    def load(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        dead = [key for key in state_dict if any(_under(key, prefix + name) for name in names)]
-        for key in dead:
-            del state_dict[key]
-
-    module.register_load_state_dict_pre_hook(load)
+    module.register_load_state_dict_pre_hook(partial(_drop, tuple(names)))
 
 
 def reference_names(module: nn.Module) -> dict[str, str]:
