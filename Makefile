@@ -7,7 +7,9 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean
+OPS = mmseg/models/decode_heads/mask2former/pixel_decoder/ops
+
+.PHONY: demo test test-slow lint cuda-check format clean
 
 $(STAMP): the_requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +29,9 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+cuda-check: $(STAMP)
+	PYTHON=$(CURDIR)/$(BIN)/python sh $(OPS)/make.sh --cuda
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
