@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg.models.backbones.mit import mit_b0
 from mmseg.models.losses import point_sampling
@@ -123,6 +124,25 @@ def test_batched_clips_equal_single_clips(kind):
     for b in range(2):
         single = head.scores([x[2 * b : 2 * b + 2] for x in maps], 2)
         torch.testing.assert_close(single[0], batch[b], rtol=1e-4, atol=1e-5)
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on operations whose result the host must wait for: reading a value, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ('_local_scalar_dense', 'nonzero', 'masked_select', 'unique_dim', '_unique2', 'equal'), name
+        return func(*args, **(kwargs or {}))
+
+
+@BOTH
+@torch.no_grad()
+def test_scores_need_no_host_synchronisation(kind):
+    head, maps = tiny(kind).eval(), features(2)
+    with NoSynchronisation():
+        head.scores(maps, 2)
+        with pytest.raises(AssertionError, match='_local_scalar_dense'):
+            maps[0].sum().item()
 
 
 @BOTH

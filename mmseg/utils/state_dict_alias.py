@@ -45,6 +45,9 @@ def alias_state_dict(module: nn.Module, names: Mapping[str, str]) -> None:
         module: the owner of the names.
         names: name in the code (of a submodule or a parameter, relative to ``module``) -> name in checkpoints.  Where
             several apply, the longest one does.
+
+    Raises:
+        ValueError: two names in the code share one in checkpoints.
     """
     names = dict(names)
     inverse = {saved: local for local, saved in names.items()}
