@@ -1,0 +1,199 @@
+"""Measures latency, frames per second and peak memory of a config on clips, and prints the protocol beside them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from mmengine.config import DictAction
+
+from mmseg.apis.inference import init_segmentor
+from mmseg.core.precision import Precision
+from mmseg.datasets import build_dataset
+from mmseg.utils.config import load_config
+from mmseg.utils.console import table_console
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+from mmseg.utils.files import write_atomically
+
+EPILOG = """One clip at a time (or --batch of them) is timed from the normalised tensor on the device to label maps of
+the output size on the host; with --data also loading and the test pipeline, in this process.  Every round is timed on
+its own, the GPU is waited for; the median counts, and its spread is shown.  Weights do not change the time: without a
+checkpoint they are random.
+
+examples:
+  python tools/benchmark.py local_configs/themask/video_themask_mit_b1.py --frames 4 --device cuda
+  python tools/benchmark.py CONFIG CKPT --data --rounds 50
+  python tools/benchmark.py local_configs/themask/mini_video.py --size 128 160 --out-size 120 160 --threads 1
+  python tools/benchmark.py CONFIG --dtype bfloat16 --options model.test_cfg.mode=whole
+"""
+
+
+def measure(step: Callable[[], Any], rounds: int, warmup: int, device: torch.device) -> np.ndarray:
+    """Seconds of each of ``rounds`` calls after ``warmup`` calls that do not count, float64 [rounds]."""
+    seconds = []
+    for i in range(-warmup, rounds):
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        if i >= 0:
+            seconds.append(time.perf_counter() - start)
+    return np.array(seconds)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in MiB: of tensors on a GPU, of the whole process on the CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == 'darwin' else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def machine(device: torch.device) -> str:
+    """Name of what computes."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    names = [line.split(':', 1)[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')]
+    return f'{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def random_step(model: Any, args: argparse.Namespace, frames: int, device: torch.device) -> Callable[[], int]:
+    """A call that predicts a random clip; returns the number of frames."""
+    clip = torch.randn(args.batch, frames, 3, *args.size, device=device)
+    flips: list[str | None] = [None]
+
+    def step() -> int:
+        model.predict([clip], flips, tuple(args.out_size)).cpu()
+        return args.batch * frames
+
+    return step
+
+
+def data_step(model: Any, dataset: Any, device: torch.device) -> Callable[[], int]:
+    """A call that loads and predicts the data set's next clip; returns the number of frames."""
+    from mmseg.apis.test import predict_item
+
+    position = -1
+
+    def step() -> int:
+        nonlocal position
+        position = (position + 1) % len(dataset)
+        return len(predict_item(model, dataset[position], device))
+
+    return step
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('checkpoint', nargs='?')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--frames', type=int, help='of a clip (default: test_size of the config)')
+    parser.add_argument('--batch', type=int, default=1, help='clips at a time (default 1)')
+    parser.add_argument('--size', type=int, nargs=2, default=(480, 864), metavar=('H', 'W'), help='of the input')
+    parser.add_argument('--out-size', type=int, nargs=2, default=(480, 853), metavar=('H', 'W'), help='of label maps')
+    parser.add_argument('--data', action='store_true', help='clips of data.test, loading included')
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'))
+    parser.add_argument('--rounds', type=int, default=20)
+    parser.add_argument('--warmup', type=int, default=3)
+    parser.add_argument('--threads', type=int, help='of the CPU')
+    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V', help='change the config')
+    parser.add_argument('--json', type=Path, help='write figures and protocol to this file')
+    args = parser.parse_args()
+    try:
+        report = benchmark(args)
+    except (CheckpointError, ConfigError, DataError) as error:
+        sys.exit(f'error: {error}')
+    show(report)
+    if args.json:
+        write_atomically(args.json, json.dumps(report, indent=1))
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Figures and protocol."""
+    if min(args.rounds, args.batch, *args.size, *args.out_size) < 1 or args.warmup < 0:
+        raise ConfigError('--rounds, --batch, --size, --out-size: expected at least 1; --warmup: at least 0')
+    if args.data and args.batch != 1:
+        raise ConfigError('--data runs one clip at a time, as testing does; it does not go with --batch')
+    device = torch.device(args.device)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError('--device cuda: this machine has no GPU that torch can use')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cfg = load_config(args.config, args.options)
+    torch.backends.cudnn.benchmark = cfg.get('cudnn_benchmark', False)
+    model = init_segmentor(cfg, args.checkpoint, device)
+    frames = args.frames or cfg.data.test.get('test_size', 1)
+    if args.data:
+        cfg.data.test.test_size = frames
+        step = data_step(model, build_dataset(cfg.data.test, where='data.test'), device)
+    else:
+        step = random_step(model, args, frames, device)
+    idle = peak_memory(device)
+    predicted = 0
+
+    def counted() -> None:
+        nonlocal predicted
+        predicted += step()
+
+    with torch.no_grad(), Precision(device, args.dtype).autocast():
+        measure(counted, 0, args.warmup, device)
+        predicted = 0
+        seconds = measure(counted, args.rounds, 0, device)
+    low, median, high = np.percentile(seconds, (10, 50, 90))
+    return {
+        'config': args.config, 'checkpoint': args.checkpoint, 'machine': machine(device), 'torch': torch.__version__,
+        'dtype': args.dtype, 'clips': 'data.test, loading included' if args.data else 'random tensors',
+        'frames': frames, 'batch': args.batch,
+        'input': None if args.data else list(args.size), 'output': None if args.data else list(args.out_size),
+        'warmup': args.warmup, 'rounds': args.rounds,
+        'latency_ms': 1000 * float(median), 'latency_p10_ms': 1000 * float(low), 'latency_p90_ms': 1000 * float(high),
+        'frames_per_second': predicted / args.rounds / float(median),
+        'memory_mib': peak_memory(device), 'memory_before_mib': idle,
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints the report."""
+    from rich.table import Table
+
+    clips = report['clips']
+    if report['input']:
+        (h, w), (h0, w0) = report['input'], report['output']
+        clips += f', {report["batch"]} x {report["frames"]} frames of {w}x{h} to label maps of {w0}x{h0}'
+    else:
+        clips += f', clips of {report["frames"]}'
+    memory = f'{report["memory_mib"]:.0f} MiB ({report["memory_before_mib"]:.0f} before the first clip)'
+    table = Table(show_header=False)
+    for name, text in (
+            ('config', report['config']), ('machine', f'{report["machine"]}, torch {report["torch"]}'),
+            ('clips', clips), ('precision', report['dtype']),
+            ('protocol', f'median of {report["rounds"]} rounds after {report["warmup"]} warm-up rounds'),
+            ('latency', f'{report["latency_ms"]:.1f} ms a clip (10 to 90 %: {report["latency_p10_ms"]:.1f} to '
+                        f'{report["latency_p90_ms"]:.1f})'),
+            ('speed', f'{report["frames_per_second"]:.2f} frames/s'), ('peak memory', memory)):
+        table.add_row(name, text)
+    table_console().print(table)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,139 @@
+"""Counts parameters and floating-point operations of a config, part by part, without computing anything."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from mmengine.config import DictAction
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmseg.models import build_segmentor
+from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
+from mmseg.utils.config import load_config
+from mmseg.utils.console import table_console
+from mmseg.utils.errors import ConfigError
+from mmseg.utils.files import write_atomically
+
+EPILOG = """Counted are matrix products, convolutions, attention and multi-scale deformable attention, of one clip in
+evaluation, up to the scores at stride 4.  A multiplication with its addition is 2 FLOPs (papers that give "FLOPs" of
+about half as much count it as 1: the column GMACs).  Norms, activations, softmax and resizing are left out, as
+everywhere.  A sample of deformable attention is 10 FLOPs a channel: 4 corners and 1 weight.
+
+examples:
+  python tools/get_flops.py local_configs/themask/video_themask_mit_b1.py
+  python tools/get_flops.py local_configs/themask/1f_themask_mit_b5.py --frames 1 --size 480 853 --json flops.json
+"""
+_OP_FLOPS = 10  # per sampled point and channel
+
+
+class PartCounter:
+    """Attributes the operations of a forward pass to the parts of a model that run while they are counted."""
+
+    def __init__(self, parts: dict[str, nn.Module]) -> None:
+        self.counter = FlopCounterMode(display=False)
+        self.op = 0
+        self.flops = dict.fromkeys(parts, 0)
+        for name, part in parts.items():
+            part.register_forward_pre_hook(lambda *_, name=name: self._add(name, -1))
+            part.register_forward_hook(lambda *_, name=name: self._add(name, 1))
+
+    @property
+    def total(self) -> int:
+        """All operations so far."""
+        return self.counter.get_total_flops() + self.op
+
+    def _add(self, name: str, sign: int) -> None:
+        self.flops[name] += sign * self.total
+
+    def _deformable_attention(
+            self, value: Tensor, spatial_shapes: Any, reference_points: Tensor, sampling_offsets: Tensor,
+            attention_logits: Tensor) -> Tensor:
+        """Stands for ``ms_deform_attn_fused``: counts, and gives a result of its shape."""
+        n, _, heads, width = value.shape
+        self.op += attention_logits.numel() * width * _OP_FLOPS
+        return value.new_empty(n, sampling_offsets.shape[1], heads * width)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts what runs inside."""
+        with mock.patch.object(msdeformattn, 'ms_deform_attn_fused', self._deformable_attention), self.counter:
+            yield
+
+
+def count(cfg: Any, frames: int, size: tuple[int, int]) -> dict[str, dict[str, int]]:
+    """Parameters and FLOPs of each part of a model.
+
+    Args:
+        cfg: the loaded config.
+        frames: T of the clip.
+        size: (height, width) of the input.
+
+    Returns:
+        Part -> ``parameters`` and ``flops``; ``deformable attention`` is a share of the pixel decoder's.
+    """
+    with torch.device('meta'):
+        model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg')).eval().requires_grad_(False)
+        clip = torch.empty(1, frames, 3, *size)
+    head = model.decode_head
+    parts = {'backbone': model.backbone, 'pixel decoder': head.pixel_decoder, 'mask decoder': head.predictor}
+    counter = PartCounter(parts)
+    with torch.no_grad(), counter.counting():
+        model.scores(clip)
+    table = {name: {'parameters': _parameters(part), 'flops': counter.flops[name]} for name, part in parts.items()}
+    total = {'parameters': _parameters(model), 'flops': counter.total}
+    rest = {key: total[key] - sum(part[key] for part in table.values()) for key in total}
+    op = {'parameters': 0, 'flops': counter.op}
+    return {'backbone': table['backbone'], 'pixel decoder': table['pixel decoder'], 'deformable attention': op,
+            'mask decoder': table['mask decoder'], 'scores': rest, 'total': total}
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('--size', '--shape', type=int, nargs=2, default=(480, 864), metavar=('H', 'W'),
+                        help='of the input, after the test pipeline (default 480 864)')
+    parser.add_argument('--frames', type=int, help='of the clip (default: test_size of the config)')
+    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V', help='change the config')
+    parser.add_argument('--json', type=Path, help='write the numbers to this file')
+    args = parser.parse_args()
+    try:
+        cfg = load_config(args.config, args.options)
+        frames = args.frames or cfg.data.test.get('test_size', 1)
+        if frames < 1 or min(args.size) < 32:
+            raise ConfigError(f'--frames, --size: expected at least 1 and 32x32, got {frames} and {args.size}')
+        table = count(cfg, frames, tuple(args.size))
+    except ConfigError as error:
+        sys.exit(f'error: {error}')
+    from rich.table import Table
+
+    shown = Table(title=f'{frames} frames of {args.size[1]}x{args.size[0]}', title_justify='left')
+    for column in ('part', 'parameters, M', 'GFLOPs', 'GMACs', 'GFLOPs a frame'):
+        shown.add_column(column, justify='left' if column == 'part' else 'right')
+    for name, row in table.items():
+        label = '  of these in deformable attention' if name == 'deformable attention' else name
+        shown.add_row(label, f'{row["parameters"] / 1e6:.2f}', f'{row["flops"] / 1e9:.2f}',
+                      f'{row["flops"] / 2e9:.2f}', f'{row["flops"] / 1e9 / frames:.2f}')
+    table_console().print(shown)
+    if args.json:
+        write_atomically(args.json, json.dumps({'frames': frames, 'size': list(args.size), 'parts': table}, indent=1))
+
+
+if __name__ == '__main__':
+    main()
