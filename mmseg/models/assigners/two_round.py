@@ -88,7 +88,7 @@ class TwoRoundAssigner:
         """Matches every stage.
 
         Args:
-            stages: predictions of S stages for B clips: float32 logits ``[B, Q, K+1]``, masks ``[B, Q, T, h, w]``.
+            stages: predictions of S stages for B clips: logits ``[B, Q, K+1]``, masks ``[B, Q, T, h, w]``.
             targets: B targets.
             target_masks: their masks, float ``[n, T, H, W]`` each.
             round2_cost: what round 2 minimises: the ``'full'`` cost, or the unweighted ``'mask'`` BCE alone.
@@ -121,18 +121,18 @@ class TwoRoundAssigner:
         """Cost matrices ``[Q, n]`` of one clip: round 1's, and round 2's where it differs.
 
         Args:
-            logits: float ``[Q, K+1]``.
-            masks: float logits ``[Q, T, h, w]``.
+            logits: ``[Q, K+1]``, of any floating dtype; costs are computed in float32.
+            masks: logits ``[Q, T, h, w]``, likewise.
             classes: int64 ``[n]``.
             target_masks: float ``[n, T, H, W]``.
             round2_cost: as in :meth:`__call__`.
         """
         points = point_sampling.random_points(1, self.num_points, masks.device)
-        sampled = point_sampling.sample_points(masks, points).flatten(1)
+        sampled = point_sampling.sample_points(masks.float(), points).flatten(1)
         wanted = point_sampling.sample_points(target_masks, points).flatten(1)
         bce = mask_cost(sampled, wanted)
         full = (
-            self.class_weight * classification_cost(logits, classes)
+            self.class_weight * classification_cost(logits.float(), classes)
             + self.mask_weight * bce
             + self.dice_weight * dice_cost(sampled, wanted)
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ class THEMaskCriterion(nn.Module):
         oversample_ratio: float = 3.0,
         importance_sample_ratio: float = 0.75,
         round2_cost: Round2Cost | None = None,
-        match_masks: str | None = None,
+        match_masks: Literal['clip', 'frame'] | None = None,
     ) -> None:
         super().__init__()
         with standing_at('matcher_cfg') as where:
@@ -224,7 +224,7 @@ class THEMaskCriterion(nn.Module):
             masks = clip.masks
             if source == 'frame':
                 masks = levels[1][s].masks.squeeze(2).unflatten(0, (batch, frames)).transpose(1, 2)
-            stages.append(MaskPrediction(clip.logits.float(), masks.float()))
+            stages.append(MaskPrediction(clip.logits, masks))
         round2_cost = self.round2_cost or ('full' if len(levels) == 2 else 'mask')
         return self.assigner(stages, targets, target_masks, round2_cost)
 
