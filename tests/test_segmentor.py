@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseg.models import build_segmentor
-from mmseg.models.segmentors.label_map import ScoreView, label_map, resize_matrix, window_matrix, window_starts
+from mmseg.models.segmentors.label_map import ScoreView, _Tiles, label_map, resize_matrix, window_matrix, window_starts
 from mmseg.utils.config import load_config
 from mmseg.utils.errors import CheckpointError, ConfigError
 from tests.reference import recipe
@@ -207,6 +207,28 @@ def test_label_map_equals_two_resizes_and_argmax(source, middle, target, classes
     labels = label_map([ScoreView(scores, rows, columns)])
     chosen = full.gather(1, labels.long()[:, None])[:, 0]
     assert (full.amax(1) - chosen).max() <= 1e-5  # equal, or a tie up to rounding
+
+
+def test_label_map_leaves_out_classes_that_cannot_win():
+    regions = F.interpolate(torch.randn(1, 6, 4, 5), (30, 44), mode='bicubic') * 8
+    scores = torch.rand(1, 40, 30, 44) * 0.03 - 0.5
+    scores[:, 3:33:5] += regions.softmax(1)
+    view = ScoreView(scores, resize_matrix(30, 120, 113), resize_matrix(44, 176, 201))
+    tiles = _Tiles(view)
+    tiles.start(0)
+    kept = tiles.candidates(0)
+    assert kept is not None and set(kept.tolist()) <= set(range(3, 33, 5))
+    full = F.interpolate(F.interpolate(scores, (120, 176), mode='bilinear'), (113, 201), mode='bilinear')
+    assert torch.equal(label_map([view]), full.argmax(1))
+    # Two classes of 1 side by side, one of 0.4 under both: it wins nowhere, but 0.6 under both would win between them.
+    for level, classes in ((0.4, {0, 1}), (0.6, {0, 1, 2})):
+        between = torch.zeros(1, 3, 1, 2)
+        between[0, 0, 0, 0] = between[0, 1, 0, 1] = 1
+        between[0, 2] = level
+        labels = label_map([ScoreView(between, resize_matrix(1, 1), resize_matrix(2, 21))])
+        assert set(labels.unique().tolist()) == classes
+    broken = torch.full((1, 3, 2, 2), float('nan'))
+    assert label_map([ScoreView(broken, resize_matrix(2, 8), resize_matrix(2, 8))]).shape == (1, 8, 8)
 
 
 def test_label_map_takes_the_first_of_equal_scores():

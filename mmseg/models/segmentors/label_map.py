@@ -9,15 +9,16 @@ by step and taking the argmax, up to the rounding of the products.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CPU_TILE = (16, 128)  # rows, columns: 1 MB of scores at 124 classes, about the size of a second-level cache
-_GPU_TILE = (128, 4096)
+_CPU_TILE = (32, 2**18)  # rows, scores: 1 MB of them stays in a second-level cache
+_GPU_TILE = (128, 2**26)
+_MIN_COLUMNS = 64
 
 
 @dataclass
@@ -86,45 +87,111 @@ def label_map(views: Sequence[ScoreView]) -> Tensor:
     Returns:
         uint8 ``[N, H, W]``.
     """
-    first = views[0]
-    num, classes = first.scores.shape[:2]
+    first = views[0].scores
+    num, classes = first.shape[:2]
     if classes > 255:
         raise ValueError(f'label maps are uint8 and hold at most 255 classes, got {classes}')
-    device = first.scores.device
-    labels = torch.empty(num, first.rows.shape[1], first.columns.shape[1], dtype=torch.uint8, device=device)
-    with torch.autocast(device.type, enabled=False):
+    size = (views[0].rows.shape[1], views[0].columns.shape[1])
+    labels = torch.empty(num, *size, dtype=torch.uint8, device=first.device)
+    tiles = [_Tiles(view) for view in views]
+    with torch.autocast(first.device.type, enabled=False):
         for frame, out in enumerate(labels):
-            _fill_labels([(v.scores[frame].float(), v.rows, v.columns) for v in views], out)
+            for view in tiles:
+                view.start(frame)
+            if len(tiles) == 1:
+                _label_one(tiles[0], out)
+            else:
+                _label_several(tiles, out)
     return labels
 
 
-def _fill_labels(views: Sequence[tuple[Tensor, Tensor, Tensor]], out: Tensor) -> None:
-    """Writes the labels of one frame; views are (scores ``[K, h, w]``, rows, columns)."""
-    tile_height, tile_width = _CPU_TILE if out.device.type == 'cpu' else _GPU_TILE
-    sources = [
-        (scores.transpose(0, 1).contiguous(), rows.to(out.device), columns.to(out.device),
-         _spans(rows, tile_height), _spans(columns, tile_width))
-        for scores, rows, columns in views
-    ]
-    for i, bands in enumerate(out.split(tile_height)):
-        for j, tile in enumerate(bands.split(tile_width, dim=1)):
-            y, x = i * tile_height, j * tile_width
-            values = []
-            for scores, rows, columns, row_spans, column_spans in sources:
-                (top, bottom), (left, right) = row_spans[i], column_spans[j]
-                band = scores[top:bottom].flatten(0, 1)[:, left:right] @ columns[left:right, x : x + tile.shape[1]]
-                band = band.view(bottom - top, -1)
-                values.append((rows[top:bottom, y : y + tile.shape[0]].T @ band).view(len(tile), -1, tile.shape[1]))
-            if len(values) > 1:
-                values = [torch.stack([value.softmax(dim=1) for value in values]).sum(dim=0)]
-            tile.copy_(_argmax(values[0]))
+def _label_one(tiles: _Tiles, out: Tensor) -> None:
+    for i, band in enumerate(out.split(tiles.height)):
+        classes = tiles.candidates(i)
+        source = tiles.band(i, classes)
+        for left, tile in _strips(band, tiles.width(source)):
+            winner = _argmax(tiles.values(source, i, left, tile.shape[1]))
+            tile.copy_(winner if classes is None else classes[winner])
 
 
-def _spans(matrix: Tensor, step: int) -> list[tuple[int, int]]:
-    """First and last + 1 row of ``matrix`` that every ``step`` columns touch."""
-    used = torch.stack([block.any(dim=1) for block in matrix.split(step, dim=1)]).int()
-    ends = used.shape[1] - used.flip(1).argmax(dim=1)
-    return list(zip(used.argmax(dim=1).tolist(), ends.tolist()))
+def _label_several(views: Sequence[_Tiles], out: Tensor) -> None:
+    for i, band in enumerate(out.split(views[0].height)):
+        sources = [view.band(i) for view in views]
+        for left, tile in _strips(band, views[0].width(sources[0])):
+            parts = [view.values(source, i, left, tile.shape[1]) for view, source in zip(views, sources)]
+            tile.copy_(_argmax(torch.stack([part.softmax(dim=1) for part in parts]).sum(dim=0)))
+
+
+def _strips(band: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
+    """``band`` in pieces of ``width`` columns, each with its first column."""
+    return zip(range(0, band.shape[1], width), band.split(width, dim=1))
+
+
+class _Tiles:
+    """A view at the size of the labels, frame by frame and tile by tile, in memory that is used again."""
+
+    def __init__(self, view: ScoreView) -> None:
+        device = view.scores.device
+        self.view = view
+        self.height, self.budget = _CPU_TILE if device.type == 'cpu' else _GPU_TILE
+        self.bands = [_used(rows) for rows in view.rows.split(self.height, dim=1)]
+        self.strips: dict[tuple[int, int], tuple[int, int]] = {}
+        self.rows, self.columns = view.rows.T.contiguous().to(device), view.columns.to(device)
+        self.wide, self.full = torch.empty(0, device=device), torch.empty(0, device=device)
+        # Every pixel is a mean of scores; the heaviest of them has at least this weight.
+        self.least_share = float(view.rows.amax(dim=0).min() * view.columns.amax(dim=0).min())
+
+    def start(self, frame: int) -> None:
+        """Goes to the first tile of a frame."""
+        scores = self.view.scores[frame].float()
+        self.scores = scores.transpose(0, 1).contiguous()  # [h, K, w]: a band of rows is one block of memory
+
+    def candidates(self, i: int) -> Tensor | None:
+        """Classes that may win a pixel of band ``i``; ``None`` for all of them (and on a GPU, which need not wait).
+
+        A pixel is a weighted mean of scores.  With scores counted from the least one, the best class of the heaviest
+        of them has in the pixel at least ``least_share`` of that score; a class that nowhere in the band has as much
+        loses every pixel.  Leaving it out changes nothing, and few classes of many meet in a band.
+        """
+        top, bottom = self.bands[i]
+        band = self.scores[top:bottom]
+        if band.device.type != 'cpu':
+            return None
+        peaks = band.amax(dim=(0, 2))
+        least = band.amin()
+        reached = least + self.least_share * 0.999 * (band.amax(dim=1).amin() - least)
+        classes = (~(peaks < reached)).nonzero()[:, 0]  # NaN stays
+        return None if len(classes) == len(peaks) else classes
+
+    def band(self, i: int, classes: Tensor | None = None) -> Tensor:
+        """Source rows of band ``i``: ``[h', K', w]``."""
+        top, bottom = self.bands[i]
+        band = self.scores[top:bottom]
+        return band if classes is None else band.index_select(1, classes)
+
+    def width(self, source: Tensor) -> int:
+        """Columns of a tile that stays in the cache: more where fewer classes are left."""
+        return max(self.budget // (self.height * source.shape[1]) // _MIN_COLUMNS, 1) * _MIN_COLUMNS
+
+    def values(self, source: Tensor, i: int, start: int, width: int) -> Tensor:
+        """Scores of ``width`` columns from ``start`` on in band ``i``, ``[rows, K', width]``, until the next call."""
+        top, bottom = self.bands[i]
+        if (start, width) not in self.strips:
+            self.strips[start, width] = _used(self.view.columns[:, start : start + width])
+        left, right = self.strips[start, width]
+        columns = self.columns[left:right, start : start + width]
+        rows = self.rows[i * self.height : (i + 1) * self.height, top:bottom]
+        length, classes = source.shape[:2]
+        # An emptied ``out`` keeps its memory; new pages for every tile would cost as much as the products.
+        torch.mm(source.flatten(0, 1)[:, left:right], columns, out=self.wide.resize_(0))
+        torch.mm(rows, self.wide.view(length, -1), out=self.full.resize_(0))
+        return self.full.view(len(rows), classes, width)
+
+
+def _used(weights: Tensor) -> tuple[int, int]:
+    """First and last + 1 row of ``weights`` that is not all zero."""
+    rows = weights.any(dim=1).nonzero()[:, 0]
+    return int(rows[0]), int(rows[-1]) + 1
 
 
 def _argmax(values: Tensor) -> Tensor:
