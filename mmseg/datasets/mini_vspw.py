@@ -1,8 +1,8 @@
 """A small synthetic data set in VSPW's format, made from a seed: the data of the demo and of end-to-end tests.
 
-Textured things move and occlude each other over panning stuff.  The classes come in pairs that share shape and colour
-and differ in texture alone; about a third of the frames are blurred, noisy and low in contrast, each for itself, so
-that such a frame does not tell which of a pair it shows, while a sharp frame of the same clip does.
+Textured things move and occlude each other over panning stuff.  The classes come in pairs that share a shape and differ
+in colour and texture; about a third of the frames are blurred, noisy, low in contrast and of a false colour, each for
+itself, so that such a frame does not tell which of a pair it shows, while a sharp frame of the same clip does.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ class _Look:
     period: float
 
 
-# Neighbours in each table are a pair: same colour, same shape, other texture.
+# Neighbours in each table are a pair: the same shape, another colour and texture.
 _UPPER = {
-    'wall': _Look((170, 150, 140), 'all', _checks, 13),
-    'sky': _Look((170, 150, 140), 'all', _plain, 13),
+    'wall': _Look((130, 160, 195), 'all', _checks, 13),
+    'sky': _Look((205, 160, 115), 'all', _plain, 13),
 }
 _LOWER = {
-    'grass': _Look((90, 130, 100), 'all', _dots, 8),
-    'road': _Look((90, 130, 100), 'all', _stripes, 11),
+    'grass': _Look((70, 150, 90), 'all', _dots, 8),
+    'road': _Look((115, 105, 110), 'all', _stripes, 11),
 }
 _THINGS = {
-    'car': _Look((60, 60, 190), 'box', _stripes, 9),
-    'train': _Look((60, 60, 190), 'box', _dots, 9),
-    'person': _Look((50, 90, 120), 'ellipse', _checks, 11),
-    'dog': _Look((50, 90, 120), 'ellipse', _plain, 11),
-    'ball': _Look((60, 190, 210), 'disc', _rings, 10),
-    'clock': _Look((60, 190, 210), 'disc', _checks, 10),
-    'box': _Look((190, 90, 60), 'diamond', _dots, 9),
-    'book': _Look((190, 90, 60), 'diamond', _rings, 9),
+    'car': _Look((50, 50, 200), 'box', _stripes, 9),
+    'train': _Look((60, 130, 190), 'box', _dots, 9),
+    'person': _Look((50, 85, 125), 'ellipse', _checks, 11),
+    'dog': _Look((120, 60, 75), 'ellipse', _plain, 11),
+    'ball': _Look((50, 200, 215), 'disc', _rings, 10),
+    'clock': _Look((190, 205, 95), 'disc', _checks, 10),
+    'box': _Look((205, 90, 50), 'diamond', _dots, 9),
+    'book': _Look((190, 60, 160), 'diamond', _rings, 9),
 }
 _LOOKS = {**_UPPER, **_LOWER, **_THINGS}
 CLASS_IDS = {name: VSPWDataset.CLASSES.index(name) + 1 for name in _LOOKS}
@@ -124,7 +124,7 @@ class _Surface:
         if region is None:
             edge = cv2.dilate(inside.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool) & ~inside
             label[edge] = VOID
-        frame[inside] = self.colour + 45 * texture[:, None]
+        frame[inside] = self.colour + 30 * texture[:, None]
         label[inside] = self.label
 
     def _inside(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -145,10 +145,10 @@ class _Surface:
 
 
 def _degrade(rng: np.random.Generator, frame: np.ndarray) -> np.ndarray:
-    """A bad frame: out of focus, low in contrast, flickering in brightness, noisy."""
-    frame = cv2.GaussianBlur(frame, None, rng.uniform(3.0, 4.5))  # type: ignore[call-overload]
+    """A bad frame: out of focus, low in contrast, of another brightness and colour, noisy."""
+    frame = cv2.GaussianBlur(frame, None, rng.uniform(2.5, 4.0))  # type: ignore[call-overload]
     mean = frame.mean(axis=(0, 1))
-    frame = mean + rng.uniform(0.3, 0.5) * (frame - mean) + rng.uniform(-40, 40)
+    frame = mean + rng.uniform(0.25, 0.45) * (frame - mean) + rng.uniform(-25, 25) + rng.uniform(-35, 35, 3)
     return frame + rng.normal(0, rng.uniform(10, 18), frame.shape)
 
 
