@@ -1,0 +1,64 @@
+"""The house: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'mmseg'
+FORBIDDEN = {
+    'mmseg.utils': ('mmseg.apis', 'mmseg.core', 'mmseg.models', 'mmseg.datasets'),
+    'mmseg.datasets': ('mmseg.apis', 'mmseg.models', 'mmseg.core'),
+    'mmseg.models': ('mmseg.apis', 'mmseg.datasets'),
+    'mmseg.models.losses': ('mmseg.models.decode_heads', 'mmseg.models.segmentors'),
+    'mmseg.core': ('mmseg.apis', 'mmseg.models', 'mmseg.datasets'),
+}
+
+
+def module_name(path: Path) -> str:
+    """``mmseg.utils`` for ``mmseg/utils/__init__.py``."""
+    return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob('*.py')}
+
+
+def imports_of(path: Path, everywhere: bool = True) -> set[str]:
+    """Modules of the project that ``path`` imports; those inside functions count where ``everywhere`` is set."""
+    package = path.relative_to(ROOT).with_suffix('').parts[:-1]
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = '.'.join(package[: len(package) - node.level + 1]) if node.level else ''
+            module = '.'.join(part for part in (start, node.module) if part)
+            inside = {f'{module}.{alias.name}' for alias in node.names} & MODULES.keys()
+            found |= inside or {module}
+    return found & MODULES.keys()
+
+
+@pytest.mark.parametrize('package', FORBIDDEN)
+def test_imports_go_one_way(package):
+    folder = ROOT / package.replace('.', '/')
+    files = [path for path in folder.rglob('*.py') if '__pycache__' not in path.parts]
+    assert files
+    for path in files:
+        for name in imports_of(path):
+            assert not name.startswith(FORBIDDEN[package]), f'{path.relative_to(ROOT)} imports {name}'
+
+
+def test_no_circular_import():
+    graph = {name: imports_of(path, everywhere=False) - {name} for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > 100
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+def test_setup_does_not_import_torch():
+    assert 'torch' not in {alias.name for node in ast.walk(ast.parse((ROOT / 'setup.py').read_text()))
+                           if isinstance(node, ast.Import) for alias in node.names}
