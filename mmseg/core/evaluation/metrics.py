@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from .confusion import LABELS, as_label_map, class_scores, joint_histogram, mean_scores
 from .results import Results
+from .temporal import TemporalMeasure, mean_iou, temporal_measure
 from .video_consistency import WindowCounts
 
 Frame = int | str
@@ -53,6 +54,16 @@ class _Windows:
 
 
 @dataclass
+class _Frame:
+    """A frame that waits for its turn."""
+
+    compared: np.ndarray  # ground truth as VC compares it
+    gt: np.ndarray
+    pred: np.ndarray
+    image: np.ndarray | None
+
+
+@dataclass
 class _Video:
     """What is known of one video."""
 
@@ -60,9 +71,10 @@ class _Video:
     windows: dict[int, _Windows] = field(default_factory=dict)
     frames: int = 0
     seen: set[Frame] = field(default_factory=set)
-    waiting: dict[Frame, tuple[np.ndarray, np.ndarray] | None] = field(default_factory=dict)
+    waiting: dict[Frame, _Frame | None] = field(default_factory=dict)
     next: int = 0
     stream: WindowCounts | None = None
+    extras: dict[str, TemporalMeasure] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
 
 
@@ -82,6 +94,7 @@ class StreamingMetrics:
             without it they wait until the video is finished and are then taken in the order of their names.  Integer
             frames are positions, taken in ascending order.
         class_names: names for the per-class results.
+        extras: optional measures over time: ``VEC<n>`` and ``TC`` (:mod:`mmseg.core.evaluation.temporal`).
 
     Example:
         >>> metrics = StreamingMetrics(num_classes=2, consistency=None)
@@ -99,6 +112,7 @@ class StreamingMetrics:
         consistency: ConsistencyOptions | None = ConsistencyOptions(),
         videos: Mapping[str, Sequence[Frame]] | None = None,
         class_names: Sequence[str] | None = None,
+        extras: Sequence[str] = (),
     ) -> None:
         if not 0 < num_classes < LABELS or not 0 <= ignore_index < LABELS:
             raise ValueError(f'labels are 8-bit: expected 1..255 classes and ignore_index 0..255, '
@@ -110,11 +124,24 @@ class StreamingMetrics:
         self.consistency = consistency
         self.class_names = tuple(class_names) if class_names else tuple(map(str, range(num_classes)))
         self._reduce = _reduce_table(ignore_index) if reduce_zero_label else None
+        self._extras: dict[str, Callable[[], TemporalMeasure]] = {}
+        for name in extras:
+            measure = temporal_measure(name, num_classes, ignore_index)
+            if measure is None:
+                raise ValueError(f"'{name}' is no measure over time; expected VEC<n> (n >= 2) or TC")
+            self._extras[name] = measure
+        self._in_order = bool(self._extras) or bool(consistency and consistency.lengths)
         self._positions = {name: {f: i for i, f in enumerate(frames)} for name, frames in (videos or {}).items()}
         self._open: dict[str, _Video] = {}
         self._done: dict[str, dict[str, Any]] = {}
 
-    def update(self, video: str, frame: Frame, pred: np.ndarray, gt: np.ndarray) -> None:
+    @property
+    def needs_images(self) -> bool:
+        """Whether :meth:`update` needs the frames themselves."""
+        return 'TC' in self._extras
+
+    def update(self, video: str, frame: Frame, pred: np.ndarray, gt: np.ndarray,
+               image: np.ndarray | None = None) -> None:
         """Counts one frame.
 
         Args:
@@ -122,6 +149,7 @@ class StreamingMetrics:
             frame: its position (int) or its name.
             pred: predicted labels [H, W], 0..K-1.
             gt: ground truth [H, W], 0..K-1 and ``ignore_index`` (or as in the files, with ``reduce_zero_label``).
+            image: the frame, uint8 [H, W, 3] BGR; only ``TC`` looks at it.
 
         Raises:
             ValueError: a label out of range, sizes that differ, or a frame that has come before.
@@ -136,19 +164,22 @@ class StreamingMetrics:
         state = self._arrive(video, frame)
         state.counts += counts
         state.frames += 1
-        if self.consistency is not None and self.consistency.lengths:
+        if self._in_order:
             if state.shape not in (None, raw.shape):
                 raise ValueError(f'{where}: {_size(raw)}, but the frames before are {state.shape[1]}x{state.shape[0]}; '
                                  f'video consistency needs one size per video')
             state.shape = raw.shape
-            labels = reduced if self.consistency.remap_void else raw
-            state.waiting[self._position(video, frame)] = (labels.copy(), pred.copy())
+            remap = self.consistency is not None and self.consistency.remap_void
+            compared = (reduced if remap else raw).copy()
+            labels = reduced.copy() if self._extras else compared
+            kept = image.copy() if image is not None and self.needs_images else None
+            state.waiting[self._position(video, frame)] = _Frame(compared, labels, pred.copy(), kept)
         self._advance(video, state)
 
     def skip(self, video: str, frame: Frame) -> None:
         """Says that ``frame`` will not come; its neighbours then follow each other, as if it were not in the video."""
         state = self._arrive(video, frame)
-        if self.consistency is not None and self.consistency.lengths:
+        if self._in_order:
             state.waiting[self._position(video, frame)] = None
         self._advance(video, state)
 
@@ -160,7 +191,8 @@ class StreamingMetrics:
     def compute(self) -> dict[str, float]:
         """The scores over all frames so far, as fractions; nan where nothing was counted.
 
-        Keys: ``mIoU``, ``mIoU_vspw``, ``fwIoU``, ``aAcc``, ``mAcc``, ``mDice`` and one ``VC<n>`` per window length.
+        Keys: ``mIoU``, ``mIoU_vspw``, ``fwIoU``, ``aAcc``, ``mAcc``, ``mDice``, one ``VC<n>`` per window length, and
+        the extras.
         """
         return self.results().summary
 
@@ -169,7 +201,7 @@ class StreamingMetrics:
         records = self._records()
         confusion = sum((_confusion(r, self.num_classes, self.ignore_index) for r in records.values()),
                         np.zeros((self.num_classes, self.num_classes), np.int64))
-        summary = {**mean_scores(confusion), **self._consistency_of(records.values())}
+        summary = {**mean_scores(confusion), **self._over_time(records.values())}
         scores = class_scores(confusion)
         classes = [
             {'class': name, 'IoU': float(scores['IoU'][i]), 'Acc': float(scores['Acc'][i]),
@@ -177,7 +209,7 @@ class StreamingMetrics:
             for i, name in enumerate(self.class_names)]
         videos = [
             {'video': name, 'frames': record['frames'],
-             **mean_scores(_confusion(record, self.num_classes, self.ignore_index)), **self._consistency_of([record])}
+             **mean_scores(_confusion(record, self.num_classes, self.ignore_index)), **self._over_time([record])}
             for name, record in records.items()]
         return Results(summary=summary, classes=classes, videos=videos, confusion=confusion)
 
@@ -225,15 +257,19 @@ class StreamingMetrics:
         if video in self._positions and len(state.seen) == len(self._positions[video]):
             self.finish(video)
 
-    def _count(self, state: _Video, maps: tuple[np.ndarray, np.ndarray] | None) -> None:
-        if maps is None:
+    def _count(self, state: _Video, frame: _Frame | None) -> None:
+        if frame is None:
             return
-        assert self.consistency is not None
-        if state.stream is None:
-            state.stream = WindowCounts(self.consistency.lengths, self.consistency.last_window)
-            state.windows = {n: _Windows() for n in self.consistency.lengths}
-        for n, both, constant in state.stream.push(*maps):
-            state.windows[n].add(both, constant)
+        if self.consistency is not None and self.consistency.lengths:
+            if state.stream is None:
+                state.stream = WindowCounts(self.consistency.lengths, self.consistency.last_window)
+                state.windows = {n: _Windows() for n in self.consistency.lengths}
+            for n, both, constant in state.stream.push(frame.compared, frame.pred):
+                state.windows[n].add(both, constant)
+        if not state.extras:
+            state.extras = {name: make() for name, make in self._extras.items()}
+        for measure in state.extras.values():
+            measure.push(frame.gt, frame.pred, frame.image)
 
     def _record(self, state: _Video) -> dict[str, Any]:
         """The counts of a finished video; ``state`` is used up."""
@@ -248,21 +284,25 @@ class StreamingMetrics:
             'pairs': used.tolist(),
             'pixels': state.counts.ravel()[used].tolist(),
             'windows': {str(n): [w.ratio, w.windows] for n, w in state.windows.items()},
+            'areas': {name: measure.areas.tolist() for name, measure in state.extras.items()},
         }
 
     def _records(self) -> dict[str, dict[str, Any]]:
         unfinished = {name: self._record(copy.deepcopy(state)) for name, state in self._open.items()}
         return dict(sorted({**self._done, **unfinished}.items()))
 
-    def _consistency_of(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        if self.consistency is None:
-            return {}
-        records = [r for r in records if r['frames'] >= self.consistency.min_frames]
+    def _over_time(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        records = list(records)
+        options = self.consistency or ConsistencyOptions(lengths=())
         scores = {}
-        for n in self.consistency.lengths:
-            sums = [r['windows'][str(n)] for r in records if str(n) in r['windows']]
+        for n in options.lengths:
+            sums = [r['windows'][str(n)] for r in records
+                    if str(n) in r['windows'] and r['frames'] >= options.min_frames]
             windows = sum(count for _, count in sums)
             scores[f'VC{n}'] = math.fsum(ratio for ratio, _ in sums) / windows if windows else float('nan')
+        for name in self._extras:
+            areas = [np.array(r['areas'][name]) for r in records if name in r['areas']]
+            scores[name] = mean_iou(sum(areas, np.zeros((2, self.num_classes), np.int64)))
         return scores
 
     def _check_labels(self, counts: np.ndarray, where: str) -> None:
