@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import re
 import shutil
@@ -9,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -78,6 +79,7 @@ def test_the_data_set_draws_the_recorded_frames(reference, tmp_path):
         assert item['all_names'] == [dataset.frame_path(f'v{seed % 2}', f'{p + 1:08d}') for p in expected]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.sets(st.integers(-20, 0), min_size=1, max_size=5), st.integers(0, 2**31))
 def test_training_clips_keep_their_offsets(length, offsets, seed):
     dilation = tuple(sorted(offsets))
@@ -106,6 +108,7 @@ def test_test_clips_equal_the_recorded_ones(reference):
     assert checked >= 10
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(1, 20))
 def test_test_clips_hold_every_frame_once(length, size):
     clips = cut_test_clips(length, size)
@@ -324,3 +327,8 @@ def test_camvid_loads():
     item = dataset[0]
     assert item['label'].shape == (4, 360, 480) and item['img'][0].shape == (4, 3, 192, 256)
     assert set(np.unique(item['label']).tolist()) <= {*range(11), 255}
+
+
+def test_a_data_set_can_be_sent_to_a_spawned_worker(vspw):
+    dataset = pickle.loads(pickle.dumps(build_dataset(train_config(vspw))))
+    assert dataset[0]['img'].shape == (1, 3, 64, 64)

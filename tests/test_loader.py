@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
@@ -159,6 +159,7 @@ def test_items_of_a_test_loader_come_unchanged(vspw):
     assert isinstance(item['label'], np.ndarray) and isinstance(item['img'], list)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 9))
 def test_shares_are_complete_and_balanced(lengths, world_size):
     shares = share_videos(lengths, world_size)

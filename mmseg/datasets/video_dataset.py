@@ -214,7 +214,8 @@ class VideoDataset(Dataset):
             if reduce is not None and reduce != self.reduce_zero_label:
                 raise ConfigError(
                     f'LoadAnnotations.reduce_zero_label={reduce}, but {type(self).__name__} has '
-                    f'reduce_zero_label={self.reduce_zero_label}: training and evaluation labels would differ')
+                    f'reduce_zero_label={self.reduce_zero_label}: training and '
+                    'evaluation labels would differ; leave it out of LoadAnnotations, or set it on the data set')
 
     def _list_videos(self, skip_short: bool) -> tuple[list[Video], list[str]]:
         needed = 1 if self.dilation is None else frames_needed(self.dilation)
