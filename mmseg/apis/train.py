@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import platform
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,8 @@ def _distribute(model: nn.Module, device: torch.device, find_unused_parameters: 
         get_logger().warning(
             'find_unused_parameters=True is honoured but costs time: every trainable parameter here gets a gradient'
         )
+    # depthwise convolutions give channels-last gradients, whose layout differs in name only (one input channel)
+    warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
     # buffers are constants; recent torch renamed the switch of their copy before each forward pass
     renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
     return DistributedDataParallel(

@@ -1,0 +1,217 @@
+"""Two gloo processes: the gradients of one on the whole batch; stops and errors that leave no rank behind."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from torch.nn.parallel import DistributedDataParallel
+
+from mmseg.core import NonFiniteLossError, OtherRankError, read_checkpoint
+from mmseg.core.hooks import Hook
+from mmseg.models import build_segmentor
+from mmseg.models.losses import point_sampling
+from mmseg.utils import dist as dist_utils
+from mmseg.utils.errors import DataError
+from tests.engine import Model, batch, make_runner
+from tests.processes import free_port, start
+from tests.reference import recipe
+
+
+def in_two_ranks(function, *args, expect=(0, 0)):
+    """Runs ``function(rank, *args)`` in two ranks and waits for their exit codes."""
+    port = free_port()
+    processes = [start(_join, rank, port, function, args) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+    assert tuple(process.exitcode for process in processes) == expect
+
+
+def _join(rank, port, function, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist_utils.init_dist('pytorch', 'nccl')  # falls back to gloo
+    function(rank, *args)
+    dist_utils.close_dist()
+
+
+def same_points(rows, n, device):
+    """Fixed points that do not depend on how many masks share a call."""
+    return torch.from_numpy(recipe.points(1, n)).to(device).float().expand(rows, n, 2)
+
+
+def segmentor(stage, frames):
+    cfg = Config.fromfile(f'local_configs/themask/{stage}_themask_mit_b0.py')
+    cfg.merge_from_dict({
+        'model.pretrained': None,
+        'model.backbone.drop_path_rate': 0.0,
+        'model.decode_head.loss_cfg.train_num_points': 128,
+        'model.decode_head.loss_cfg.warmup_iters': 0,
+        'model.decode_head.pixel_decoder_cfg': dict(conv_dim=32, mask_dim=32, transformer_enc_layers=1),
+        'model.decode_head.transformer_decoder_cfg': dict(
+            hidden_dim=32, mask_dim=32, num_queries=8, nheads=4, dec_layers=2, num_frames=frames)})
+    if stage == 'video':
+        cfg.model.decode_head.transformer_decoder_cfg.temporal_dropout = 0.0
+    torch.manual_seed(5)
+    return build_segmentor(cfg.model).train()
+
+
+def clips(frames):
+    """Four clips with different numbers of classes, the last one void."""
+    image = torch.stack([torch.from_numpy(recipe.image(40 + i, frames, 3, 64, 64)) for i in range(4)])
+    label = torch.full((4, frames, 64, 64), 255)
+    for clip, classes in enumerate((2, 5, 1, 0)):
+        for index in range(classes):
+            label[clip, :, index * 10 : index * 10 + 10] = 7 * index + clip
+    return image, label
+
+
+def gradients(model, clip, label):
+    losses = model(clip, label, 3)
+    sum(value for name, value in losses.items() if 'loss' in name).backward()
+    bare = getattr(model, 'module', model)
+    return {name: parameter.grad for name, parameter in bare.named_parameters()}
+
+
+def half_batch(rank, stage, frames, path):
+    point_sampling.random_points = same_points
+    model = DistributedDataParallel(segmentor(stage, frames))
+    clip, label = clips(frames)
+    part = slice(2 * rank, 2 * rank + 2)
+    found = gradients(model, clip[part], label[part])
+    if rank == 0:
+        torch.save(found, path)
+
+
+@pytest.mark.parametrize('stage, frames', [('1f', 1), ('video', 2)])
+def test_two_ranks_on_half_batches_give_the_gradients_of_one(tmp_path, monkeypatch, stage, frames):
+    in_two_ranks(half_batch, stage, frames, tmp_path / 'gradients.pth')
+    monkeypatch.setattr(point_sampling, 'random_points', same_points)
+    expected = gradients(segmentor(stage, frames), *clips(frames))
+    found = torch.load(tmp_path / 'gradients.pth')
+    assert all(gradient is not None for gradient in expected.values()), 'every parameter gets a gradient'
+    scale = torch.stack([gradient.norm() for gradient in expected.values()]).max()
+    for name, gradient in expected.items():
+        # some biases stand before a normalisation, and their gradient is zero but for rounding
+        error = (found[name] - gradient).norm()
+        assert error < 1e-4 * gradient.norm() + 1e-7 * scale, (name, float(error / scale))
+
+
+def endless(rank):
+    position = rank
+    while True:
+        yield batch(position)
+        position += 2
+
+
+def runner_of(rank, work_dir, hooks=(), model=None, **options):
+    return make_runner(work_dir, 8, hooks, model=DistributedDataParallel(model or Model().eval()), **options)
+
+
+class SignalOneRank(Hook):
+    def __init__(self, rank, iteration):
+        self.rank = rank
+        self.iteration = iteration
+
+    def before_train_iter(self, runner):
+        if runner.iter == self.iteration and runner.rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+
+
+def stopped_together(rank, work_dir):
+    runner = runner_of(rank, work_dir, [SignalOneRank(1, 3)])
+    runner.run(endless(rank))
+    assert runner.stopped_by == signal.SIGTERM and runner.iter == 4
+    assert dist_utils.gather_objects(runner.iter) == [4, 4]
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_iteration(tmp_path):
+    in_two_ranks(stopped_together, tmp_path)
+    meta = read_checkpoint(tmp_path / 'iter_4.pth')['meta']
+    assert meta['world_size'] == 2 and meta['samples'] == 4 * 8 * 2
+    assert len(read_checkpoint(tmp_path / 'iter_4.pth')['rng']) == 2
+
+
+def bad_file_in_one_rank(rank, work_dir):
+    def data():
+        for position, item in enumerate(endless(rank)):
+            if rank == 1 and position == 2:
+                raise DataError('v/3.jpg: truncated')
+            yield item
+
+    with pytest.raises(DataError if rank else OtherRankError):
+        runner_of(rank, work_dir).run(data())
+
+
+def test_bad_data_of_one_rank_ends_all_with_a_checkpoint(tmp_path):
+    in_two_ranks(bad_file_in_one_rank, tmp_path)
+    assert read_checkpoint(tmp_path / 'iter_2.pth')['meta']['iter'] == 2
+
+
+class NanOnOneRank(Model):
+    def forward(self, clip, label, iteration=0):
+        losses = super().forward(clip, label, iteration)
+        if iteration == 2 and dist.get_rank() == 1:
+            losses['decode.loss_ce'] = losses['decode.loss_ce'] * float('nan')
+        return losses
+
+
+def nan_in_one_rank(rank, work_dir):
+    with pytest.raises(NonFiniteLossError, match=r'iteration 3: decode\.loss_ce'):
+        runner_of(rank, work_dir, model=NanOnOneRank()).run(endless(rank))
+
+
+def test_a_nan_of_one_rank_stops_all(tmp_path):
+    in_two_ranks(nan_in_one_rank, tmp_path)
+    assert all(torch.isfinite(value).all() for value in read_checkpoint(tmp_path / 'iter_2.pth')['state_dict'].values())
+
+
+def resumed_bit_for_bit(rank, work_dir):
+    whole = runner_of(rank, work_dir / 'whole', model=Model(), interval=4)
+    torch.manual_seed(rank)  # dropout differs between the ranks
+    whole.run(endless(rank))
+    resumed = runner_of(rank, work_dir / 'resumed', model=Model())
+    resumed.resume(read_checkpoint(work_dir / 'whole/iter_4.pth'), 'iter_4.pth')
+    data = endless(rank)
+    for _ in range(4):
+        next(data)
+    resumed.run(data)
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(value, resumed.module.state_dict()[name])
+
+
+def test_two_ranks_resume_bit_for_bit(tmp_path):
+    in_two_ranks(resumed_bit_for_bit, tmp_path)
+
+
+def words(rank):
+    assert dist_utils.get_dist_info() == (rank, 2)
+    assert dist_utils.largest(rank + 3) == 4
+    assert dist_utils.gather_objects({'rank': rank}) == [{'rank': 0}, {'rank': 1}]
+    assert dist_utils.broadcast_object(f'from {rank}') == 'from 0'
+    mean = dist_utils.reduce_mean(torch.tensor([float(rank), 4.0]))
+    assert mean.tolist() == [0.5, 4.0]
+    dist_utils.barrier()
+
+
+def test_words_among_ranks():
+    in_two_ranks(words)
+    assert dist_utils.get_dist_info() == (0, 1) and dist_utils.is_main_process()
+    assert dist_utils.largest(7) == 7 and dist_utils.gather_objects(1) == [1] and dist_utils.broadcast_object(2) == 2
+
+
+def test_wrong_launches_are_errors(monkeypatch):
+    from mmseg.utils.errors import ConfigError
+
+    for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
+        monkeypatch.delenv(name, raising=False)
+    expected = {'pytorch': 'RANK is missing', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI', 'pbs': 'pbs'}
+    for launcher, message in expected.items():
+        with pytest.raises(ConfigError, match=message):
+            dist_utils.init_dist(launcher)
+    with pytest.raises(ConfigError, match=r'dist_params.backend.*smoke'):
+        dist_utils.init_dist('none', 'smoke')

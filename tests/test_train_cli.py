@@ -1,0 +1,242 @@
+"""The training command as a user runs it: real processes with one and two ranks, errors, signals."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmseg.apis.train import train_segmentor
+from mmseg.core import open_checkpoint, read_checkpoint
+from mmseg.utils.config import load_config
+from tests.tiny_config import write_tiny_config
+from tests.vspw_fixture import write_vspw
+
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location('train_tool', ROOT / 'tools/train.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def data_root(tmp_path_factory):
+    return write_vspw(tmp_path_factory.mktemp('data') / 'vspw')
+
+
+@pytest.fixture(scope='module')
+def one_frame(tmp_path_factory, data_root):
+    """A work dir that the one-frame model was trained in, with evaluation, by one process."""
+    root = tmp_path_factory.mktemp('one_frame')
+    extra = "evaluation = dict(interval=3, save_best='mIoU')\nfp16 = dict(dtype='bfloat16')"
+    config = write_tiny_config(root / 'tiny_1f.py', data_root, iters=3, workers=2, extra=extra)
+    run = script('dist_train.sh', config, 1, '--work-dir', 'work', cwd=root)
+    assert run.returncode == 0, run.stderr
+    return root / 'work', run.stdout
+
+
+def script(name, *args, cwd):
+    command = [str(ROOT / 'tools' / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=cwd, timeout=280)
+
+
+def log_lines(work_dir):
+    return [json.loads(line) for path in sorted(work_dir.glob('*.log.json')) for line in path.read_text().splitlines()]
+
+
+def test_one_rank_trains_evaluates_and_says_where_the_checkpoint_is(one_frame):
+    work_dir, stdout = one_frame
+    names = sorted(path.name for path in work_dir.iterdir())
+    assert [name for name in names if name.endswith('.pth')] == [
+        'best_mIoU_iter_3.pth', 'iter_2.pth', 'iter_3.pth', 'latest.pth']
+    assert 'checkpoint: work/iter_3.pth' in stdout
+    assert 'max_iters=3' in stdout, 'the final config is printed'
+    lines = log_lines(work_dir)
+    assert [line['iter'] for line in lines if line.get('mode') == 'train'] == [1, 2, 3]
+    assert {'mIoU', 'VC8'} <= next(line for line in lines if line.get('mode') == 'val').keys()
+    meta = read_checkpoint(work_dir / 'iter_3.pth')['meta']
+    assert meta['seed'] == 0 and len(meta['CLASSES']) == 124 and 'max_iters=3' in meta['config']
+
+
+def test_the_dumped_config_can_be_loaded_again(one_frame):
+    work_dir, _ = one_frame
+    dumped = load_config(work_dir / 'tiny_1f.py')
+    assert dumped.runner.max_iters == 3 and dumped.work_dir == 'work' and dumped.evaluation.save_best == 'mIoU'
+    original = load_config(work_dir.parent / 'tiny_1f.py')
+    for key in original:
+        assert dumped[key] == original[key], key
+
+
+def test_two_ranks_train_on_clips_and_test_word_for_word(tmp_path, one_frame, data_root):
+    config = write_tiny_config(tmp_path / 'tiny_video.py', data_root, base='video_themask_mit_b0', workers=2)
+    run = script(
+        'dist_train.sh', config, 2, '--work-dir', 'DIR2', '--options',
+        'model.decode_head.transformer_decoder_cfg.num_frames=2', 'data.train.dataset.dilation=[-3]',
+        'runner.max_iters=2', 'checkpoint_config.interval=500', '--finetune-from', one_frame[0], cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert 'fine-tuning from' in run.stdout and 'frozen: 213 (backbone.* 176' in run.stdout
+    assert run.stdout.count('Iter [2/2]') == 1, 'only rank 0 prints'
+    path, checkpoint = open_checkpoint(tmp_path / 'DIR2')
+    assert path.name == 'iter_2.pth' and checkpoint['meta']['samples'] == 8
+    before = read_checkpoint(one_frame[0] / 'iter_3.pth')['state_dict']
+    after = checkpoint['state_dict']
+    assert all(torch.equal(after[name], value) for name, value in before.items() if 'predictor' not in name)
+    moved = [name for name, value in before.items() if name in after and not torch.equal(after[name], value)]
+    assert moved and all('predictor' in name for name in moved)
+
+    run = script('dist_test.sh', config, path, 2, '--options', 'data.test.test_size=4', cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert 'mIoU' in run.stdout
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_sets_the_exit_status(tmp_path, data_root, number, status):
+    config = write_tiny_config(tmp_path / 'tiny.py', data_root, iters=500, interval=500, crop=32, workers=1)
+    command = [sys.executable, str(ROOT / 'tools/train.py'), str(config), '--work-dir', 'w', '--no-validate']
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while process.poll() is None and not any('iter' in line for line in log_lines(tmp_path / 'w')):
+            time.sleep(0.05)
+        os.killpg(process.pid, number)  # the whole group, as a terminal and a batch system do: loader workers too
+        assert process.wait(60) == status
+    finally:
+        process.kill()
+    assert open_checkpoint(tmp_path / 'w')[1]['meta']['iter'] >= 1
+
+
+def test_the_exit_status_is_passed_on_and_the_error_is_clear(tmp_path, data_root):
+    config = write_tiny_config(tmp_path / 'tiny.py', data_root)
+    run = script('dist_train.sh', config, 1, '--options', 'runner.max_iter=5', cwd=tmp_path)
+    assert run.returncode == 1
+    assert "error: --options runner.max_iter: unknown key 'max_iter' in runner (did you mean" in run.stderr
+    for args in ((), (config,), (config, 'two'), (config, '0')):
+        run = script('dist_train.sh', *args, cwd=tmp_path)
+        assert run.returncode == 2 and ('usage' in run.stderr or 'expected the number' in run.stderr)
+
+
+def run_tool(tool, monkeypatch, capsys, *args):
+    """Runs the command in this process; returns its exit status and the error it printed."""
+    monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, args)])
+    status = tool.main()
+    return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize('args, extra, message', [
+    (['--options', 'lr_config.policy=step'], '', "unknown policy 'step'"),
+    (['--options', 'optimizer.type=AdamV'], '', "optimizer.type: torch.optim has no 'AdamV'"),
+    (['--options', 'model.pretrained=gone.pth'], '', "'gone.pth' does not exist"),
+    (['--options', 'evaluation.interval=1', 'evaluation.metric=mIuO'], '', 'mIoU'),
+    (['--load-from', 'gone'], '', "checkpoint 'gone' does not exist"),
+    (['--resume-from', '.'], '', 'no complete checkpoint'),
+    (['--launcher', 'pytorch', '--gpus', '2'], '', '--gpus and --gpu-ids'),
+    (['--gpus', '0'], '', '--gpus: expected at least 1'),
+    ([], "workflow = [('train', 1), ('val', 1)]", 'workflow: only'),
+    ([], "runner = dict(type='EpochBasedRunner')", "only 'IterBasedRunner'"),
+    ([], 'checkpoint_config = dict(by_epoch=True)', 'checkpoint_config.by_epoch'),
+    ([], "custom_hooks = [dict(type='EMAHok')]", "unknown hook 'EMAHok' (did you mean 'EMAHook'?)"),
+    ([], "custom_hooks = [dict(type='EMAHook', priority='SOON')]", "custom_hooks[0].priority: unknown priority 'SOON'"),
+    ([], "fp16 = dict(dtype='float8')", 'fp16.dtype'),
+    ([], "nan_loss = 'ignore'", 'nan_loss'),
+])
+def test_wrong_settings_are_one_clear_error(tmp_path, data_root, tool, monkeypatch, capsys, args, extra, message):
+    monkeypatch.chdir(tmp_path)
+    config = write_tiny_config(tmp_path / 'tiny.py', data_root, extra=extra)
+    status, error = run_tool(tool, monkeypatch, capsys, config, '--work-dir', 'w', *args)
+    assert status == 1
+    assert error.startswith('error: ') and message in error and 'Traceback' not in error
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, data_root, tool, monkeypatch, capsys, one_frame):
+    monkeypatch.chdir(tmp_path)
+    config = write_tiny_config(tmp_path / 'tiny.py', data_root)
+    expected = {
+        '--load-from': 'another backbone', '--finetune-from': 'another backbone', '--resume-from': 'another model'}
+    for option, words in expected.items():
+        status, error = run_tool(
+            tool, monkeypatch, capsys, config, '--work-dir', 'w', option, one_frame[0], '--options',
+            'model.backbone.type=mit_b1')
+        assert status == 1 and words in error, error
+
+
+def test_bad_data_names_the_file_and_keeps_the_state(tmp_path, tool, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = write_vspw(tmp_path / 'vspw', {'train': {'a': 3}})
+    bad = next(iter((root / 'data/a/origin').glob('*.jpg')))
+    bad.write_bytes(bad.read_bytes()[:200])
+    config = write_tiny_config(tmp_path / 'tiny.py', root, iters=30, crop=32)
+    status, error = run_tool(tool, monkeypatch, capsys, config, '--work-dir', 'w', '--no-validate')
+    assert status == 1 and bad.name in error and 'Traceback' not in error
+
+
+@pytest.mark.parametrize('words, kept', [
+    (['c.py', '--gpus', '2', '--seed', '1'], ['c.py', '--seed', '1']),
+    (['c.py', '--gpu-ids', '0', '3', '--options', 'a=1'], ['c.py', '--options', 'a=1']),
+    (['c.py', '--gpus=2', '--work-dir', '7'], ['c.py', '--work-dir', '7']),
+])
+def test_gpus_start_that_many_processes(tool, monkeypatch, words, kept):
+    calls = []
+    monkeypatch.setattr(os, 'execv', lambda program, command: calls.append(command))
+    monkeypatch.setattr(sys, 'argv', ['train.py', *words])
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    tool.start_processes(tool.parse_args())
+    (command,) = calls
+    assert '--nproc_per_node=2' in command
+    assert command[command.index(str(ROOT / 'tools/train.py')) + 1 :] == [*kept, '--launcher', 'pytorch']
+    if '--gpu-ids' in words:
+        assert os.environ['CUDA_VISIBLE_DEVICES'] == '0,3'
+
+
+def test_a_config_of_the_reference_trains_unmodified(tmp_path, data_root, reference, monkeypatch):
+    values = reference('config_values.json')['video_themask_mit_b1']
+    path = tmp_path / 'reference.py'
+    path.write_text(''.join(f'{key} = {value!r}\n' for key, value in values.items()))
+    steps = 'data.train.dataset.pipeline'
+    cfg = load_config(path, {
+        'model.pretrained': None, 'data.train.dataset.data_root': str(data_root), f'{steps}.2.img_scale': (107, 60),
+        f'{steps}.3.crop_size': (64, 64), f'{steps}.7.size': (64, 64), 'data.workers_per_gpu': 0,
+        'data.samples_per_gpu': 1, 'runner.max_iters': 1, 'model.decode_head.loss_cfg.train_num_points': 64})
+    cfg.work_dir = str(tmp_path / 'w')
+    assert isinstance(cfg, Config) and cfg.find_unused_parameters
+    runner = train_segmentor(cfg)
+    assert runner.iter == 1 and (tmp_path / 'w/iter_1.pth').exists()
+    before = {name: value.clone() for name, value in runner.module.state_dict().items()}
+    cfg.resume_from = 'auto'
+    resumed = train_segmentor(cfg)
+    assert all(torch.equal(value, before[name]) for name, value in resumed.module.state_dict().items())
+
+
+def test_a_new_run_beside_old_checkpoints_is_warned_of_and_seeds_are_kept(tmp_path, data_root, caplog):
+    config = write_tiny_config(tmp_path / 'tiny.py', data_root, iters=1, crop=32, extra='seed = None')
+    cfg = load_config(config)
+    cfg.work_dir = str(tmp_path / 'w')
+    train_segmentor(cfg, validate=False)
+    seed = read_checkpoint(tmp_path / 'w/iter_1.pth')['meta']['seed']
+    logs = []
+    monkey = pytest.MonkeyPatch()
+    from mmseg.utils.logger import get_logger
+
+    monkey.setattr(get_logger(), 'warning', lambda text, *args: logs.append(text % args))
+    try:
+        cfg.runner.max_iters = 2
+        cfg.resume_from = 'auto'
+        train_segmentor(cfg, validate=False)
+        assert read_checkpoint(tmp_path / 'w/iter_2.pth')['meta']['seed'] == seed
+        assert not logs
+        cfg.resume_from = None
+        train_segmentor(cfg, validate=False)
+        assert any('checkpoints of an earlier run (iter_2.pth)' in line for line in logs)
+    finally:
+        monkey.undo()
