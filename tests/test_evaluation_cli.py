@@ -67,6 +67,18 @@ def test_list_of_videos_and_variants(folders):
     assert 'VC4' in stored and 'VC16' not in stored
 
 
+def test_optional_measures(folders):
+    for name, n in (('a', 20), ('b', 9)):
+        (folders / 'frames' / name / 'origin').mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(recipe.frame(n, i, 24, 32)).save(folders / 'frames' / name / 'origin' / f'{3 + i:08d}.jpg')
+    common = (folders / 'pred', folders / 'gt', '--num-classes', 124, '--reduce-zero-label', '--extras', 'VEC4', 'TC')
+    score(*common, '--images', folders / 'frames', '--json', folders / 'out.json')
+    stored = json.loads((folders / 'out.json').read_text())
+    assert 0 < stored['VEC4'] < 1 and 0 < stored['TC'] < 1
+    assert '--images DIR' in score(*common, status=1).stderr
+
+
 @pytest.mark.parametrize('harm, message', [
     (lambda f: (f / 'pred/a/00000004.png').unlink(), r'1 of 20 frames are missing, the first is 00000004.png'),
     (lambda f: (f / 'gt/a/mask/00000004.png').write_bytes(b''), r'gt/a/mask/00000004.png cannot be read'),

@@ -226,6 +226,8 @@ def test_names_of_metrics(data):
     dataset = build_dataset(dataset_config(data), where='data.test')
     assert metrics_for(dataset, ['mIoU', 'VC4']).consistency.lengths == (4,)
     assert metrics_for(dataset, 'mIoU', min_frames=17).consistency.min_frames == 17
+    optional = run_test(Thresholds(), dataset, build_test_loader(dataset), metrics=metrics_for(dataset, ['VEC4', 'TC']))
+    assert 0 <= optional['VEC4'] < 1 and 0 < optional['TC'] < 1
     with pytest.raises(ConfigError, match=r"'VC1' is not known"):
         metrics_for(dataset, ['VC1'])
 

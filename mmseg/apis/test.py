@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from mmseg.core.evaluation import ConsistencyOptions, Results, StreamingMetrics
+from mmseg.core.evaluation.temporal import temporal_measure
+from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.datasets.video_dataset import VideoDataset
 from mmseg.registry import nearest
 from mmseg.utils.dist import barrier, broadcast_object, gather_objects, get_dist_info
@@ -57,7 +59,8 @@ def metrics_for(dataset: VideoDataset, names: str | Sequence[str] = (), *, last_
     Args:
         dataset: a test set with masks.
         names: what was asked for, as ``--eval`` and ``evaluation.metric`` give it.  The scores of the confusion matrix
-            always come together; ``VC<n>`` chooses window lengths, 8 and 16 where none is named.
+            always come together; ``VC<n>`` chooses window lengths, 8 and 16 where none is named; ``VEC<n>`` and ``TC``
+            are the optional measures of :mod:`mmseg.core.evaluation.temporal`.
         last_window: see :class:`~mmseg.core.evaluation.ConsistencyOptions`.
         min_frames: likewise.
         remap_void: likewise.
@@ -66,21 +69,23 @@ def metrics_for(dataset: VideoDataset, names: str | Sequence[str] = (), *, last_
         ConfigError: an unknown name.
     """
     names = [names] if isinstance(names, str) else list(names)
-    lengths = []
+    lengths, extras = [], []
     for name in names:
         window = re.fullmatch(r'VC(\d+)', name)
         if window and int(window[1]) >= 2:
             lengths.append(int(window[1]))
+        elif temporal_measure(name, len(dataset.CLASSES), dataset.ignore_index):
+            extras.append(name)
         elif name not in _CONFUSION_METRICS:
-            raise ConfigError(f"metric '{name}' is not known{nearest(name, (*_CONFUSION_METRICS, 'VC8', 'VC16'))}; "
-                              f'VC<n> takes any n >= 2')
+            hint = nearest(name, (*_CONFUSION_METRICS, 'VC8', 'VC16', 'VEC8', 'TC'))
+            raise ConfigError(f"metric '{name}' is not known{hint}; VC<n> and VEC<n> take any n >= 2")
     consistency = ConsistencyOptions(
         tuple(dict.fromkeys(lengths)) or (8, 16), last_window=last_window, min_frames=min_frames,
         remap_void=remap_void)
     return StreamingMetrics(
         len(dataset.CLASSES), ignore_index=dataset.ignore_index, reduce_zero_label=dataset.reduce_zero_label,
         consistency=consistency, videos={video.name: video.frames for video in dataset.videos},
-        class_names=dataset.CLASSES)
+        class_names=dataset.CLASSES, extras=extras)
 
 
 def run_test(model: Any, dataset: VideoDataset, loader: Iterable[dict[str, Any]], **options: Any) -> dict[str, float]:
@@ -157,7 +162,7 @@ def stream_test(
                     with autocast():
                         labels = predict_item(segmentor, item, device)
                     if metrics is not None:
-                        _count(metrics, item, labels)
+                        _count(metrics, dataset, item, labels)
                     for sink in sinks:
                         sink.write(item, labels)
                     frames += len(labels)
@@ -186,10 +191,11 @@ def predict_item(segmentor: Any, item: dict[str, Any], device: torch.device) -> 
     return segmentor.predict(views, flips, tuple(item['img_metas'][0]['ori_shape'][:2]))[0].cpu().numpy()
 
 
-def _count(metrics: StreamingMetrics, item: dict[str, Any], labels: np.ndarray) -> None:
+def _count(metrics: StreamingMetrics, dataset: VideoDataset, item: dict[str, Any], labels: np.ndarray) -> None:
     for frame, pred, gt in zip(item['frames'], labels, item['raw_label']):
+        image = read_frame(dataset.frame_path(item['video'], frame)) if metrics.needs_images else None
         try:
-            metrics.update(item['video'], frame, pred, gt)
+            metrics.update(item['video'], frame, pred, gt, image)
         except ValueError as error:
             raise DataError(str(error)) from None
 

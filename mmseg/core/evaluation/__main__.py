@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
@@ -39,11 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         tuple(args.vc), last_window=args.vc_last_window, min_frames=args.vc_min_frames, remap_void=args.vc_remap_void)
     make = partial(
         StreamingMetrics, args.num_classes, reduce_zero_label=args.reduce_zero_label, consistency=consistency,
-        class_names=args.class_names and args.class_names.read_text().splitlines())
+        class_names=args.class_names and args.class_names.read_text().splitlines(), extras=args.extras)
     try:
         metrics = make()
+        if metrics.needs_images and not args.images:
+            raise ValueError('TC follows the optical flow: give the frames by --images DIR')
         videos = _videos(args.pred_dir, args.gt_dir, args.videos and args.videos.read_text().split())
-        _score_all(metrics, make, videos, args.jobs)
+        _score_all(metrics, partial(_score, make, args.images), videos, args.jobs)
     except (DataError, ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
@@ -76,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument('--vc-last-window', action='store_true', help='count all L-n+1 windows instead of L-n')
     group.add_argument('--vc-min-frames', type=int, default=0, metavar='N',
                        help='leave out videos with fewer frames; 17 skips videos of <= 16 frames for VC8 too')
+    group.add_argument('--extras', nargs='+', default=[], metavar='M',
+                       help='optional, not part of the benchmark: VEC<n> (class-wise IoU of the regions that persist '
+                       'over n frames), TC (IoU with the prediction before, moved along the optical flow)')
+    group.add_argument('--images', type=Path, metavar='DIR', help='frames: DIR/<video>[/origin]/<frame>.jpg or .png')
     group.add_argument('--vc-remap-void', action='store_true', help='0 and 255 of the ground truth are one label')
     return parser
 
@@ -113,13 +120,12 @@ def _frames(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in folder.glob('*.png') if not path.name.startswith('.')}
 
 
-def _score_all(metrics: StreamingMetrics, make: partial[StreamingMetrics],
+def _score_all(metrics: StreamingMetrics, score: partial[dict[str, Any]],
                videos: dict[str, list[tuple[str, Path, Path]]], jobs: int) -> None:
     """Scores every video in ``jobs`` processes and merges the counts into ``metrics``."""
     from rich.console import Console
     from rich.progress import track
 
-    score = partial(_score, make)
     show = partial(track, total=len(videos), description='videos', console=Console(stderr=True), transient=True)
     if jobs <= 1 or len(videos) == 1:
         for state in show(map(score, videos.items())):
@@ -130,12 +136,25 @@ def _score_all(metrics: StreamingMetrics, make: partial[StreamingMetrics],
             metrics.merge(state)
 
 
-def _score(make: partial[StreamingMetrics], video: tuple[str, list[tuple[str, Path, Path]]]) -> dict[str, Any]:
+def _score(make: partial[StreamingMetrics], images: Path | None,
+           video: tuple[str, list[tuple[str, Path, Path]]]) -> dict[str, Any]:
     name, frames = video
     metrics = make(videos={name: [frame for frame, _, _ in frames]})
     for frame, pred, gt in frames:
-        metrics.update(name, frame, read_label_map(pred), read_label_map(gt))
+        image = _read_image(images, name, frame) if images and metrics.needs_images else None
+        metrics.update(name, frame, read_label_map(pred), read_label_map(gt), image)
     return metrics.state()
+
+
+def _read_image(root: Path, video: str, frame: str) -> np.ndarray:
+    for folder in (root / video / 'origin', root / video):
+        for path in (folder / f'{frame}.jpg', folder / f'{frame}.png'):
+            if path.exists():
+                image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+                if image is None:
+                    raise DataError(f'{path} cannot be read')
+                return image
+    raise DataError(f'{root / video}: no frame {frame}.jpg or .png, nor in origin/')
 
 
 def read_label_map(path: Path) -> np.ndarray:
