@@ -15,7 +15,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmseg', 'mmseg.*']),
-    package_data={'mmseg': ['models/decode_heads/mask2former/pixel_decoder/ops/**/*']},
+    package_data={'mmseg': ['apis/report.html', 'models/decode_heads/mask2former/pixel_decoder/ops/**/*']},
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.11',
@@ -29,12 +29,14 @@ setup(
         'rich>=13',
     ],
     extras_require={
-        'video': ['av>=12'],
+        'video': ['av>=14'],
+        'convert': ['safetensors>=0.4'],
         'test': [
             'pytest>=8',
             'pytest-timeout>=2.3',
             'pytest-xdist>=3.5',
             'hypothesis>=6.100',
+            'safetensors>=0.4',
             'ruff==0.17.6',
             'mypy==2.4.1',
         ],

@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 
 from mmseg.apis.convert import SOURCES, TARGETS, convert_state_dict, read_weights, write_weights

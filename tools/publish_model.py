@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from mmseg.apis.publish import publish_model
 from mmseg.utils.errors import CheckpointError, ConfigError
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from mmengine.config import Config, DictAction
 
+from mmseg.apis.report import ReportSink, write_report
 from mmseg.apis.sinks import OUT_FORMS, PalettePNG, Pictures, Sink, VideoFiles, join_parts, parts_folder
 from mmseg.apis.test import TestOutcome, gather_in_folder, gather_on_device, metrics_for, stream_test
 from mmseg.core.checkpoint import load_weights, open_checkpoint
@@ -40,7 +41,8 @@ EPILOG = f"""forms of --out:
 {OUT_FORMS}
 
 --eval takes mIoU, mIoU_vspw, fwIoU, aAcc, mAcc, mDice (they come together) and VC<n>; the default is all of them and
-VC8, VC16 if the split has masks.
+VC8, VC16 if the split has masks.  Optional, not part of the benchmark: VEC<n> (class-wise IoU of the regions that
+persist over n frames) and TC (IoU with the prediction before, moved along the optical flow).
 
 --eval-options:
 """ + '\n'.join(f'  {key:15s} {text}' for key, text in EVAL_OPTIONS.items()) + """
@@ -49,6 +51,7 @@ examples:
   python tools/test.py local_configs/themask/video_themask_mit_b1.py CKPT --options data.test.test_size=4
   python tools/test.py CONFIG CKPT --eval mIoU VC8 --show-dir pictures
   python tools/test.py CONFIG CKPT --options data.test.split=test --format-only --out submission
+  python tools/test.py CONFIG CKPT --report reports/b1
   ./tools/dist_test.sh CONFIG CKPT 2 --out results.npz
 """
 
@@ -67,6 +70,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--eval', nargs='+', metavar='M', help='metrics')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', type=Path, help='write pictures of frame, prediction and ground truth')
+    parser.add_argument('--report', type=Path, metavar='DIR', help='write DIR/index.html: results as one page, with '
+                        'players of the worst, median and best videos')
     parser.add_argument('--opacity', type=float, default=0.6, help='of the colours in pictures, 0..1')
     parser.add_argument('--aug-test', action='store_true', help='average over scales 0.5 .. 1.75 and flips')
     parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V',
@@ -112,6 +117,8 @@ def run(args: argparse.Namespace) -> None:
     evaluate = dataset.has_masks and not args.format_only
     if args.eval and not evaluate:
         raise DataError(f"--eval: split '{dataset.split}' of {dataset.data_root} has no masks to evaluate against")
+    if args.report and not evaluate:
+        raise DataError(f"--report: split '{dataset.split}' of {dataset.data_root} has no masks to evaluate against")
     if not (evaluate or args.out or args.format_only or args.show or args.show_dir):
         raise ConfigError(f"split '{dataset.split}' has no masks, so there is nothing to measure: "
                           f'give --out, --format-only or --show-dir')
@@ -120,16 +127,25 @@ def run(args: argparse.Namespace) -> None:
 
     checkpoint, model = load_model(cfg, args.checkpoint, dataset, device)
     sinks = make_sinks(args, checkpoint.parent, dataset)
+    page = ReportSink(dataset) if args.report else None
+    gather = choose_gather(args, device)
     outcome = stream_test(
-        model, dataset, loader, device=device, metrics=metrics, evaluate=evaluate, sinks=sinks,
+        model, dataset, loader, device=device, metrics=metrics, evaluate=evaluate,
+        sinks=[*sinks, page] if page else sinks,
         autocast=Precision(device, **cfg.fp16).autocast if cfg.get('fp16') else Precision(device, 'float32').autocast,
-        gather=choose_gather(args, device))
+        gather=gather)
+    shown = None
+    if page is not None and outcome.results is not None:
+        about = {'config': args.config, 'checkpoint': checkpoint, **args.options}
+        shown = page.gathered(gather, outcome.results, Path(args.config).stem, about)
     if rank == 0:
         if args.out and any(isinstance(sink, VideoFiles) for sink in sinks):
             join_parts(args.out, [video.name for video in dataset.videos])
         logger.info('%d frames, %.1f frames/s on rank 0 of %d', outcome.frames,
                     outcome.frames / world_size / outcome.seconds, world_size)
         report(args, outcome, checkpoint)
+        if shown is not None:
+            logger.info('report written to %s', write_report([shown], args.report))
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -137,8 +153,8 @@ def check_args(args: argparse.Namespace) -> None:
     for key in args.eval_options:
         if key not in EVAL_OPTIONS:
             raise ConfigError(f"--eval-options: unknown option '{key}'{nearest(key, EVAL_OPTIONS)}")
-    if args.format_only and args.eval:
-        raise ConfigError('--format-only writes files without evaluating; it does not go with --eval')
+    if args.format_only and (args.eval or args.report):
+        raise ConfigError('--format-only writes files without evaluating; it does not go with --eval or --report')
     if args.tmpdir and args.gpu_collect:
         raise ConfigError('--tmpdir and --gpu-collect are two ways to collect results; give one')
     if args.out:
