@@ -17,6 +17,8 @@ from mmseg.utils.errors import ConfigError
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
+_LOCAL_SIZES = ('LOCAL_WORLD_SIZE', 'SLURM_NTASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE')
+
 _control_group: dist.ProcessGroup | None = None
 """A gloo group beside nccl: words among the hosts (stop, failed, objects) need no GPU and no stream to be idle."""
 
@@ -45,14 +47,14 @@ def init_dist(launcher: str, backend: str | None = None, timeout_minutes: float 
     """
     if launcher not in LAUNCHERS:
         raise ConfigError(f"launcher: expected one of {', '.join(LAUNCHERS)}, got '{launcher}'")
-    local_rank = 0
-    if launcher != 'none':
-        local_rank = _export_rank_variables(launcher)
+    local_rank = _export_rank_variables(launcher) if launcher != 'none' else 0
     if not torch.cuda.is_available():
         device = torch.device('cpu')
-    elif local_rank >= torch.cuda.device_count():
-        raise ConfigError(f'process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}')
     else:
+        gpus = torch.cuda.device_count()
+        processes = max(local_rank + 1, *(int(os.environ.get(name, 1)) for name in _LOCAL_SIZES))
+        if launcher != 'none' and processes > gpus:
+            raise ConfigError(f'{processes} processes were started on a machine with {gpus} GPUs; start {gpus} at most')
         device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     if backend not in (None, 'nccl', 'gloo'):
