@@ -219,6 +219,35 @@ def test_void_clips_give_zero_mask_losses_with_a_graph(reference_points, void):
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize('void', [(), (1,), (0, 1)])
+@pytest.mark.parametrize('frame_level', [False, True])
+def test_masks_given_by_their_factors(reference_points, frame_level, void):
+    """The same losses and gradients whether matched masks are taken from all masks or multiplied anew."""
+    output, labels = small_case(13, frames=3, frame_level=frame_level)
+    labels[list(void)] = 255
+    features = torch.randn(2, 3, 5, 6, 8, requires_grad=True)
+    inputs = [features]
+
+    def with_factors(stage, samples):
+        embedding = torch.randn(samples, 12, 5, requires_grad=True)
+        inputs.extend((stage.logits, embedding))
+        masks = torch.einsum('nqc,ntchw->nqthw', embedding, features.view(samples, -1, 5, 6, 8))
+        return MaskPrediction(stage.logits, masks, embedding)
+
+    clip = [with_factors(stage, 2) for stage in output.clip]
+    frame = [with_factors(stage, 6) for stage in output.frame] if frame_level else None
+    criterion = THEMaskCriterion(7, train_num_points=33, warmup_iters=0)
+    results = []
+    for factor in (None, features):
+        losses = criterion(DecoderOutput(clip, frame, factor), ClipTarget.from_labels(labels, 7))
+        total = torch.stack(list(losses.values())).sum()
+        results.append((total, torch.autograd.grad(total, inputs, retain_graph=True, materialize_grads=True)))
+    (loss, gradients), (loss2, gradients2) = results
+    torch.testing.assert_close(loss, loss2, rtol=1e-6, atol=1e-6)
+    for got, want in zip(gradients2, gradients):
+        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-9
+
+
 def test_sixty_targets_with_a_hundred_queries(reference_points):
     labels = torch.arange(60).view(1, 1, 6, 10).repeat_interleave(4, 2).repeat_interleave(4, 3)
     for frame_level in (False, True):
