@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmseg.models import build_segmentor
 from mmseg.models.segmentors.label_map import ScoreView, _Tiles, label_map, resize_matrix, window_matrix, window_starts
@@ -149,6 +150,25 @@ def test_every_parameter_gets_a_gradient(tiny):
     sum(losses.values()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without
+
+
+def test_backbone_and_head_compile_into_one_graph_each():
+    stage = 'video'
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend('eager')
+    compiled = build_segmentor(tiny_model(stage, compile_cfg=dict(backend=backend, fullgraph=True)))
+    plain = build_segmentor(tiny_model(stage))
+    plain.load_state_dict(compiled.state_dict())
+    clip = torch.randn(1, 2, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval().scores(clip), plain.eval().scores(clip))
+    assert backend.frame_count == 2  # backbone and head; fullgraph has let no break pass
+    length = plain.decode_head.predictor.num_frames
+    clip, label = torch.randn(2, length, 3, 64, 64), torch.randint(0, 5, (2, length, 64, 64))
+    sum(compiled.train()(clip, label).values()).backward()
+    assert compiled.backbone.patch_embed1.proj.weight.grad.any()
+    with pytest.raises(ConfigError, match=r"model\.compile_cfg\.modes: .*'mode'"):
+        build_segmentor(tiny_model(stage, compile_cfg=dict(modes='default')))
 
 
 def test_prediction_is_the_argmax_of_the_scores(tiny):

@@ -12,6 +12,7 @@ from mmengine.config import Config
 
 from mmseg.apis.test import predict_item
 from mmseg.core.checkpoint import load_checkpoint
+from mmseg.core.precision import Precision
 from mmseg.datasets import VSPWDataset
 from mmseg.datasets.pipelines import Compose
 from mmseg.datasets.pipelines.loading import read_frame
@@ -60,7 +61,7 @@ def init_segmentor(
 
 
 def inference_segmentor(model: EncoderDecoder, frames: Sequence[Frame]) -> list[np.ndarray]:
-    """Labels the frames of a clip, with the test pipeline of the model's config.
+    """Labels the frames of a clip, with the test pipeline and the precision (``fp16``) of the model's config.
 
     Args:
         model: from :func:`init_segmentor`.
@@ -77,7 +78,9 @@ def inference_segmentor(model: EncoderDecoder, frames: Sequence[Frame]) -> list[
         raise ValueError('frames: expected a list of paths or arrays with at least one frame; wrap a single one in []')
     views = _test_pipeline(model)({'frames': list(frames)})
     item = {key: value if isinstance(value, list) else [value] for key, value in views.items()}
-    return list(predict_item(model, item, next(model.parameters()).device))
+    device = next(model.parameters()).device
+    with Precision(device, **(model.cfg.get('fp16') or {'dtype': 'float32'})).autocast():
+        return list(predict_item(model, item, device))
 
 
 def show_result(

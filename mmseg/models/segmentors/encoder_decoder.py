@@ -72,6 +72,8 @@ class EncoderDecoder(nn.Module):
         pretrained: local file with the backbone's weights, loaded by :meth:`init_weights`.
         train_cfg: accepted empty, as in mmsegmentation.
         test_cfg: fields of :class:`InferenceConfig`.
+        compile_cfg: arguments of ``torch.compile``, for backbone and head; ``None`` runs them as they are.  Matching,
+            losses and label maps are not compiled.
 
     Attributes:
         cfg: the whole config, where :func:`mmseg.apis.init_segmentor` made the model.
@@ -89,6 +91,7 @@ class EncoderDecoder(nn.Module):
         pretrained: str | None = None,
         train_cfg: Mapping[str, Any] | None = None,
         test_cfg: Mapping[str, Any] | None = None,
+        compile_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if train_cfg:
@@ -99,6 +102,11 @@ class EncoderDecoder(nn.Module):
         self.backbone = build(BACKBONES, backbone, 'backbone')
         shape = _input_shape(self.backbone, decode_head)
         self.decode_head = build(HEADS, decode_head, 'decode_head', input_shape=shape)
+        if compile_cfg is not None:
+            with standing_at('compile_cfg') as where:
+                options = check_arguments(torch.compile, compile_cfg, where)
+            self.backbone.compile(**options)
+            self.decode_head.compile(**options)
 
     @property
     def num_classes(self) -> int:
