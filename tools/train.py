@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 def start_processes(args: argparse.Namespace) -> None:
     """Replaces this process by a launcher of several, where ``--gpus`` or ``--gpu-ids`` ask for them."""
-    count = len(args.gpu_ids) if args.gpu_ids else args.gpus or 1
+    count = len(args.gpu_ids) if args.gpu_ids else 1 if args.gpus is None else args.gpus
     if count < 1:
         raise ConfigError(f'--gpus: expected at least 1, got {count}')
     if args.launcher != 'none':
