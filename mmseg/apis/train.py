@@ -245,10 +245,11 @@ def _distribute(model: nn.Module, device: torch.device, find_unused_parameters: 
     warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
     # buffers are constants; recent torch renamed the switch of their copy before each forward pass
     renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+    constant_buffers: dict[str, Any] = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == 'cuda' else None,
-        **{'forward_sync_buffers' if renamed else 'broadcast_buffers': False},
+        **constant_buffers,
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=True,
     )
