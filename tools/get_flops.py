@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg.models import build_segmentor
 from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
+from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.library import ops
 from mmseg.utils.config import load_config
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError
@@ -28,13 +29,12 @@ from mmseg.utils.files import write_atomically
 EPILOG = """Counted are matrix products, convolutions, attention and multi-scale deformable attention, of one clip in
 evaluation, up to the scores at stride 4.  A multiplication with its addition is 2 FLOPs (papers that give "FLOPs" of
 about half as much count it as 1: the column GMACs).  Norms, activations, softmax and resizing are left out, as
-everywhere.  A sample of deformable attention is 10 FLOPs a channel: 4 corners and 1 weight.
+everywhere.  A sample of deformable attention is 8 FLOPs a channel: 4 corners.
 
 examples:
   python tools/get_flops.py local_configs/themask/video_themask_mit_b1.py
   python tools/get_flops.py local_configs/themask/1f_themask_mit_b5.py --frames 1 --size 480 853 --json flops.json
 """
-_OP_FLOPS = 10  # per sampled point and channel
 
 
 class PartCounter:
@@ -42,7 +42,6 @@ class PartCounter:
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         self.counter = FlopCounterMode(display=False)
-        self.op = 0
         self.flops = dict.fromkeys(parts, 0)
         for name, part in parts.items():
             part.register_forward_pre_hook(lambda *_, name=name: self._add(name, -1))
@@ -51,24 +50,27 @@ class PartCounter:
     @property
     def total(self) -> int:
         """All operations so far."""
-        return self.counter.get_total_flops() + self.op
+        return self.counter.get_total_flops()
+
+    @property
+    def deformable_attention(self) -> int:
+        """The operations of the native op so far."""
+        counts = self.counter.get_flop_counts().get('Global', {})
+        return sum(flops for op, flops in counts.items() if 'ms_deform_attn' in str(op))
 
     def _add(self, name: str, sign: int) -> None:
         self.flops[name] += sign * self.total
 
-    def _deformable_attention(
-            self, value: Tensor, spatial_shapes: Any, reference_points: Tensor, sampling_offsets: Tensor,
-            attention_logits: Tensor) -> Tensor:
-        """Stands for ``ms_deform_attn_fused``: counts, and gives a result of its shape."""
-        n, _, heads, width = value.shape
-        self.op += attention_logits.numel() * width * _OP_FLOPS
-        return value.new_empty(n, sampling_offsets.shape[1], heads * width)
-
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Counts what runs inside."""
-        with mock.patch.object(msdeformattn, 'ms_deform_attn_fused', self._deformable_attention), self.counter:
+        with mock.patch.object(msdeformattn, 'ms_deform_attn_fused', _registered_op), self.counter:
             yield
+
+
+def _registered_op(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], *others: Tensor) -> Tensor:
+    """The op as it is registered with torch, with a shape and a FLOP formula, whichever backend serves this machine."""
+    return ops.ms_deform_attn_fused(value, [side for shape in spatial_shapes for side in shape], *others)
 
 
 def count(cfg: Any, frames: int, size: tuple[int, int]) -> dict[str, dict[str, int]]:
@@ -93,7 +95,7 @@ def count(cfg: Any, frames: int, size: tuple[int, int]) -> dict[str, dict[str, i
     table = {name: {'parameters': _parameters(part), 'flops': counter.flops[name]} for name, part in parts.items()}
     total = {'parameters': _parameters(model), 'flops': counter.total}
     rest = {key: total[key] - sum(part[key] for part in table.values()) for key in total}
-    op = {'parameters': 0, 'flops': counter.op}
+    op = {'parameters': 0, 'flops': counter.deformable_attention}
     return {'backbone': table['backbone'], 'pixel decoder': table['pixel decoder'], 'deformable attention': op,
             'mask decoder': table['mask decoder'], 'scores': rest, 'total': total}
 
