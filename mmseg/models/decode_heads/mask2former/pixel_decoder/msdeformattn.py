@@ -247,4 +247,4 @@ class MSDeformAttnPixelDecoder(nn.Module):
         maps = self.encoder(projected)
         lateral = self.lateral(features[self.fine_feature])
         fine = lateral + F.interpolate(maps[-1], size=lateral.shape[2:], mode='bilinear', align_corners=False)
-        return self.mask_features(F.relu(self.output(fine))), maps
+        return self.mask_features(F.relu(self.output(fine), inplace=True)), maps
