@@ -79,14 +79,25 @@ def main() -> None:
     train('mini_1f', one_frame, args.processes)
     train('mini_video', clips, args.processes, '--finetune-from', one_frame)
     rows = {
-        'one frame': test('mini_1f', one_frame, args.processes, '--show-dir', str(work_dir / 'pictures_1f')),
-        'clips of 2': test('mini_video', clips, args.processes, '--show-dir', str(work_dir / 'pictures_video')),
+        'one frame': test(
+            'mini_1f', one_frame, args.processes, '--show-dir', str(work_dir / 'pictures_1f'),
+            '--report', str(work_dir / 'report_1f')),
+        'clips of 2': test(
+            'mini_video', clips, args.processes, '--show-dir', str(work_dir / 'pictures_video'),
+            '--report', str(work_dir / 'report_video')),
     }
     if args.control:
         train('mini_1f_control', control, args.processes, '--finetune-from', one_frame)
         rows['one frame, trained on'] = test('mini_1f_control', control, args.processes)
     show(rows, ROOT / work_dir)
+    run(sys.executable, 'tools/report.py', work_dir / 'report_1f', work_dir / 'report_video',
+        '--names', *list(rows)[:2], '--out', work_dir / 'report')  # fmt: skip
+    video = (ROOT / DATA / 'val.txt').read_text(encoding='utf-8').split()[0]
+    run(sys.executable, 'tools/video_demo.py', f'{CONFIGS}/mini_video.py', clips / 'latest.pth',
+        f'{DATA}/data/{video}/origin', '--out', work_dir / 'overlay.mp4', '--view', 'side-by-side',
+        '--legend')  # fmt: skip
     print(f'Pictures: {work_dir}/pictures_1f and {work_dir}/pictures_video (frame, prediction, ground truth).')
+    print(f'Report of both: {work_dir}/report/index.html; a labelled video: {work_dir}/overlay.mp4.')
     print(f'The demo took {(time.perf_counter() - start) / 60:.1f} minutes.')
 
 
