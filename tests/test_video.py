@@ -33,7 +33,7 @@ class Recorder:
         self.clips, self.encoded = [], []
         self.cfg = ConfigDict(data=dict(test=dict(test_size=test_size, pipeline=[self.pipeline])))
         self.inference = SimpleNamespace(mode='whole')
-        self.decode_head = SimpleNamespace(scores=self.scores)
+        self.decode_head = SimpleNamespace(encode=self.encode, encoded_scores=self.scores)
 
     @staticmethod
     def pipeline(results):
@@ -51,11 +51,14 @@ class Recorder:
         self.encoded += images[:, 0, 0, 0].int().tolist()
         return [images]
 
-    def scores(self, maps, num_frames):
-        numbers = maps[0][:, 0, 0, 0].int().tolist()
+    def encode(self, maps):
+        return maps[0], [maps[0] + 1]
+
+    def scores(self, mask_features, maps, num_frames):
+        numbers = mask_features[:, 0, 0, 0].int().tolist()
+        assert [m.shape[0] for m in maps] == [num_frames]
         assert len(numbers) == num_frames
         self.clips.append(tuple(numbers))
-        # The class is the number of the frame modulo 4, and a vote for how many clips have been: the mean decides.
         votes = torch.nn.functional.one_hot(torch.tensor(numbers) % 4, 4).float()
         return votes[None, :, :, None, None].expand(1, num_frames, 4, 2, 2)
 

@@ -105,6 +105,7 @@ class _Slot:
         encoded: for every view what does not depend on other frames, tensors ``[1, ...]``; None before it is needed.
         scores: for every view the sum of the scores over clips, ``[K, h, w]``.
         clips: number of clips that were added.
+        labels: uint8 ``[H, W]``, once all clips that hold the frame were added.
     """
 
     frame: Frame
@@ -113,6 +114,7 @@ class _Slot:
     encoded: list[list[Tensor]] | None = None
     scores: list[Tensor] = field(default_factory=list)
     clips: int = 0
+    labels: np.ndarray | None = None
 
 
 class VideoSegmenter:
@@ -191,14 +193,20 @@ class VideoSegmenter:
             recent.append(slot)
             clip = list(recent)[:: -self.stride][::-1]
             slot.scores, slot.clips = [view[-1] for view in self._scores(clip)], 1
-            yield from self._finish([slot])
+            yield slot.frame, self._label(slot)
 
     def _add_clip(self, clip: Sequence[_Slot]) -> None:
-        """Adds the scores of one clip to its frames."""
-        for i, slot_scores in enumerate(zip(*(view.unbind() for view in self._scores(clip)))):
-            slot = clip[i]
-            slot.scores = [a + b for a, b in zip(slot.scores, slot_scores)] if slot.clips else list(slot_scores)
+        """Adds the scores of one clip to its frames; a frame that no other clip holds is labelled and let go."""
+        for slot, *scores in zip(clip, *self._scores(clip)):
+            slot.scores = [a + b for a, b in zip(slot.scores, scores)] if slot.clips else scores
             slot.clips += 1
+            if not self.overlap:
+                slot.labels, slot.encoded = self._label(slot), None
+
+    def _finish(self, slots: Sequence[_Slot]) -> Iterator[tuple[Frame, np.ndarray]]:
+        """Frames all of whose clips were added, and their labels."""
+        for slot in slots:
+            yield slot.frame, self._label(slot) if slot.labels is None else slot.labels
 
     @torch.no_grad()
     def _scores(self, clip: Sequence[_Slot]) -> list[Tensor]:
@@ -209,29 +217,31 @@ class VideoSegmenter:
                 return [self.model.scores(view)[0] for view in views]
             self._encode([slot for slot in clip if slot.encoded is None])
             encoded = [[torch.cat(maps) for maps in zip(*view)] for view in zip(*(slot.encoded or [] for slot in clip))]
-            return [self.model.decode_head.scores(maps, len(clip))[0] for maps in encoded]
+            return [self.model.decode_head.encoded_scores(view[0], view[1:], len(clip))[0] for view in encoded]
 
     def _encode(self, slots: Sequence[_Slot]) -> None:
         """Computes what each frame gives alone, several frames at once."""
         if not slots:
             return
         views = [torch.stack(view).to(self._device) for view in zip(*(slot.views for slot in slots))]
-        encoded = [self.model.backbone(view) for view in views]
+        encoded = []
+        for view in views:
+            mask_features, maps = self.model.decode_head.encode(self.model.backbone(view))
+            encoded.append([mask_features, *maps])
         for i, slot in enumerate(slots):
-            slot.encoded = [[tensor[i : i + 1] for tensor in maps] for maps in encoded]
+            slot.encoded = [[tensor[i : i + 1] for tensor in view] for view in encoded]
 
     @torch.no_grad()
-    def _finish(self, slots: Sequence[_Slot]) -> Iterator[tuple[Frame, np.ndarray]]:
-        """Labels of frames all of whose clips were added."""
-        for slot in slots:
-            size = slot.frame.image.shape[:2]
-            views = []
-            for scores, view, flip in zip(slot.scores, slot.views, slot.flips):
-                rows, columns = (resize_matrix(*sizes) for sizes in zip(scores.shape[1:], view.shape[1:], size))
-                mean = scores / slot.clips if slot.clips > 1 else scores
-                views.append(ScoreView((mean if flip is None else mean.flip(_FLIP_AXIS[flip]))[None], rows, columns))
-            slot.scores = []
-            yield slot.frame, label_map(views)[0].cpu().numpy()
+    def _label(self, slot: _Slot) -> np.ndarray:
+        """Labels of a frame from its scores, which are given up."""
+        size = slot.frame.image.shape[:2]
+        views = []
+        for scores, view, flip in zip(slot.scores, slot.views, slot.flips):
+            rows, columns = (resize_matrix(*sizes) for sizes in zip(scores.shape[1:], view.shape[1:], size))
+            mean = scores / slot.clips if slot.clips > 1 else scores
+            views.append(ScoreView((mean if flip is None else mean.flip(_FLIP_AXIS[flip]))[None], rows, columns))
+        slot.scores = []
+        return label_map(views)[0].cpu().numpy()
 
 
 def classes_of(model: Any) -> tuple[Sequence[str], Palette]:

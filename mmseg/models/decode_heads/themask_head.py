@@ -133,8 +133,19 @@ class THEMaskHead(nn.Module):
             num_frames: T.
             all_layers: whether the output holds every prediction stage or only the last; ``None``: in training.
         """
-        mask_features, maps = self.pixel_decoder({name: features[i] for name, i in self.in_maps.items()})
+        mask_features, maps = self.encode(features)
         return self.predictor(maps, mask_features, num_frames, all_layers)
+
+    def encode(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What the pixel decoder makes of every frame alone; a frame that stands in several clips needs it once.
+
+        Args:
+            features: as in :meth:`forward`.
+
+        Returns:
+            Mask features (stride 4) and three maps (strides 32, 16, 8), each ``[B * T, ...]``.
+        """
+        return self.pixel_decoder({name: features[i] for name, i in self.in_maps.items()})
 
     def scores(self, features: Sequence[Tensor], num_frames: int) -> Tensor:
         """Scores of every pixel: the mean over levels of ``sum over q of p(class | q) * sigmoid(mask of q)``.
@@ -146,7 +157,11 @@ class THEMaskHead(nn.Module):
         Returns:
             ``[B, T, K, h, w]`` at stride 4, not normalised over classes.
         """
-        output = self(features, num_frames, all_layers=False)
+        return self.encoded_scores(*self.encode(features), num_frames)
+
+    def encoded_scores(self, mask_features: Tensor, maps: Sequence[Tensor], num_frames: int) -> Tensor:
+        """:meth:`scores` from both results of :meth:`encode`."""
+        output = self.predictor(maps, mask_features, num_frames, all_layers=False)
         height, width = output.clip[-1].masks.shape[-2:]
         classes, masks = self._factors(output.clip[-1])
         if output.frame is None:
