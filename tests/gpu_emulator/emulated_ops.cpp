@@ -11,7 +11,7 @@ namespace {
 template <class T, class A, int N>
 void run(Problem<T, A> p, const T* grad_out, bool deterministic, int64_t value_numel, T* out, A* grad_value,
          A* grad_points, A* grad_weights) {
-  const themask::Launch launch = themask::plan(p, N);
+  const themask::Launch launch = themask::plan(p, deterministic ? 1 : N);
   if (launch.shared > themask::max_shared) emulator::fail("too much shared memory");
   if (!grad_out) {
     emulator::launch(launch.blocks, launch.threads, launch.shared, [&] { themask::forward_kernel<N>(p, out); });
@@ -30,7 +30,7 @@ void run(Problem<T, A> p, const T* grad_out, bool deterministic, int64_t value_n
   emulator::launch(2, 64, 0, [&] { themask::largest_kernel(grad_out, p.pairs * p.width, bits); });
   if (!p.reference) emulator::launch(2, 64, 0, [&] { themask::largest_kernel(p.weights, p.pairs * samples, bits + 1); });
   emulator::launch(launch.blocks, launch.threads, launch.shared, [&] {
-    themask::backward_kernel<N>(p, grad_out, themask::FixedSum{sums.data(), scale}, grad_points, grad_weights);
+    themask::backward_kernel<1>(p, grad_out, themask::FixedSum{sums.data(), scale}, grad_points, grad_weights);
   });
   emulator::launch(2, 64, 0, [&] { themask::unfix_kernel(sums.data(), value_numel, scale, grad_value); });
 }

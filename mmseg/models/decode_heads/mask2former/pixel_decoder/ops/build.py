@@ -133,8 +133,10 @@ def _digest(*parts: str | bytes) -> str:
     return digest.hexdigest()[:16]
 
 
-def _name(kind: Kind, compiler: str, flags: Sequence[str]) -> str:
+def _name(kind: Kind, compiler: str, units: Sequence[Unit]) -> str:
     sources = b''.join(path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    # Where torch lies does not matter, so that machines can share a folder.
+    flags = [flag for flag in (*COMMON, *(f for unit in units for f in unit.flags)) if str(TORCH) not in flag]
     return f'{kind}-torch{torch.__version__}-{_digest(sources, *flags)}-{compiler}.so'
 
 
@@ -200,8 +202,7 @@ def library(kind: Kind, allow_build: bool = True) -> Path:
     if compiler is None:
         name = {'cpu': 'C++ compiler (install g++, or set CXX)', 'cuda': 'nvcc (install CUDA, or set CUDACXX)'}[kind]
         # A machine without a compiler may use what another one with the same sources built into a shared folder.
-        flags = [f for u in cpu_units() for f in u.flags] if kind == 'cpu' else None
-        found = sorted(folder.glob(_name(kind, '*', flags))) if flags else []
+        found = sorted(folder.glob(_name(kind, '*', cpu_units()))) if kind == 'cpu' else []
         if found:
             return found[-1]
         raise BuildError(f'there is no {name}')
@@ -210,7 +211,7 @@ def library(kind: Kind, allow_build: bool = True) -> Path:
         version = _digest(_output([*compiler, '--version']))
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f'{compiler[0]} does not run: {error}') from error
-    target = folder / _name(kind, version, [*COMMON, *(f for unit in units for f in unit.flags)])
+    target = folder / _name(kind, version, units)
     if target.exists():
         return target
     if not allow_build:

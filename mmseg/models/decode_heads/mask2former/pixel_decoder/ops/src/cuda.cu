@@ -136,9 +136,9 @@ Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& s
       A* to_points = static_cast<A*>(grad_points.mutable_data_ptr());
       A* to_weights = static_cast<A*>(grad_weights.mutable_data_ptr());
       const bool wide = p.width % N == 0 && aligned(in.value) && aligned(grad_out);
-      const Launch launch = checked_plan(p, wide ? N : 1);
       if (!deterministic) {
         using Sum = AtomicSum<A>;
+        const Launch launch = checked_plan(p, wide ? N : 1);
         const auto kernel = wide ? backward_kernel<N, T, A, Sum> : backward_kernel<1, T, A, Sum>;
         kernel<<<launch.blocks, launch.threads, launch.shared, stream>>>(p, from, Sum{to_value}, to_points, to_weights);
         return;
@@ -152,10 +152,9 @@ Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& s
       // After the softmax no weight is above 1.
       if (!in.fused) largest_kernel<<<256, max_threads, 0, stream>>>(p.weights, in.weights.numel(), bits + 1);
       const FixedScale scale{bits, terms, in.fused};
-      using Sum = FixedSum;
-      const auto kernel = wide ? backward_kernel<N, T, A, Sum> : backward_kernel<1, T, A, Sum>;
-      kernel<<<launch.blocks, launch.threads, launch.shared, stream>>>(p, from, Sum{sum, scale}, to_points,
-                                                                       to_weights);
+      const Launch launch = checked_plan(p, 1);
+      backward_kernel<1><<<launch.blocks, launch.threads, launch.shared, stream>>>(p, from, FixedSum{sum, scale},
+                                                                                   to_points, to_weights);
       unfix_kernel<<<1024, max_threads, 0, stream>>>(sum, grad_value.numel(), scale, to_value);
     });
     check_launch();

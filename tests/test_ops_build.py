@@ -1,0 +1,287 @@
+"""Building and choosing the native op: cache, concurrent starts, missing compilers, variables, sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import backend, build, ms_deform_attn_fused
+from tests.test_ops import INSTRUCTION_SETS, cpu_library, problem
+
+OPS = 'mmseg.models.decode_heads.mask2former.pixel_decoder.ops'
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter: libraries load and warnings appear once in a process."""
+    return subprocess.run(
+        [sys.executable, '-W', 'always', '-c', code],
+        env={**os.environ, 'PYTHONPATH': str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Forget what this process loaded and warned about."""
+    for cached in (backend.native, backend._warn_once):
+        cached.cache_clear()
+    yield
+    for cached in (backend.native, backend._warn_once):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def fake_compiler(tmp_path, monkeypatch):
+    """A compiler that notes its calls and writes empty files; `fail` makes it fail."""
+    log = tmp_path / 'calls'
+    script = tmp_path / 'fake++'
+    script.write_text(
+        '#!/bin/sh\n'
+        'if [ "$1" = --version ]; then echo fake 1.0; exit 0; fi\n'
+        f'echo call >> {log}\n'
+        f'if [ -e {tmp_path}/fail ]; then echo "no such header" >&2; exit 1; fi\n'
+        'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv('CXX', str(script))
+    monkeypatch.setenv('THEMASK_OPS_CACHE', str(tmp_path / 'cache'))
+    return tmp_path
+
+
+def calls(folder: Path) -> int:
+    log = folder / 'calls'
+    return len(log.read_text().split()) if log.exists() else 0
+
+
+def test_a_library_is_built_once(fake_compiler):
+    first = build.library('cpu')
+    built = calls(fake_compiler)
+    assert first.parent == fake_compiler / 'cache'
+    assert built == len(build.cpu_units()) + 1
+    assert build.library('cpu') == first
+    assert calls(fake_compiler) == built
+
+
+def test_another_torch_compiler_flag_or_source_means_another_library(fake_compiler, monkeypatch, tmp_path):
+    names = {build.library('cpu').name}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, '__version__', '9.9.9')
+        names.add(build.library('cpu').name)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, 'KERNEL', [*build.KERNEL, '-g'])
+        names.add(build.library('cpu').name)
+    with monkeypatch.context() as patch:
+        sources = tmp_path / 'src'
+        sources.mkdir()
+        for path in build.SOURCES.iterdir():
+            (sources / path.name).write_bytes(path.read_bytes() + b'\n')
+        patch.setattr(build, 'SOURCES', sources)
+        names.add(build.library('cpu').name)
+    script = fake_compiler / 'fake++'
+    script.write_text(script.read_text().replace('fake 1.0', 'fake 2.0'))
+    names.add(build.library('cpu').name)
+    assert len(names) == 5
+
+
+def test_a_failed_build_says_why_and_is_tried_again(fake_compiler):
+    (fake_compiler / 'fail').touch()
+    with pytest.raises(build.BuildError, match='no such header'):
+        build.library('cpu')
+    (fake_compiler / 'fail').unlink()
+    assert build.library('cpu').exists()
+
+
+def test_building_can_be_forbidden(fake_compiler):
+    with pytest.raises(build.BuildError, match=r'make\.sh'):
+        build.library('cpu', allow_build=False)
+    assert calls(fake_compiler) == 0
+
+
+def test_a_cache_that_cannot_be_written_is_named(fake_compiler, monkeypatch):
+    (fake_compiler / 'file').touch()
+    monkeypatch.setenv('THEMASK_OPS_CACHE', str(fake_compiler / 'file' / 'cache'))
+    with pytest.raises(build.BuildError, match='THEMASK_OPS_CACHE'):
+        build.library('cpu')
+
+
+def test_without_a_compiler_a_library_built_elsewhere_is_used(fake_compiler, monkeypatch):
+    built = build.library('cpu')
+    monkeypatch.setattr(build, 'find_compiler', lambda kind: None)
+    assert build.library('cpu') == built
+    built.unlink()
+    with pytest.raises(build.BuildError, match='CXX'):
+        build.library('cpu')
+
+
+EIGHT_PROCESSES = f"""
+import importlib.util, os, sys, torch
+path = {str(ROOT / OPS.replace('.', '/') / 'build.py')!r}
+spec = importlib.util.spec_from_file_location('build', path)
+build = sys.modules['build'] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+for _ in range(3):
+    os.fork()
+try:
+    print(build.library('cpu'))
+except build.BuildError as error:
+    print('failed:', str(error).splitlines()[-1])
+"""
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_of_many_processes_one_builds(fake_compiler, fails):
+    """As with the ranks of one training; a slow compiler lets all of them arrive."""
+    script = fake_compiler / 'fake++'
+    script.write_text(script.read_text().replace('echo call', 'sleep 0.5; echo call'))
+    if fails:
+        (fake_compiler / 'fail').touch()
+    result = run(EIGHT_PROCESSES)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 8, result.stderr
+    assert len(set(lines)) == 1
+    units = len(build.cpu_units())
+    assert lines[0].startswith('failed: no such header') == fails
+    assert calls(fake_compiler) == (units if fails else units + 1)
+
+
+def test_fallback_warns_once_and_says_how_to_mend_it(fresh, monkeypatch):
+    monkeypatch.delenv('THEMASK_OPS_BACKEND', raising=False)
+    monkeypatch.setattr(build, 'find_compiler', lambda kind: None)
+    monkeypatch.setenv('THEMASK_OPS_CACHE', 'nowhere')
+    arguments = problem()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for _ in range(3):
+            ms_deform_attn_fused(*arguments)
+    messages = [str(w.message) for w in caught if 'MSDeformAttn' in str(w.message)]
+    assert len(messages) == 1
+    assert 'CXX' in messages[0] and 'THEMASK_OPS_BACKEND=pytorch' in messages[0]
+    assert caught[0].filename == __file__
+
+
+def test_a_forced_backend_that_fails_is_an_error(fresh, monkeypatch):
+    monkeypatch.setattr(build, 'find_compiler', lambda kind: None)
+    monkeypatch.setenv('THEMASK_OPS_CACHE', 'nowhere')
+    monkeypatch.setenv('THEMASK_OPS_BACKEND', 'cpu')
+    with pytest.raises(backend.BackendError, match='CXX'):
+        ms_deform_attn_fused(*problem())
+
+
+@pytest.mark.parametrize(('choice', 'message'), [('cuda', 'value is on cpu'), ('fast', 'auto, cpu, cuda, pytorch')])
+def test_a_backend_that_does_not_fit_is_an_error(monkeypatch, choice, message):
+    monkeypatch.setenv('THEMASK_OPS_BACKEND', choice)
+    with pytest.raises(backend.BackendError, match=message):
+        ms_deform_attn_fused(*problem())
+
+
+def test_other_devices_take_the_pytorch_form():
+    arguments = [a.to('meta') if isinstance(a, torch.Tensor) else a for a in problem()]
+    assert ms_deform_attn_fused(*arguments).shape == (2, 5, 16)
+
+
+def test_unknown_instruction_sets_are_refused():
+    with pytest.raises(backend.BackendError, match='sse9'):
+        backend.choose_instruction_set(cpu_library(), 'sse9')
+
+
+def test_a_broken_library_is_a_build_error(tmp_path):
+    path = tmp_path / 'broken.so'
+    path.write_text('not a library')
+    with pytest.raises(build.BuildError, match='does not load'):
+        backend.load('cpu', path)
+
+
+@pytest.mark.parametrize(
+    ('wanted', 'flags'),
+    [
+        ('8.0;9.0a+PTX', ['compute_80,code=sm_80', 'compute_90a,code=[sm_90a,compute_90a]']),
+        ('', ['compute_80,code=sm_80', 'compute_90,code=[sm_90,compute_90]']),
+    ],
+)
+def test_gpu_targets(monkeypatch, wanted, flags):
+    """The variable is honoured; the default leaves out what an old nvcc does not know."""
+    monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', wanted)
+    monkeypatch.setattr(build, '_output', lambda command: 'compute_75\ncompute_80\ncompute_90\n')
+    assert build.cuda_architectures(['nvcc']) == [f'-gencode=arch={flag}' for flag in flags]
+
+
+def test_the_report_checks_and_times(capsys):
+    cpu_library()
+    from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import __main__ as report
+
+    report.SHAPES[:] = [(4, 5), (8, 10)]
+    assert report.check('cpu')
+    assert 'PyTorch form: forward' in capsys.readouterr().out
+
+
+def compile_with(tmp_path: Path, flags: list[str], sets: dict[str, list[str]]) -> Path:
+    compiler = build.find_compiler('cpu')
+    if compiler is None:
+        pytest.skip('no compiler here')
+    target = tmp_path / 'special.so'
+    build.compile_library('cpu', compiler, build.cpu_units(sets), target, flags)
+    return target
+
+
+RUN_SPECIAL = f"""
+import os, torch
+from pathlib import Path
+from {OPS} import backend
+loaded = backend.load('cpu', Path(os.environ['LIBRARY']))
+backend.native = lambda kind: loaded
+from tests.test_ops import *
+for name in os.environ['SETS'].split():
+    backends.choose_instruction_set(loaded, name)
+    for fused in (False, True):
+        for width in (1, 8, 24, 32, 40, 64):
+            assert_equals_pytorch_form(problem(width=width, fused=fused), fused)
+        for case in ({{'n': 0}}, {{'queries': 0}}, {{'points': 1}}, {{'points': 11, 'heads': 3}}, {{'dtype': torch.float64}},
+                     {{'shapes': ((1, 1),)}}, {{'shapes': ((1, 1), (2, 1), (3, 4), (5, 5), (6, 7))}}):
+            assert_equals_pytorch_form(problem(**case, fused=fused), fused)
+        value, shapes, *others = problem(fused=fused)
+        for bad in (float('nan'), float('inf'), -1e30, 3e9, 1e5):
+            points = others[-2].clone()
+            points[..., 0, 1] = bad
+            with_gradients(forms(fused)[0], (value, shapes, *others[:-2], points, others[-1]))
+print('all equal')
+"""
+
+
+def test_the_avx512_code_is_right_on_a_machine_without_it(tmp_path):
+    """The same 16-wide source, made of the steps that this machine has."""
+    sets = {'avx512': ['-DWIDTH=16'], 'avx2': ['-DWIDTH=8']}
+    if 'avx512' not in build.X86_SETS or not any(unit.name == 'avx512' for unit in build.cpu_units()):
+        pytest.skip('not an x86 machine')
+    library = compile_with(tmp_path, ['-DTHEMASK_AVX512_EMULATED'], sets)
+    result = run(RUN_SPECIAL, LIBRARY=str(library), SETS='avx512', THEMASK_OPS_BACKEND='cpu')
+    assert 'all equal' in result.stdout, result.stderr
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    compiler = build.find_compiler('cpu')
+    if compiler is None or 'g++' not in Path(compiler[0]).name:
+        pytest.skip('needs g++')
+    runtime = subprocess.run([*compiler, '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
+    sets = {k: v for k, v in build.X86_SETS.items() if any(unit.name == k for unit in build.cpu_units())}
+    flags = ['-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-fno-omit-frame-pointer', '-g']
+    library = compile_with(tmp_path, flags, sets)
+    best = backend.instruction_set(cpu_library())
+    names = INSTRUCTION_SETS[INSTRUCTION_SETS.index(best) :]
+    result = run(
+        RUN_SPECIAL,
+        LIBRARY=str(library),
+        SETS=' '.join(names),
+        THEMASK_OPS_BACKEND='cpu',
+        LD_PRELOAD=runtime,
+        ASAN_OPTIONS='detect_leaks=0',
+    )
+    assert 'all equal' in result.stdout, result.stderr[-3000:]
