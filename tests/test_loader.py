@@ -8,6 +8,7 @@ import random
 import signal
 import time
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -167,6 +168,30 @@ def test_shares_are_complete_and_balanced(lengths, world_size):
     loads = [sum(lengths[i] for i in share) for share in shares]
     for share, load in zip(shares, loads):  # every rank had the fewest frames when it got its shortest video
         assert load - min((lengths[i] for i in share), default=0) <= min(loads)
+
+
+class OpenCVThreads(torch.utils.data.Dataset):
+    is_training = True
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        count = torch.full((1, 1, 1), cv2.getNumThreads())
+        return dict(img=count, gt_semantic_seg=count, img_metas={}, skipped=[])
+
+
+def test_workers_run_opencv_in_one_thread_and_the_main_process_keeps_its_threads():
+    """Set before the fork: a forked worker that set it for itself would hang now and then."""
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(2)
+        loader = build_train_loader(OpenCVThreads(), 1, workers_per_gpu=1)
+        assert next(loader)['img'].item() == 1
+        assert cv2.getNumThreads() == 2
+        loader.close()
+    finally:
+        cv2.setNumThreads(before)
 
 
 def _wait_for_signals(ready):

@@ -123,9 +123,25 @@ class _Clips(Dataset):
             return error
 
 
+@contextlib.contextmanager
+def _opencv_without_threads() -> Iterator[None]:
+    """Ends OpenCV's threads while workers are forked, so that these run OpenCV in their one thread.
+
+    A forked worker cannot do it for itself: it inherits OpenCV's pool without the threads in it, and
+    ``cv2.setNumThreads`` waits for them, now and then for ever.
+    """
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
+
+
 def _init_worker(_: int, threads: int) -> None:
     """Limits a worker's threads, and leaves signals to the main process, which finishes its iteration first."""
-    cv2.setNumThreads(threads)
+    if torch.multiprocessing.get_start_method() != 'fork':
+        cv2.setNumThreads(0)
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -175,7 +191,8 @@ class TrainLoader:
 
     def __next__(self) -> dict[str, Any]:
         if self._batches is None:
-            self._batches = iter(self._loader)
+            with _opencv_without_threads():
+                self._batches = iter(self._loader)
             atexit.register(self.close)
         return _raised(next(self._batches))
 
@@ -197,7 +214,9 @@ class TestLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(_raised, self._loader)
+        with _opencv_without_threads():
+            items = iter(self._loader)
+        return map(_raised, items)
 
 
 def _workers(workers_per_gpu: int, threads: int, prefetch_factor: int) -> dict[str, Any]:
@@ -227,7 +246,7 @@ def build_train_loader(
         rank: this process.
         world_size: number of processes.
         start: number of samples that this rank has drawn already (resume).
-        worker_threads: threads that OpenCV and torch may use in each worker.
+        worker_threads: threads that torch may use in each worker; OpenCV has one.
         prefetch_factor: batches prepared ahead by each worker.
         pin_memory: prepare batches in page-locked memory, for a GPU.
 
@@ -279,7 +298,7 @@ def build_test_loader(
         workers_per_gpu: worker processes.
         rank: this process.
         world_size: number of processes.
-        worker_threads: threads that OpenCV and torch may use in each worker.
+        worker_threads: threads that torch may use in each worker; OpenCV has one.
         prefetch_factor: items prepared ahead by each worker.
 
     Returns:
