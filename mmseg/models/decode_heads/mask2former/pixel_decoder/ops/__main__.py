@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,21 +17,21 @@ from torch import Tensor
 from . import backend, build, ms_deform_attn_fused
 from .pytorch import ms_deform_attn_fused_pytorch
 
-SHAPES = [(15, 27), (30, 54), (60, 108)]  # a 480x864 image at strides 32, 16, 8
+SHAPES = ((15, 27), (30, 54), (60, 108))  # a 480x864 image at strides 32, 16, 8
 TOLERANCE = 1e-4
 
 Arguments = tuple[Tensor, list[tuple[int, int]], Tensor, Tensor, Tensor]
 
 
-def example(device: str) -> Arguments:
-    """Random arguments of the size of one test image; a tenth of the samples lies outside."""
-    pixels = sum(h * w for h, w in SHAPES)
+def example(device: str, shapes: Sequence[tuple[int, int]]) -> Arguments:
+    """Random arguments, one query a pixel; some samples lie outside."""
+    pixels, levels = sum(h * w for h, w in shapes), len(shapes)
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(1, pixels, 8, 32, generator=generator).to(device)
-    reference = torch.rand(1, pixels, 3, 2, generator=generator).to(device)
-    offsets = 3 * torch.randn(1, pixels, 8, 3, 4, 2, generator=generator).to(device)
-    logits = torch.randn(1, pixels, 8, 12, generator=generator).to(device)
-    return value, SHAPES, reference, offsets, logits
+    reference = torch.rand(1, pixels, levels, 2, generator=generator).to(device)
+    offsets = 3 * torch.randn(1, pixels, 8, levels, 4, 2, generator=generator).to(device)
+    logits = torch.randn(1, pixels, 8, 4 * levels, generator=generator).to(device)
+    return value, list(shapes), reference, offsets, logits
 
 
 def evaluate(function, arguments: Arguments) -> list[Tensor]:
@@ -53,9 +54,9 @@ def milliseconds(function, device: str, repeats: int = 5) -> float:
     return min(times) * 1e3
 
 
-def check(device: str) -> bool:
+def check(device: str, shapes: Sequence[tuple[int, int]] = SHAPES) -> bool:
     """Compare the op that serves the device with the PyTorch form and time both; False if they differ."""
-    arguments = example(device)
+    arguments = example(device, shapes)
     good = True
     names = ('output', 'gradient of value', 'gradient of offsets', 'gradient of logits')
     results = zip(names, evaluate(ms_deform_attn_fused, arguments), evaluate(ms_deform_attn_fused_pytorch, arguments))

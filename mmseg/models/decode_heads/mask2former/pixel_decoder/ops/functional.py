@@ -61,7 +61,8 @@ def _check_points(name: str, points: Tensor, value: Tensor, levels: int) -> None
 def _autocast(value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The native ops' autocast rule for the PyTorch form: float32 inside an autocast region."""
     tensors = (value, *others)
-    if not torch.is_autocast_enabled(value.device.type):
+    device = value.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors)
 
