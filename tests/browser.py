@@ -31,8 +31,9 @@ class Browser:
     def call(self, method, path, body=None):
         return _request(method, f'http://127.0.0.1:{self._port}/session/{self._session}/{path}', body)
 
-    def open(self, path):
-        self.call('POST', 'url', {'url': Path(path).resolve().as_uri()})
+    def open(self, path, fragment=''):
+        self.call('POST', 'url', {'url': 'about:blank'})
+        self.call('POST', 'url', {'url': f'{Path(path).resolve().as_uri()}#{fragment}'})
 
     def run(self, script, *args):
         """The value of a JavaScript function body."""

@@ -46,11 +46,11 @@ def batches(start=0, size=8):
         start += 1
 
 
-def make_runner(work_dir, iters=10, hooks=(), model=None, interval=None, **options):
+def make_runner(work_dir, iters=10, hooks=(), model=None, interval=None, optimizer=OPTIMIZER, **options):
     torch.manual_seed(3)
     model = model or Model()
     runner = IterBasedRunner(
-        model=model, optimizer=build_optimizer(model, OPTIMIZER), schedule=LrSchedule(iters, power=0.9),
+        model=model, optimizer=build_optimizer(model, optimizer), schedule=LrSchedule(iters, power=0.9),
         max_iters=iters, work_dir=work_dir, meta={'seed': 3}, **options)
     if interval:
         runner.register_hook(CheckpointHook(interval))

@@ -17,7 +17,7 @@ from tests.tool_process import run_tool
 @pytest.fixture
 def checkpoint(tmp_path):
     state = {name: torch.rand(3, 4) for name in ('backbone.w', 'decode_head.predictor.w', 'decode_head.criterion.w')}
-    path = tmp_path / 'latest.pth'
+    path = tmp_path / 'iter_1200.pth'
     torch.save({'meta': {'iter': 1200, 'CLASSES': ['wall', 'sky'], 'time': 'now'}, 'state_dict': state,
                 'optimizer': {'state': {0: torch.rand(1000)}}}, path)
     return path
@@ -26,6 +26,7 @@ def checkpoint(tmp_path):
 def test_weights_only_and_the_same_name_for_the_same_weights(checkpoint, tmp_path):
     first = publish_model(checkpoint, tmp_path / 'out' / 'model.pth')
     again = publish_model(checkpoint, tmp_path / 'again' / 'other.pth')
+    assert publish_model(tmp_path, tmp_path / 'dir' / 'm.pth').sha256 == first.sha256, 'a work dir'
     assert first.sha256 == again.sha256 == hashlib.sha256(first.weights.read_bytes()).hexdigest()
     assert first.weights.name == f'model-{first.sha256[:8]}.pth' and first.card.name == f'model-{first.sha256[:8]}.md'
     assert sorted(p.name for p in first.weights.parent.iterdir()) == sorted([first.weights.name, first.card.name])

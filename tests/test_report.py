@@ -290,6 +290,8 @@ def test_the_page_in_chromium(pages, browser, vspw, tmp_path):
     browser.run("const s = document.querySelector('#video'); s.selectedIndex = s.options.length - 1; s.onchange()")
     browser.wait("document.querySelector('#position').textContent.includes('(1 of')")
     browser.screenshot(tmp_path / 'page.png')
+    browser.open(pages / 'poor.page' / 'index.html', f'{player["video"]}/3')
+    browser.wait("document.querySelector('#position').textContent.includes('(3 of')")
     assert browser.log() == []
 
 

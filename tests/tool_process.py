@@ -11,7 +11,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment():
-    own = {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'THEMASK_OPS_BACKEND': 'pytorch'}
+    own = {
+        'PYTHON': sys.executable,  # of the dist_*.sh scripts
+        'PYTHONPATH': str(ROOT),
+        'OMP_NUM_THREADS': '1',
+        'PYTHONUNBUFFERED': '1',
+        'THEMASK_OPS_BACKEND': 'pytorch',
+    }
     return {**os.environ, **own}
 
 

@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source', type=Path, help='.pth, .safetensors, or a .pkl of detectron2')
+    parser.add_argument('source', type=Path, help='.pth, .safetensors, a .pkl of detectron2, or a work dir')
     parser.add_argument('out', type=Path, help='.pth or .safetensors')
     parser.add_argument('--from', dest='source_format', choices=('auto', *SOURCES), default='auto')
     parser.add_argument('--to', dest='target_format', choices=TARGETS, default='themask')

@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checkpoint', type=Path, help='checkpoint of training')
+    parser.add_argument('checkpoint', type=Path, help='checkpoint of training, or its work dir')
     parser.add_argument('out', type=Path, help='folder/name.pth or .safetensors; the hash is added to the name')
     parser.add_argument('--config', help='config file of the model, for the card')
     parser.add_argument('--metrics', type=Path, help='JSON file of tools/test.py, for the card')

@@ -224,9 +224,15 @@ def report(args: argparse.Namespace, outcome: TestOutcome, checkpoint: Path) -> 
     path = args.work_dir / 'metrics.json' if args.work_dir else checkpoint.with_suffix('.metrics.json')
     run_of = {'config': args.config, 'checkpoint': str(checkpoint), 'options': args.options,
               'frames': outcome.frames, 'skipped': outcome.skipped}
-    write_atomically(path, json.dumps({**outcome.results.as_dict(), 'test': run_of}, indent=1, default=str))
-    if args.work_dir:
-        outcome.results.to_csv(args.work_dir)
+    try:
+        write_atomically(path, json.dumps({**outcome.results.as_dict(), 'test': run_of}, indent=1, default=str))
+        if args.work_dir:
+            outcome.results.to_csv(args.work_dir)
+    except OSError as error:
+        if args.work_dir:
+            raise DataError(f'--work-dir: metrics not written: {error}') from None
+        logger.warning('metrics not written beside the checkpoint: %s; name a folder by --work-dir', error)
+        return
     logger.info('metrics written to %s', path)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmseg.core.checkpoint import read_checkpoint, save_checkpoint
+from mmseg.core.checkpoint import open_checkpoint, save_checkpoint
 from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import write_atomically
 
@@ -321,7 +321,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and meta data of a checkpoint file, without running any code that the file may hold.
 
     Args:
-        path: ``.safetensors``, a ``.pkl`` of numpy arrays as detectron2 publishes them, or a file of ``torch.save``.
+        path: ``.safetensors``, a ``.pkl`` of numpy arrays as detectron2 publishes them, a file of ``torch.save``, or a
+            work dir (then its newest whole checkpoint).
 
     Returns:
         name -> tensor on the CPU, and the ``meta`` dict (empty where there is none).
@@ -331,7 +332,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             package ``safetensors`` and it is not installed.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"checkpoint '{path}' does not exist")
     meta: Any = {}
     if path.suffix == '.safetensors':
@@ -343,7 +344,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except (safetensors.SafetensorError, ValueError) as error:
             raise CheckpointError(f"'{path}' is no whole safetensors file: {error}") from error
     else:
-        checkpoint = {'state_dict': _read_arrays(path)} if path.suffix == '.pkl' else read_checkpoint(path)
+        checkpoint = {'state_dict': _read_arrays(path)} if path.suffix == '.pkl' else open_checkpoint(path)[1]
         state, meta = checkpoint['state_dict'], checkpoint.get('meta', {})
     bad = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if bad:

@@ -72,8 +72,8 @@ class EncoderDecoder(nn.Module):
         pretrained: local file with the backbone's weights, loaded by :meth:`init_weights`.
         train_cfg: accepted empty, as in mmsegmentation.
         test_cfg: fields of :class:`InferenceConfig`.
-        compile_cfg: arguments of ``torch.compile``, for backbone and head; ``None`` runs them as they are.  Matching,
-            losses and label maps are not compiled.
+        compile_cfg: arguments of ``torch.compile``, for backbone, pixel decoder and predictor; ``None`` runs them as
+            they are.  Matching, losses and label maps are not compiled.
 
     Attributes:
         cfg: the whole config, where :func:`mmseg.apis.init_segmentor` made the model.
@@ -105,8 +105,8 @@ class EncoderDecoder(nn.Module):
         if compile_cfg is not None:
             with standing_at('compile_cfg') as where:
                 options = check_arguments(torch.compile, compile_cfg, where)
-            self.backbone.compile(**options)
-            self.decode_head.compile(**options)
+            for part in (self.backbone, self.decode_head.pixel_decoder, self.decode_head.predictor):
+                part.compile(**options)
 
     @property
     def num_classes(self) -> int:
