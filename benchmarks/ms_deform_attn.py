@@ -126,7 +126,7 @@ def package_runner(arguments: Arguments, grad_out: Tensor) -> Runner | None:
     """Runs the package torch-ms-deform-attn where it is installed; PyTorch makes softmax and locations, as usual."""
     if importlib.util.find_spec('torch_ms_deform_attn') is None:
         return None
-    from torch_ms_deform_attn import ms_deform_attn as theirs  # type: ignore[import-not-found]
+    from torch_ms_deform_attn import ms_deform_attn as theirs
 
     value, shapes, *_ = arguments
     sizes = torch.tensor(shapes, device=value.device)
