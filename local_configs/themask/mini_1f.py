@@ -14,6 +14,6 @@ model = dict(
             hidden_dim=64, mask_dim=64, num_queries=24, dim_feedforward=256, dec_layers=3)))
 
 optimizer = dict(lr=1e-3, paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=1.0))))
-runner = dict(max_iters=1500)
+runner = dict(max_iters=1000)
 checkpoint_config = dict(interval=500, max_keep_ckpts=2)
 seed = 0

@@ -4,4 +4,4 @@ _base_ = './mini_1f.py'
 
 finetune = dict(frozen_eval=True)
 model = dict(decode_head=dict(loss_cfg=dict(warmup_iters=0)))
-runner = dict(max_iters=600)
+runner = dict(max_iters=480)

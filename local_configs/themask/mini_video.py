@@ -16,5 +16,5 @@ finetune = dict(
         mask_embed=['mask_embed_aux']),
     frozen_eval=True)
 data = dict(train=dict(dataset=dict(dilation=[-3])), val=dict(test_size=2), test=dict(test_size=2))
-runner = dict(max_iters=500)
-checkpoint_config = dict(interval=250)
+runner = dict(max_iters=400)
+checkpoint_config = dict(interval=200)
