@@ -1,8 +1,25 @@
-# Sourced by the dist_*.sh scripts: runs a tool in several processes of this machine, maybe one machine of several.
-#   run_processes TOOL COUNT ARGUMENTS...
-# Environment: PORT (default: a free one; 29500 with several machines), NNODES, NODE_RANK, MASTER_ADDR, PYTHON,
-# OMP_NUM_THREADS (default: the cores shared among the processes).
+# Sourced by dist_*.sh and slurm_*.sh, with $tools set to the folder of the tools.
+# Environment: PYTHON (default: the first of python, python3 and .venv/bin/python that has torch), PORT (default: a
+# free one; 29500 with several machines), NNODES, NODE_RANK, MASTER_ADDR, OMP_NUM_THREADS (default: the cores shared
+# among the processes).
 
+root=$(dirname "$tools")
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+# Prints the Python to use; an environment that is active goes before one that "make" has built here.
+find_python() {
+    has_torch='import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+    for candidate in ${PYTHON:+"$PYTHON"} python python3 "$root/.venv/bin/python"; do
+        if "$candidate" -c "$has_torch" >/dev/null 2>&1; then
+            echo "$candidate"
+            return 0
+        fi
+    done
+    echo "error: no Python with torch; activate its environment, or set PYTHON" >&2
+    return 1
+}
+
+# run_processes TOOL COUNT ARGUMENTS...: the tool in COUNT processes of this machine, maybe one machine of several.
 run_processes() {
     tool=$1
     count=$2
@@ -13,7 +30,7 @@ run_processes() {
             exit 2
             ;;
     esac
-    python=${PYTHON:-python}
+    python=$(find_python) || exit
     nnodes=${NNODES:-1}
     if [ -z "${PORT:-}" ]; then
         PORT=29500
@@ -26,8 +43,6 @@ run_processes() {
         OMP_NUM_THREADS=$((cores / count > 0 ? cores / count : 1))
         export OMP_NUM_THREADS
     fi
-    PYTHONPATH=$(dirname "$tools")${PYTHONPATH:+:$PYTHONPATH}
-    export PYTHONPATH
     exec "$python" -m torch.distributed.run \
         --nnodes="$nnodes" --node_rank="${NODE_RANK:-0}" \
         --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$PORT" --nproc_per_node="$count" \
