@@ -126,6 +126,49 @@ def test_the_exit_status_is_passed_on_and_the_error_is_clear(tmp_path, data_root
         assert run.returncode == 2 and ('usage' in run.stderr or 'expected the number' in run.stderr)
 
 
+def stand_in(path, text):
+    path.write_text(f'#!/bin/sh\n{text}\n')
+    path.chmod(0o755)
+    return path
+
+
+def recorded(name, *args, cwd, **environment):
+    """Runs a script with a Python that prints its command line and ends with status 7."""
+    python = stand_in(
+        cwd / 'python', f'if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\necho "$@" "$OMP_NUM_THREADS"; exit 7')
+    env = {key: value for key, value in ENV.items() if key != 'OMP_NUM_THREADS'}
+    return subprocess.run(
+        [str(ROOT / 'tools' / name), *args], capture_output=True, text=True, cwd=cwd,
+        env={**env, 'PYTHON': str(python), **environment})
+
+
+def test_launchers_honour_their_environment_and_pass_the_exit_status_on(tmp_path):
+    run = recorded(
+        'dist_train.sh', 'c.py', '4', '--seed', '1', cwd=tmp_path, NNODES='2', NODE_RANK='1', MASTER_ADDR='10.0.0.1')
+    assert run.returncode == 7
+    assert '--nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=29500 --nproc_per_node=4' in run.stdout
+    assert f'{ROOT}/tools/train.py c.py --seed 1 --launcher pytorch' in run.stdout
+    run = recorded('dist_test.sh', 'c.py', 'a b.pth', '1', cwd=tmp_path, PORT='1234')
+    assert '--master_port=1234 --nproc_per_node=1' in run.stdout
+    assert f'{ROOT}/tools/test.py c.py a b.pth --launcher pytorch' in run.stdout
+    assert run.stdout.split()[-1] == str(len(os.sched_getaffinity(0))), 'one process has all cores'
+    assert recorded('dist_train.sh', 'c.py', '99', cwd=tmp_path).stdout.split()[-1] == '1'
+    first, second = (recorded('dist_train.sh', 'c.py', '1', cwd=tmp_path).stdout for _ in range(2))
+    assert first != second, 'each run finds a free port'
+
+
+@pytest.mark.parametrize('name, args', [('train', ['c.py', '--seed', '1']), ('test', ['c.py', 'x.pth'])])
+def test_slurm_scripts_start_the_tools_under_srun(tmp_path, name, args):
+    stand_in(tmp_path / 'srun', 'echo "$@"; exit 7')
+    path = f'{tmp_path}:{ENV["PATH"]}'
+    run = recorded(f'slurm_{name}.sh', 'gpu', 'job', *args, cwd=tmp_path, PATH=path, GPUS='16', SRUN_ARGS='-t 9')
+    assert run.returncode == 7
+    for words in ('-p gpu --job-name=job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8', '-t 9',
+                  f'{ROOT}/tools/{name}.py {" ".join(args)} --launcher slurm'):
+        assert words in run.stdout
+    assert recorded(f'slurm_{name}.sh', 'gpu', cwd=tmp_path, PATH=path).returncode == 2
+
+
 def run_tool(tool, monkeypatch, capsys, *args):
     """Runs the command in this process; returns its exit status and the error it printed."""
     monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, args)])
