@@ -212,3 +212,20 @@ def test_tool_names_what_is_wrong(tmp_path):
     done = run_tool('convert_checkpoint', tmp_path / 'none.pth', tmp_path / 'b.pth')
     assert done.returncode == 1 and 'does not exist' in done.stderr
     assert 'examples:' in run_tool('convert_checkpoint', '--help').stdout
+
+
+def test_tool_joins_a_decoder_and_a_backbone(reference, tmp_path):
+    shapes = without_dead(dict(reference('keys_1f_b0.json')['state_dict']))
+    parts = {'mask2former.pth': ('decode_head.', 'sem_seg_head.'), 'mit.pth': ('backbone.', '')}
+    for file, (ours, theirs) in parts.items():
+        names = [n for n in shapes if n.startswith(ours) and 'class_embed' not in n and 'criterion' not in n]
+        torch.save(tensors([(n.replace(ours, theirs), shapes[n]) for n in names]), tmp_path / file)
+    joined = ('convert_checkpoint', tmp_path / 'mask2former.pth', tmp_path / 'start.pth',
+              '--config', 'local_configs/themask/1f_themask_mit_b0.py', '--add', tmp_path / 'mit.pth')
+    done = run_tool(*joined)
+    assert done.returncode == 0, done.stderr
+    state, _ = read_weights(tmp_path / 'start.pth')
+    assert set(shapes) - set(state) == {n for n in shapes if 'class_embed' in n or 'criterion' in n}
+    assert done.stdout.count('missing: 3') == 2
+    done = run_tool(*joined, tmp_path / 'mask2former.pth')
+    assert done.returncode == 1 and 'second time' in done.stderr

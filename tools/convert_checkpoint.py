@@ -29,9 +29,10 @@ EXAMPLES = r"""examples:
   # ImageNet weights of MiT, from SegFormer or from Hugging Face, for model.pretrained=pretrained/mit_b1.pth
   python tools/convert_checkpoint.py model.safetensors pretrained/mit_b1.pth --to mit
 
-  # Mask2Former's pixel decoder and mask decoder as a start for stage 1
-  python tools/convert_checkpoint.py model_final_54b88a.pkl m2f.pth --config local_configs/themask/1f_themask_mit_b1.py
-  ./tools/dist_train.sh local_configs/themask/1f_themask_mit_b1.py 1 --work-dir DIR --load-from m2f.pth
+  # Mask2Former's pixel decoder and mask decoder over SegFormer's backbone, as a start for stage 1
+  python tools/convert_checkpoint.py model_final_54b88a.pkl start.pth --add pretrained/mit_b1.pth \
+      --config local_configs/themask/1f_themask_mit_b1.py
+  ./tools/dist_train.sh local_configs/themask/1f_themask_mit_b1.py 1 --work-dir DIR --load-from start.pth
 
   # another container
   python tools/convert_checkpoint.py ours.pth ours.safetensors
@@ -47,6 +48,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--from', dest='source_format', choices=('auto', *SOURCES), default='auto')
     parser.add_argument('--to', dest='target_format', choices=TARGETS, default='themask')
     parser.add_argument('--config', help='check names and shapes against the model of this config')
+    parser.add_argument('--add', nargs='+', default=[], type=Path, metavar='FILE',
+                        help='more files with other parts of the model, of any known format')
     parser.add_argument('--drop', nargs='+', default=[], metavar='PATTERN', help='names to leave out (* and ?)')
     parser.add_argument('--strict', action='store_true', help='fail where a tensor is missing or has another shape')
     parser.add_argument('--json', type=Path, help='write the whole report, name by name')
@@ -68,12 +71,24 @@ def main() -> int:
         state, meta = read_weights(args.source)
         expected = expected_shapes(args.config) if args.config else None
         converted, report = convert_state_dict(state, args.source_format, args.target_format, expected, args.drop)
-        print(report)
+        reports = [report]
+        for path in args.add:
+            more, report = convert_state_dict(read_weights(path)[0], 'auto', args.target_format, expected, args.drop)
+            twice = sorted(set(converted) & set(more))
+            if twice:
+                raise CheckpointError(f"--add: '{path}' gives {len(twice)} tensors a second time, such as {twice[0]}")
+            converted |= more
+            reports.append(report)
+        for report in reports:  # what one file does not give, another may
+            report.missing = [name for name in report.missing if name not in converted]
+            print(report)
         if args.json:
-            write_atomically(args.json, json.dumps(report.as_dict(), indent=1))
-        if report.unknown:
-            raise CheckpointError(f'{len(report.unknown)} names are unexplained; nothing is written (see --drop)')
-        if args.strict and (report.missing or report.mismatched):
+            dicts = [report.as_dict() for report in reports]
+            write_atomically(args.json, json.dumps(dicts if args.add else dicts[0], indent=1))
+        unknown = [name for report in reports for name in report.unknown]
+        if unknown:
+            raise CheckpointError(f'{len(unknown)} names are unexplained; nothing is written (see --drop)')
+        if args.strict and any(report.missing or report.mismatched for report in reports):
             raise CheckpointError('--strict: not every tensor of the model is given; nothing is written')
         if not converted:
             raise CheckpointError('no tensor is left; nothing is written')
