@@ -100,6 +100,36 @@ def test_two_ranks_on_half_batches_give_the_gradients_of_one(tmp_path, monkeypat
         assert error < 1e-4 * gradient.norm() + 1e-7 * scale, (name, float(error / scale))
 
 
+def shares_over_ranks(rank, work_dir):
+    """Rank 1 has a void clip only: its empty shares leave those of rank 0 as they are."""
+    model = DistributedDataParallel(segmentor('video', 2))
+    clip, label = clips(2)
+    part = slice(0, 2) if rank == 0 else slice(2, 4)
+    label[2] = 255
+    numbers = []
+
+    class Numbers(Hook):
+        def after_train_iter(self, runner):
+            numbers.append(runner.log_buffer)
+
+    runner = make_runner(work_dir, 1, [Numbers()], model=model)
+    runner.run(iter([{'img': clip[part], 'gt_semantic_seg': label[part]}]))
+    (found,) = numbers
+    own = {name: share.tolist() for name, share in model.module.statistics().items()}
+    if rank == 0:
+        assert own['matched_primary'] == [7, 16] and own['acc_primary'][1] == 7
+        assert found['acc_primary'] == own['acc_primary'][0] / 7
+        assert found['acc_secondary'] == own['acc_secondary'][0] / 5
+    else:
+        assert own['matched_primary'] == [0, 16] and own['acc_primary'] == own['acc_secondary'] == [0, 0]
+    assert found['matched_primary'] == 7 / 32
+    assert found['matched_secondary'] == 5 / 32, 'five targets leave three of eight queries'
+
+
+def test_matching_is_logged_over_all_ranks(tmp_path):
+    in_two_ranks(shares_over_ranks, tmp_path)
+
+
 def endless(rank):
     position = rank
     while True:

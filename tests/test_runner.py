@@ -129,6 +129,30 @@ def test_logs_hold_means_since_the_last_record(tmp_path, caplog):
     assert {'learning_rate', 'info/memory', 'train/loss'} <= set(events.Tags()['scalars'])
 
 
+class Matching(Model):
+    """Describes its batch by shares, one of them a share of nothing in every second iteration."""
+
+    def statistics(self):
+        odd = self.seen[-1] % 2
+        return {'matched': torch.tensor([1.0 + odd, 4.0]), 'acc': torch.tensor([1.0, 2.0] if odd else [0.0, 0.0])}
+
+
+def test_shares_are_logged_and_shares_of_nothing_harm_no_mean(tmp_path, caplog):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    caplog.set_level('INFO', 'mmseg')
+    hooks = [TextLoggerHook(2), JsonLoggerHook(2), TensorboardLoggerHook(2)]
+    make_runner(tmp_path, 3, hooks, model=Matching(), timestamp='now').run(batches())
+    _, both, last = map(json.loads, (tmp_path / 'now.log.json').read_text().splitlines())
+    assert (both['matched'], both['acc']) == (0.375, 0.5)
+    assert last['matched'] == 0.25 and 'acc' not in last
+    first, second = (record.getMessage() for record in caplog.records if 'Iter [' in record.getMessage())
+    assert 'matched: 0.3750, acc: 0.5000' in first and 'acc:' not in second
+    events = EventAccumulator(str(tmp_path / 'tf_logs')).Reload()
+    assert [(e.step, e.value) for e in events.Scalars('train/matched')] == [(2, 0.375), (3, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars('train/acc')] == [(2, 0.5)]
+
+
 def test_accumulated_gradients_equal_one_large_batch(tmp_path):
     """3 + 3 + 1 iterations: the last group is shorter, and its mean is over what it holds."""
     model, same = Model().eval(), Model().eval()

@@ -65,6 +65,9 @@ def test_one_rank_trains_evaluates_and_says_where_the_checkpoint_is(one_frame):
     assert 'max_iters=3' in stdout, 'the final config is printed'
     lines = log_lines(work_dir)
     assert [line['iter'] for line in lines if line.get('mode') == 'train'] == [1, 2, 3]
+    warm_up, _, third = (line for line in lines if line.get('mode') == 'train')
+    assert warm_up['matched_primary'] > 0 == warm_up['matched_secondary'] and 'acc_secondary' not in warm_up
+    assert third['matched_secondary'] > 0 and 0 <= third['acc_secondary'] <= 1
     assert {'mIoU', 'VC8'} <= next(line for line in lines if line.get('mode') == 'val').keys()
     meta = read_checkpoint(work_dir / 'iter_3.pth')['meta']
     assert meta['seed'] == 0 and len(meta['CLASSES']) == 124 and 'max_iters=3' in meta['config']

@@ -25,10 +25,11 @@ examples:
   python tools/analyze_logs.py work_dirs/demo/1f                         # loss, lr, metrics -> curves.png
   python tools/analyze_logs.py runs/a runs/b --keys loss lr 'mIoU' --out ab.png   # two runs in one plot
   python tools/analyze_logs.py runs/a --keys 'decode.loss_*' --log-scale --smooth 20
+  python tools/analyze_logs.py runs/a --keys 'matched_*' 'acc_*'                  # what the rounds matched, how well
   python tools/analyze_logs.py runs/a runs/b --table                              # time, last and best values
 """
 _NOT_CURVES = {'mode', 'iter', 'epoch'}
-_DEFAULT_KEYS = ('loss', 'lr', 'grad_norm', 'mIoU*', 'VC*')
+_DEFAULT_KEYS = ('loss', 'lr', 'grad_norm', 'matched_*', 'acc_*', 'mIoU*', 'VC*')
 
 
 @dataclass

@@ -80,8 +80,10 @@ class IterBasedRunner:
     """Trains ``model`` for ``max_iters`` iterations.
 
     The model is called as ``model(clip, label, iteration)`` and returns its losses by name; those whose name holds
-    ``loss`` are summed, the others (accuracies and the like) are only logged.  An iteration is one batch of every rank;
-    gradients are averaged by ``DistributedDataParallel`` around the model.
+    ``loss`` are summed, the others (accuracies and the like) are only logged.  Where it has a method ``statistics()``,
+    this gives shares that describe the call, name -> tensor (count, of how many): logged over all ranks, and left out
+    where they are shares of nothing.  An iteration is one batch of every rank; gradients are averaged by
+    ``DistributedDataParallel`` around the model.
 
     Attributes:
         model: the network, maybe wrapped for several ranks; ``module`` is the bare one.
@@ -268,8 +270,12 @@ class IterBasedRunner:
         numbers = dict(self.outputs)
         if norm is not None:
             numbers['grad_norm'] = norm
-        values = reduce_mean(torch.stack([value.float() for value in numbers.values()])).tolist()
+        shares: dict[str, torch.Tensor] = getattr(self.module, 'statistics', dict)()
+        columns = [value.float().view(1) for value in numbers.values()] + [share.float() for share in shares.values()]
+        values = reduce_mean(torch.cat(columns)).tolist()
         self.log_buffer |= dict(zip(numbers, values))
+        counts = values[len(numbers) :]
+        self.log_buffer |= {name: part / whole for name, part, whole in zip(shares, counts[::2], counts[1::2]) if whole}
         if self.precision.scales:
             self.log_buffer['loss_scale'] = self.precision.scaler.get_scale()
         bad = [

@@ -193,6 +193,10 @@ class THEMaskHead(nn.Module):
         losses = self.criterion(output, targets, iteration)
         return {f'decode.{name}': value * self.loss_weight for name, value in losses.items()}
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What the last :meth:`loss` matched: name -> (count, of how many), float32 ``[2]``; see the criterion."""
+        return self.criterion.last_statistics
+
 
 register_variant(HEADS, 'THEMaskHead', THEMaskHead, frame_level=True)
 register_variant(HEADS, 'THEMask1fHead', THEMaskHead, frame_level=False)

@@ -80,8 +80,9 @@ class THEMaskCriterion(nn.Module):
     wherever a process group exists), so that ranks on parts of a batch give the gradients of one process on all of it.
 
     After a call, ``last_statistics`` describes the matching of the final stage: ``matched_primary`` and
-    ``matched_secondary`` (share of queries, floats), ``acc_primary`` and ``acc_secondary`` (class accuracy of these
-    queries at the clip level, 0-dim tensors on the model's device, NaN without a match; reading them synchronises).
+    ``matched_secondary`` (share of queries that a round matched), ``acc_primary`` and ``acc_secondary`` (share of
+    these with the right class at the clip level).  Each is a count and what it is a share of, float32 ``[2]`` on the
+    model's device, so that shares of several calls or processes can be added up and an empty one harms none.
 
     Args:
         num_classes: K.
@@ -143,7 +144,7 @@ class THEMaskCriterion(nn.Module):
         self.assigner = TwoRoundAssigner(
             self.weights.class_weight, self.weights.mask_weight, self.weights.dice_weight, train_num_points
         )
-        self.last_statistics: dict[str, float | Tensor] = {}
+        self.last_statistics: dict[str, Tensor] = {}
         empty_weight = torch.ones(num_classes + 1)
         empty_weight[-1] = no_object_weight
         self.register_buffer('empty_weight', empty_weight)
@@ -274,12 +275,19 @@ class THEMaskCriterion(nn.Module):
     def _remember(self, logits: Tensor, query: Tensor, wanted: Tensor, num_primary: int) -> None:
         """Statistics of the final stage's matching, without a synchronisation."""
         right = (logits.flatten(0, 1).index_select(0, query)[:, :-1].argmax(1) == wanted).float()
+
+        def share(count: Tensor | int, whole: int) -> Tensor:
+            pair = right.new_full((2,), whole)
+            pair[0] = count
+            return pair
+
+        primary, secondary = right[:num_primary], right[num_primary:]
         queries = logits.shape[0] * logits.shape[1]
         self.last_statistics = {
-            'matched_primary': num_primary / queries,
-            'matched_secondary': (len(right) - num_primary) / queries,
-            'acc_primary': right[:num_primary].mean(),
-            'acc_secondary': right[num_primary:].mean(),
+            'matched_primary': share(len(primary), queries),
+            'matched_secondary': share(len(secondary), queries),
+            'acc_primary': share(primary.sum(), len(primary)),
+            'acc_secondary': share(secondary.sum(), len(secondary)),
         }
 
     def _divisors(self, table: _MatchTable, targets: list[ClipTarget]) -> tuple[Tensor, Tensor]:

@@ -153,6 +153,14 @@ class EncoderDecoder(nn.Module):
             raise ValueError(f'label: expected [B, T, H, W] of clip {list(clip.shape)}, got {list(label.shape)}')
         return self.decode_head.loss(self.backbone(clip.flatten(0, 1)), label, iteration)
 
+    def statistics(self) -> dict[str, Tensor]:
+        """Shares that describe the last :meth:`loss`, for the logs; those of the head, where it has any.
+
+        Returns:
+            Name -> (count, of how many), float32 ``[2]``.
+        """
+        return getattr(self.decode_head, 'statistics', dict)()
+
     def scores(self, clip: Tensor, size: Size | None = None) -> Tensor:
         """Scores of every pixel (not normalised over classes); the argmax over K is the prediction.
 
