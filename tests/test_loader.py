@@ -195,7 +195,7 @@ def test_workers_run_opencv_in_one_thread_and_the_main_process_keeps_its_threads
 
 
 def _wait_for_signals(ready):
-    _init_worker(0, 1)
+    _init_worker(0)
     ready.set()
     time.sleep(60)
 
@@ -212,3 +212,23 @@ def test_workers_leave_signals_to_the_main_process():
     assert process.is_alive()
     process.kill()
     process.join()
+
+
+_held = []
+
+
+def _end_while_a_pass_is_held(dataset):
+    """As after an error, whose traceback still holds it."""
+    _held.append(iter(build_test_loader(dataset, workers_per_gpu=1)))
+    next(_held[0])
+
+
+def test_a_process_ends_though_something_holds_a_pass(vspw):
+    process = torch.multiprocessing.get_context('fork').Process(
+        target=_end_while_a_pass_is_held, args=(build_dataset(config_for_testing(vspw)),))
+    process.start()
+    try:
+        process.join(20)
+        assert process.exitcode == 0
+    finally:
+        process.kill()

@@ -7,12 +7,11 @@ for them.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import random
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import cv2
@@ -138,11 +137,10 @@ def _opencv_without_threads() -> Iterator[None]:
         cv2.setNumThreads(threads)
 
 
-def _init_worker(_: int, threads: int) -> None:
-    """Limits a worker's threads, and leaves signals to the main process, which finishes its iteration first."""
+def _init_worker(_: int) -> None:
+    """Limits a worker to one thread, and leaves signals to the main process, which finishes its iteration first."""
     if torch.multiprocessing.get_start_method() != 'fork':
-        cv2.setNumThreads(0)
-    torch.set_num_threads(threads)
+        cv2.setNumThreads(0)  # torch does its part
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -170,10 +168,41 @@ def collate(items: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | Dat
     }
 
 
-def _raised(value: Any) -> Any:
-    if isinstance(value, DataError):
-        raise value
-    return value
+_BEFORE_QUEUES = 100  # multiprocessing closes its queues, through which workers are told to stop, at 10
+
+
+class _Pass(Iterator[Any]):
+    """One pass through a ``DataLoader``; its worker processes end with it, with :meth:`close` or with the program.
+
+    Where the program ends and something still holds the pass (as the traceback of an error does), multiprocessing sends
+    SIGTERM to the workers and waits for them.  They ignore it, so they must have been told to stop before.
+    """
+
+    def __init__(self, loader: DataLoader):
+        with _opencv_without_threads():
+            self._items = iter(loader)
+        self._end: Finalize | None = None
+        if loader.num_workers:
+            self._end = Finalize(self, _end_workers, (self._items,), exitpriority=_BEFORE_QUEUES)
+
+    def __next__(self) -> Any:
+        """The next item; a :class:`DataError` among them is raised."""
+        item = next(self._items)
+        if isinstance(item, DataError):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Ends the worker processes; what they have prepared is lost."""
+        if self._end is not None:
+            self._end()
+
+
+def _end_workers(items: Any) -> None:
+    """Ends the workers of a pass in good order, and those that are stuck all the same."""
+    items._shutdown_workers()
+    for worker in items._workers:
+        worker.kill()
 
 
 class TrainLoader:
@@ -184,22 +213,21 @@ class TrainLoader:
 
     def __init__(self, loader: DataLoader):
         self._loader = loader
-        self._batches: Iterator[Any] | None = None
+        self._batches: _Pass | None = None
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> dict[str, Any]:
         if self._batches is None:
-            with _opencv_without_threads():
-                self._batches = iter(self._loader)
-            atexit.register(self.close)
-        return _raised(next(self._batches))
+            self._batches = _Pass(self._loader)
+        return next(self._batches)
 
     def close(self) -> None:
         """Ends the worker processes; batches that they prepared are lost."""
-        self._batches = None
-        atexit.unregister(self.close)
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 class TestLoader:
@@ -214,24 +242,19 @@ class TestLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with _opencv_without_threads():
-            items = iter(self._loader)
-        return map(_raised, items)
+        return _Pass(self._loader)
 
 
-def _workers(workers_per_gpu: int, threads: int, prefetch_factor: int) -> dict[str, Any]:
+def _workers(workers_per_gpu: int) -> dict[str, Any]:
     """Arguments of ``DataLoader`` that concern worker processes; its own generator spares the global one."""
     generator = torch.Generator()
     generator.manual_seed(0)
-    arguments: dict[str, Any] = dict(num_workers=workers_per_gpu, generator=generator)
-    if workers_per_gpu:
-        arguments.update(worker_init_fn=partial(_init_worker, threads=threads), prefetch_factor=prefetch_factor)
-    return arguments
+    return dict(num_workers=workers_per_gpu, generator=generator, worker_init_fn=_init_worker)
 
 
 def build_train_loader(
         dataset: Any, samples_per_gpu: int, workers_per_gpu: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1,
-        start: int = 0, worker_threads: int = 1, prefetch_factor: int = 2, pin_memory: bool = False) -> TrainLoader:
+        start: int = 0, pin_memory: bool = False) -> TrainLoader:
     """An endless iterator over training batches.
 
     Sample number g of the whole run is item ``permutation(epoch)[g % len(dataset)]``, drawn with all random generators
@@ -246,8 +269,6 @@ def build_train_loader(
         rank: this process.
         world_size: number of processes.
         start: number of samples that this rank has drawn already (resume).
-        worker_threads: threads that torch may use in each worker; OpenCV has one.
-        prefetch_factor: batches prepared ahead by each worker.
         pin_memory: prepare batches in page-locked memory, for a GPU.
 
     Returns:
@@ -262,7 +283,7 @@ def build_train_loader(
     batches = _Positions(len(dataset), samples_per_gpu, seed, rank, world_size, start)
     return TrainLoader(DataLoader(
         _Seeded(dataset, seed), batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory,
-        **_workers(workers_per_gpu, worker_threads, prefetch_factor)))
+        **_workers(workers_per_gpu)))
 
 
 def share_videos(lengths: Sequence[int], world_size: int) -> list[list[int]]:
@@ -287,8 +308,7 @@ def share_videos(lengths: Sequence[int], world_size: int) -> list[list[int]]:
 
 
 def build_test_loader(
-        dataset: VideoDataset, workers_per_gpu: int = 0, rank: int = 0, world_size: int = 1, worker_threads: int = 1,
-        prefetch_factor: int = 2) -> TestLoader:
+        dataset: VideoDataset, workers_per_gpu: int = 0, rank: int = 0, world_size: int = 1) -> TestLoader:
     """Iterates over the test items of this rank's videos, video by video, clip by clip.
 
     Every video is on one rank as a whole, so that metrics over time can be streamed.
@@ -298,8 +318,6 @@ def build_test_loader(
         workers_per_gpu: worker processes.
         rank: this process.
         world_size: number of processes.
-        worker_threads: threads that torch may use in each worker; OpenCV has one.
-        prefetch_factor: items prepared ahead by each worker.
 
     Returns:
         Iterable with a length, over items of :class:`~mmseg.datasets.video_dataset.VideoDataset`.
@@ -314,8 +332,7 @@ def build_test_loader(
     mine = set(share_videos([len(video.frames) for video in dataset.videos], world_size)[rank])
     indices = [index for index, clip in enumerate(clips) if clip.video in mine]
     return TestLoader(DataLoader(
-        _Clips(dataset, indices), batch_size=None, collate_fn=_unchanged,
-        **_workers(workers_per_gpu, worker_threads, prefetch_factor)))
+        _Clips(dataset, indices), batch_size=None, collate_fn=_unchanged, **_workers(workers_per_gpu)))
 
 
 def _unchanged(item: Any) -> Any:
