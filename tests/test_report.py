@@ -236,6 +236,7 @@ return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"""
 
 
 def test_the_page_in_chromium(pages, browser, vspw, tmp_path):
+    _, dataset = vspw
     browser.open(pages / 'poor.page' / 'index.html')
     browser.wait(READY)
     scores = json.loads((pages / 'poor.json').read_text())
@@ -251,9 +252,18 @@ def test_the_page_in_chromium(pages, browser, vspw, tmp_path):
                        'd => [d.dataset.video, +d.dataset.miou, +d.dataset.vc])')
     assert dots == [[r['video'], r['mIoU'], r['VC16']] for r in scores['per_video'] if r['VC16'] is not None]
 
-    # What the player draws is computed from the labels: compare with numpy.
-    _, dataset = vspw
     (run,) = read_report(pages / 'poor.page')
+    confusion = np.array(run['confusion'])
+    occurring = np.flatnonzero(confusion.any(0) | confusion.any(1))
+    row, column = occurring[-2], occurring[-1]
+    corner = browser.run("const c = document.querySelector('#confusion'), b = c.getBoundingClientRect();"
+                         'c.onpointermove({clientX: b.right - 2, clientY: b.bottom - 2 - b.width / c.width * 28});'
+                         "return document.querySelector('#tip').textContent")
+    share = 100 * confusion[row, column] / max(confusion[row].sum(), 1)
+    assert corner == (f'{dataset.CLASSES[row]} → {dataset.CLASSES[column]}: {share:.2f} % '
+                      f'({confusion[row, column]:,} pixels)')
+
+    # What the player draws is computed from the labels: compare with numpy.
     player = run['players'][0]
     assert player['group'] == 'worst' and '1 of' in browser.run(POSITION)
     browser.press('ArrowRight')
@@ -300,9 +310,9 @@ def test_two_runs_in_chromium(pages, browser, tmp_path):
     browser.wait(READY)
     rows = browser.run("return [...document.querySelectorAll('#summary tr')].map("
                        'r => [...r.children].map(c => c.textContent))')
-    assert rows[0] == ['metric', 'A', 'B', 'difference']
+    assert [row[0] for row in rows] == ['', 'A', 'B', 'difference']
     good, poor = (json.loads((pages / f'{name}.json').read_text()) for name in ('good', 'poor'))
-    assert rows[1][0] == 'mIoU' and rows[1][3] == f'{100 * (poor["mIoU"] - good["mIoU"]):.2f}'
+    assert rows[0][1] == 'mIoU' and rows[3][1] == f'{100 * (poor["mIoU"] - good["mIoU"]):.2f}'
     views = browser.run("return [...document.querySelectorAll('#views figcaption span')].map(s => s.textContent)")
     kinds = ('prediction', 'error', 'flicker')
     assert views == ['frame', 'truth', *(f'{view}, {run}' for run in 'AB' for view in kinds)]

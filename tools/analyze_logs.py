@@ -29,6 +29,9 @@ examples:
   python tools/analyze_logs.py runs/a runs/b --table                              # time, last and best values
 """
 _NOT_CURVES = {'mode', 'iter', 'epoch'}
+_SHARES = ('matched_', 'acc_')
+"""Keys whose distance from zero counts."""
+_COLUMNS = 4
 _DEFAULT_KEYS = ('loss', 'lr', 'grad_norm', 'matched_*', 'acc_*', 'mIoU*', 'VC*')
 
 
@@ -128,8 +131,8 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path, window: int, log_s
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    columns = min(3, len(keys))
-    rows = math.ceil(len(keys) / columns)
+    rows = math.ceil(len(keys) / _COLUMNS)
+    columns = math.ceil(len(keys) / rows)
     figure, axes = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 3.4 * rows), squeeze=False,
                                    layout='constrained')
     for axis, key in zip(axes.flat, keys):
@@ -148,6 +151,8 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path, window: int, log_s
                 axis.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.8)
             axis.plot(iterations, smooth(values, window), color=colour, linewidth=1.4, label=run.name)
         axis.set_title(key)
+        if key.startswith(_SHARES):
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axis.set_xlabel('iteration')
         axis.grid(alpha=0.3)
         if log_scale and key.rpartition('.')[2].startswith(('loss', 'r0_', 'r1_')):

@@ -57,6 +57,11 @@ def fit(picture: np.ndarray, height: int) -> np.ndarray:
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST)
 
 
+def widened(picture: np.ndarray, width: int) -> np.ndarray:
+    """``picture`` with white at its right, up to ``width``."""
+    return cv2.copyMakeBorder(picture, 0, 0, 0, width - picture.shape[1], cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+
 def sheet(item: dict[str, Any], source: VideoDataset, height: int, opacity: float) -> np.ndarray:
     """The contact sheet of one item of a data set, uint8 BGR."""
     views = item['img'] if isinstance(item['img'], list) else [item['img']]
@@ -80,12 +85,11 @@ def sheet(item: dict[str, Any], source: VideoDataset, height: int, opacity: floa
             after = item['gt_semantic_seg'][:, 0].numpy().astype(np.uint8)
             rows.append([('input labels', overlay(image, label, source.PALETTE, opacity))
                          for image, label in zip(images, after)])
-    bands = [panels([(title, fit(picture, height)) for title, picture in row]) for row in rows]
-    width = max(band.shape[1] for band in bands)
-    bands = [cv2.copyMakeBorder(band, 0, 0, 0, width - band.shape[1], cv2.BORDER_CONSTANT, value=(255, 255, 255))
-             for band in bands]
+    rows = [[(title, fit(picture, height)) for title, picture in row] for row in rows]
+    widths = [max(picture.shape[1] for _, picture in column) for column in zip(*rows)]
+    bands = [panels([(title, widened(picture, width)) for (title, picture), width in zip(row, widths)]) for row in rows]
     classes = sorted(label for label in shown if label < source.num_classes)
-    return np.vstack([*bands, legend(classes, source.CLASSES, source.PALETTE, width)])
+    return np.vstack([*bands, legend(classes, source.CLASSES, source.PALETTE, bands[0].shape[1])])
 
 
 def choose(dataset: Any, videos: list[str] | None, number: int, seed: int) -> list[int]:
