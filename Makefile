@@ -1,5 +1,6 @@
 # One command a chore; each makes its own virtual environment when there is none.
 #   make demo    data, training, testing and pictures on the CPU in under ten minutes
+#   make pictures   those of README.md, from the demo's results; needs chromium and chromedriver
 #   make test    the fast tests      make test-slow   the slow ones too      make lint   style and types
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ STAMP = $(VENV)/.installed
 
 OPS = mmseg/models/decode_heads/mask2former/pixel_decoder/ops
 
-.PHONY: demo test test-slow lint cuda-check format clean
+.PHONY: demo pictures test test-slow lint cuda-check format clean
 
 $(STAMP): the_requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,9 @@ $(STAMP): the_requirements.txt setup.py
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
+
+pictures: $(STAMP)
+	$(BIN)/python docs/make_pictures.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

@@ -25,5 +25,8 @@ def command(tool, *args):
     return [sys.executable, f'tools/{tool}.py', *map(str, args)]
 
 
-def run_tool(tool, *args):
-    return subprocess.run(command(tool, *args), capture_output=True, text=True, cwd=ROOT, env=environment())
+def run_tool(tool, *args, path=''):
+    """Runs it and waits; ``path`` is a folder of more modules."""
+    env = environment()
+    env['PYTHONPATH'] += f'{os.pathsep}{path}'
+    return subprocess.run(command(tool, *args), capture_output=True, text=True, cwd=ROOT, env=env)

@@ -19,10 +19,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from mmseg.datasets.check import Report, SplitToCheck, check_split, count_by_kind
 from mmseg.datasets.pipelines.loading import VOID
 from mmseg.utils.config import load_config
 from mmseg.utils.errors import ConfigError, DataError
+
+EXAMPLES = """examples:
+  python tools/check_dataset.py local_configs/themask/video_themask_mit_b5.py
+  python tools/check_dataset.py data/mini_vspw --splits val --min-frames 4 --json report.json
+  python tools/check_dataset.py data/camvid_vspw --type CamVidDataset
+"""
 
 
 def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
@@ -74,7 +82,7 @@ def show(report: Report, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('target', type=Path, help='config file, or folder of a data set')
     parser.add_argument('--splits', nargs='+', help='splits to check; default all')
     parser.add_argument('--type', default='VSPWDataset', help='for a folder: type of the data set')

@@ -21,6 +21,11 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = 'local_configs/themask'
 DATA = 'data/mini_vspw'
+EXAMPLES = """examples:
+  make demo                                                            # in a virtual environment of its own
+  python tools/demo.py --control                                       # with the environment that is there
+  python tools/demo.py --work-dir work_dirs/demo2 --processes 2
+"""
 
 
 def run(*command: str | Path) -> None:
@@ -65,7 +70,8 @@ def show(rows: dict[str, dict[str, float]], out: Path) -> None:
 
 def main() -> None:
     """Runs the demo."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'), help='where results go')
     parser.add_argument('--processes', type=int, default=1, help='CPU processes (or GPUs) for training and testing')
     parser.add_argument('--control', action='store_true', help='also train one-frame on for the time of stage 2')

@@ -9,12 +9,20 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from mmseg.datasets.mini_vspw import SPLITS, write_mini_vspw
+
+EXAMPLES = """examples:
+  python tools/make_mini_vspw.py
+  python tools/make_mini_vspw.py data/other_mini --seed 1
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('root', nargs='?', type=Path, default=Path('data/mini_vspw'), help='folder to write to')
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same files')
     parser.add_argument('--overwrite', action='store_true', help='write although the folder holds a data set')
