@@ -65,7 +65,7 @@ Tensor forward(const Tensor& value, const Shapes& shapes, const Tensor* referenc
   const Attention& att = in.attention;
   Tensor out = torch::stable::new_empty(in.value, {att.n, att.queries, att.heads * att.width});
   void* to = out.mutable_data_ptr();
-  torch::stable::parallel_for(0, att.n * att.queries, 64, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, att.n * att.heads * att.queries, 512, [&](int64_t begin, int64_t end) {
     in.kernels().forward(att, to, begin, end);
   });
   return restored(out, value.scalar_type());

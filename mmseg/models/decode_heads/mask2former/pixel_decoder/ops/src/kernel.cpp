@@ -1,12 +1,18 @@
 // The CPU kernels. Compiled once for each instruction set, with KERNELS = the name of the set and WIDTH = the number
 // of floats in a register; WITH_DOUBLE adds the kernels for float64, which serve checks and need not be the fastest.
 //
-// A query's samples of one head are prepared together, a lane each: softmax, pixel position, the four corners' rows and
-// weights. Then the corners' rows (contiguous numbers of one head) are added up with the channels in the lanes, so
-// nothing is gathered. A corner outside its map reads a row of zeros, and its gradient goes to a row nobody reads.
+// The work goes head by head. The numbers of one head lie far apart in `value`; they are packed first, so that the rows
+// around a query, which its neighbours need too, stay in the first caches. One row of zeros more stands for every corner
+// outside a map, so the inner loop has no branch.
+//
+// A query's samples are prepared together, a lane each: softmax, pixel position, the four corners' rows and weights.
+// Then the corners' rows are added up with the channels in the lanes, so nothing is gathered. Some queries are prepared
+// before their rows are added up: what one of them waits for (the softmax is a long chain) others fill.
 #include "kernel.h"
 
-#include <stdlib.h>
+#include <stddef.h>
+
+#include <new>
 
 #include "simd.h"
 
@@ -14,7 +20,32 @@ namespace {
 
 using themask::Attention;
 
-// The samples of one query and head, W to a block. The last block is filled up by samples outside the map.
+constexpr int64_t kBatch = 8;   // queries prepared together
+constexpr int64_t kAhead = 32;  // queries from asking for memory to using it
+
+// Memory of one thread, aligned to the widest register; throws std::bad_alloc like any other.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(static_cast<void*>(data_), std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// A head's numbers of the queries lie further apart than a processor foresees. An address behind the end does no harm.
+template <int Write, class T>
+void ask_for(const T* from, int64_t count) {
+  const char* line = reinterpret_cast<const char*>(from);
+  for (const char* end = line + count * sizeof(T); line < end; line += 64) __builtin_prefetch(line, Write);
+}
+
+// The samples of kBatch queries and one head, W to a block. The last block of a query is filled up by samples outside
+// the map.
 template <class T, int W>
 class Samples {
   using V = Simd<T, W>;
@@ -23,180 +54,167 @@ class Samples {
   using Int = typename V::Int;
 
  public:
-  struct Block {
-    int64_t filled;
-    // Of the levels: set once.
-    T width[W], height[W], scale_x[W], scale_y[W];
+  // What a block of any query has: the levels of its lanes (-1: no sample).
+  struct alignas(64) Lanes {
+    T level[W], width[W], height[W], scale_x[W], scale_y[W];
     Int columns[W], rows[W], start[W];
-    // Of the query.
-    T base_x[W], base_y[W];
-    // Of the query and head. Corners: top left, top right, bottom left, bottom right; a row of `value`, or -1 outside.
+    int64_t filled, first_level, last_level;
+  };
+  // Corners: top left, top right, bottom left, bottom right; a row of the head.
+  struct alignas(64) Block {
     T weight[W], frac_x[W], frac_y[W], corner_weight[4][W];
     Int corner_row[4][W];
-    // Backward: <corner, grad_out>, then what comes of it.
-    T dot[4 * W], grad_weight[W];
+    T dot[4 * W];  // backward: <corner, grad_out>
   };
 
   explicit Samples(const Attention& att)
-      : att_(att), fused_(att.reference), count_(att.levels * att.samples), blocks_((count_ + W - 1) / W) {
-    const size_t bytes = blocks_ * sizeof(Block) + 2 * att.width * sizeof(T);
-    if (posix_memalign(reinterpret_cast<void**>(&block_), 64, bytes)) abort();
-    memset(static_cast<void*>(block_), 0, bytes);
-    zeros_ = reinterpret_cast<T*>(block_ + blocks_), discarded_ = zeros_ + att.width;
-
+      : att_(att), fused_(att.reference), count_(att.levels * att.samples), blocks_((count_ + W - 1) / W),
+        total_(att.n * att.queries * att.heads * count_), lanes_(blocks_), block_(kBatch * blocks_),
+        padded_(3 * blocks_ * W) {
+    memset(static_cast<void*>(lanes_), 0, blocks_ * sizeof(Lanes));
+    memset(static_cast<void*>(padded_), 0, 3 * blocks_ * W * sizeof(T));
+    for (int64_t b = 0; b < blocks_; ++b) V::store(lanes_[b].level, V::set(-1));
     for (int64_t l = 0, k = 0, start = 0; l < att.levels; ++l) {
       const int64_t h = att.shapes[2 * l], w = att.shapes[2 * l + 1];
       for (int64_t p = 0; p < att.samples; ++p, ++k) {
-        Block& b = block_[k / W];
+        Lanes& lanes = lanes_[k / W];
         const int64_t i = k % W;
-        b.filled = i + 1;
-        b.width[i] = b.columns[i] = w;
-        b.height[i] = b.rows[i] = h;
-        b.scale_x[i] = fused_ ? 1 : w;
-        b.scale_y[i] = fused_ ? 1 : h;
-        b.start[i] = start;
-        b.base_x[i] = b.base_y[i] = T(-0.5);
+        if (i == 0) lanes.first_level = l;
+        lanes.last_level = l;
+        lanes.filled = i + 1;
+        lanes.level[i] = l;
+        lanes.width[i] = lanes.columns[i] = w;
+        lanes.height[i] = lanes.rows[i] = h;
+        lanes.scale_x[i] = fused_ ? 1 : w;
+        lanes.scale_y[i] = fused_ ? 1 : h;
+        lanes.start[i] = start;
       }
       start += h * w;
     }
   }
-  ~Samples() { free(block_); }
-  Samples(const Samples&) = delete;
 
-  Block* begin() { return block_; }
-  Block* end() { return block_ + blocks_; }
-
-  // A row of numbers of `value`, and where its gradient goes.
-  const T* source(const T* value, int64_t offset, Int row) const { return row < 0 ? zeros_ : value + offset; }
-  T* target(T* grad_value, int64_t offset, Int row) const { return row < 0 ? discarded_ : grad_value + offset; }
-
-  // Pixel position of the reference point on each level.
-  void set_query(int64_t item, int64_t query) {
-    if (fused_) {
-      const int64_t index = (att_.reference_n == 1 ? 0 : item) * att_.queries + query;
-      const T* reference = static_cast<const T*>(att_.reference) + index * att_.levels * 2;
-      for (int64_t l = 0, k = 0; l < att_.levels; ++l)
-        for (int64_t p = 0; p < att_.samples; ++p, ++k) {
-          Block& b = block_[k / W];
-          b.base_x[k % W] = reference[2 * l] * b.width[k % W] - T(0.5);
-          b.base_y[k % W] = reference[2 * l + 1] * b.height[k % W] - T(0.5);
-        }
-    }
-  }
-
-  // Corners and their weights; `index` counts items, queries and heads.
-  void set_head(int64_t index) {
+  // Corners and their weights of a head of a query, as number `i` of the batch; `index` counts items, queries and heads.
+  void prepare(int64_t i, int64_t item, int64_t query, int64_t index) {
     const T* point = static_cast<const T*>(att_.points) + index * count_ * 2;
     const T* weight = static_cast<const T*>(att_.weights) + index * count_;
-    for (Block& b : *this) {
-      V::store(b.weight, b.filled == W ? V::load(weight) : partial(weight, b.filled, -INFINITY));
-      weight += W;
+    const T* reference = static_cast<const T*>(att_.reference);
+    if (fused_) reference += ((att_.reference_n == 1 ? 0 : item) * att_.queries + query) * att_.levels * 2;
+    ask_for<0>(point + kAhead * att_.heads * count_ * 2, count_ * 2);
+    ask_for<0>(weight + kAhead * att_.heads * count_, count_);
+    if (index * count_ + blocks_ * W > total_) {  // whole blocks are read; do not read beyond the tensors
+      point = static_cast<const T*>(memcpy(padded_ + blocks_ * W, point, 2 * count_ * sizeof(T)));
+      weight = static_cast<const T*>(memcpy(padded_, weight, count_ * sizeof(T)));
     }
-    if (fused_) softmax();
-    for (Block& b : *this) {
-      set_corners(b, point);
-      point += 2 * W;
-    }
+    Block* block = block_ + i * blocks_;
+    const F unused = V::set(fused_ ? -INFINITY : 0);
+    for (int64_t b = 0; b < blocks_; ++b)
+      V::store(block[b].weight, V::load(lanes_[b].level) >= 0 ? V::load(weight + b * W) : unused);
+    if (fused_) softmax(block);
+    for (int64_t b = 0; b < blocks_; ++b) set_corners(lanes_[b], block[b], point + 2 * b * W, reference);
+  }
+
+  // Calls work(block, k) for each sample k of number `i` of the batch.
+  template <class Work>
+  void each(int64_t i, Work work) {
+    for (int64_t b = 0; b < blocks_; ++b)
+      for (int64_t k = 0; k < lanes_[b].filled; ++k) work(block_[i * blocks_ + b], k);
+  }
+
+  void clear_dots(int64_t i) {
+    for (int64_t b = 0; b < blocks_; ++b) memset(block_[i * blocks_ + b].dot, 0, sizeof(Block::dot));
   }
 
   // From `dot`: the gradients of points and weights (through the softmax).
-  void write_gradients(int64_t index, T* grad_points, T* grad_weights) {
+  void write_gradients(int64_t i, int64_t index, T* grad_points, T* grad_weights) {
+    Block* block = block_ + i * blocks_;
     T* grad_point = grad_points + index * count_ * 2;
     T* grad_weight = grad_weights + index * count_;
     F inner{};
-    for (Block& b : *this) {
+    for (int64_t b = 0; b < blocks_; ++b) {
+      Block& from = block[b];
+      const Lanes& lanes = lanes_[b];
       // Four rows of corners by samples, from samples by corners.
-      const auto first = V::deinterleave(V::load(b.dot), V::load(b.dot + W));
-      const auto second = V::deinterleave(V::load(b.dot + 2 * W), V::load(b.dot + 3 * W));
+      const auto first = V::deinterleave(V::load(from.dot), V::load(from.dot + W));
+      const auto second = V::deinterleave(V::load(from.dot + 2 * W), V::load(from.dot + 3 * W));
       const auto [top_left, bottom_left] = V::deinterleave(first.a, second.a);
       const auto [top_right, bottom_right] = V::deinterleave(first.b, second.b);
-      const F fx = V::load(b.frac_x), fy = V::load(b.frac_y), weight = V::load(b.weight);
+      const F fx = V::load(from.frac_x), fy = V::load(from.frac_y), weight = V::load(from.weight);
       const F across_top = top_right - top_left, across_bottom = bottom_right - bottom_left;
       const F top = top_left + fx * across_top, bottom = bottom_left + fx * across_bottom, down = bottom - top;
-      const F grad_x = weight * (across_top + fy * (across_bottom - across_top)) * V::load(b.scale_x);
-      const F grad_y = weight * down * V::load(b.scale_y);
-      V::store(b.grad_weight, top + fy * down);
-      inner += weight * (top + fy * down);
+      const F sample = top + fy * down;
+      const F grad_x = weight * (across_top + fy * (across_bottom - across_top)) * V::load(lanes.scale_x);
+      const F grad_y = weight * down * V::load(lanes.scale_y);
+      V::store(from.dot, sample);
+      inner += weight * sample;
 
       const auto grad = V::interleave(grad_x, grad_y);
-      copy<2>(grad_point, reinterpret_cast<const T*>(&grad), b.filled);
-      grad_point += 2 * W;
+      V::store(grad_point + 2 * b * W, grad.a, 2 * lanes.filled);
+      V::store(grad_point + (2 * b + 1) * W, grad.b, 2 * lanes.filled - W);
     }
     const F mean = V::set(V::sum(inner));
-    for (Block& b : *this) {
-      if (fused_) V::store(b.grad_weight, V::load(b.weight) * (V::load(b.grad_weight) - mean));
-      copy<1>(grad_weight, b.grad_weight, b.filled);
-      grad_weight += W;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const F grad = V::load(block[b].dot);
+      V::store(grad_weight + b * W, fused_ ? V::load(block[b].weight) * (grad - mean) : grad, lanes_[b].filled);
     }
   }
 
  private:
   const Attention& att_;
   const bool fused_;
-  const int64_t count_, blocks_;
-  Block* block_;
-  T *zeros_, *discarded_;
+  const int64_t count_, blocks_, total_;
+  const Scratch<Lanes> lanes_;
+  const Scratch<Block> block_;
+  const Scratch<T> padded_;
 
-  static F partial(const T* from, int64_t n, T rest) {
-    F v = V::set(rest);
-    for (int64_t i = 0; i < n; ++i) v[i] = from[i];
-    return v;
-  }
-
-  // n lanes of Each numbers; the usual full block without a call.
-  template <int Each>
-  static void copy(T* to, const T* from, int64_t n) {
-    if (n == W)
-      memcpy(to, from, W * Each * sizeof(T));
-    else
-      for (int64_t i = 0; i < n * Each; ++i) to[i] = from[i];
-  }
-
-  void softmax() {
+  void softmax(Block* block) const {
     F largest = V::set(-INFINITY), sum{};
-    for (Block& b : *this) {
-      const F logit = V::load(b.weight);
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const F logit = V::load(block[b].weight);
       largest = logit > largest ? logit : largest;
     }
     const F shift = V::set(V::max(largest));
-    for (Block& b : *this) {
-      const F e = V::exp(V::load(b.weight) - shift);
-      V::store(b.weight, e);
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const F e = V::exp(V::load(block[b].weight) - shift);
+      V::store(block[b].weight, e);
       sum += e;
     }
     const F scale = V::set(1 / V::sum(sum));
-    for (Block& b : *this) V::store(b.weight, V::load(b.weight) * scale);
+    for (int64_t b = 0; b < blocks_; ++b) V::store(block[b].weight, V::load(block[b].weight) * scale);
   }
 
-  static void set_corners(Block& b, const T* point) {
-    T padded[2 * W];
-    if (b.filled < W) {
-      for (int i = 0; i < 2 * W; ++i) padded[i] = i < 2 * b.filled ? point[i] : T(NAN);
-      point = padded;
-    }
+  void set_corners(const Lanes& lanes, Block& to, const T* point, const T* reference) const {
     auto [x, y] = V::deinterleave(V::load(point), V::load(point + W));
-    x = x * V::load(b.scale_x) + V::load(b.base_x);
-    y = y * V::load(b.scale_y) + V::load(b.base_y);
-    const I inside = (x > T(-1)) & (x < V::load(b.width)) & (y > T(-1)) & (y < V::load(b.height));
+    const F level = V::load(lanes.level), width = V::load(lanes.width), height = V::load(lanes.height);
+    F base_x{}, base_y{};  // the reference point of each lane's level
+    if (fused_)
+      for (int64_t l = lanes.first_level; l <= lanes.last_level; ++l) {
+        const I here = level == V::set(T(l));
+        base_x = here ? V::set(reference[2 * l]) : base_x;
+        base_y = here ? V::set(reference[2 * l + 1]) : base_y;
+      }
+    x = x * V::load(lanes.scale_x) + (base_x * width - T(0.5));
+    y = y * V::load(lanes.scale_y) + (base_y * height - T(0.5));
+    const I inside = (level >= 0) & (x > T(-1)) & (x < width) & (y > T(-1)) & (y < height);
     x = inside ? x : F{};  // NaN and far positions: no conversion to an integer is defined for them
     y = inside ? y : F{};
-    const I x0 = V::floor(x), y0 = V::floor(y), columns = V::load(b.columns), none = I{} - 1;
+    const I x0 = V::floor(x), y0 = V::floor(y), columns = V::load(lanes.columns);
+    const I zeros = I{} + Int(att_.pixels);
     const I left = inside & (x0 >= 0), right = inside & (x0 + 1 < columns);
-    const I top = y0 >= 0, bottom = y0 + 1 < V::load(b.rows);
-    const I row = V::load(b.start) + y0 * columns + x0;
-    V::store(b.corner_row[0], (left & top) ? row : none);
-    V::store(b.corner_row[1], (right & top) ? row + 1 : none);
-    V::store(b.corner_row[2], (left & bottom) ? row + columns : none);
-    V::store(b.corner_row[3], (right & bottom) ? row + columns + 1 : none);
+    const I top = y0 >= 0, bottom = y0 + 1 < V::load(lanes.rows);
+    const I row = V::load(lanes.start) + y0 * columns + x0;
+    V::store(to.corner_row[0], (left & top) ? row : zeros);
+    V::store(to.corner_row[1], (right & top) ? row + 1 : zeros);
+    V::store(to.corner_row[2], (left & bottom) ? row + columns : zeros);
+    V::store(to.corner_row[3], (right & bottom) ? row + columns + 1 : zeros);
 
-    const F fx = x - V::to_float(x0), fy = y - V::to_float(y0), weight = V::load(b.weight);
+    const F fx = x - V::to_float(x0), fy = y - V::to_float(y0), weight = V::load(to.weight);
     const F lower = weight * fy, upper = weight - lower;
-    V::store(b.corner_weight[0], upper - upper * fx);
-    V::store(b.corner_weight[1], upper * fx);
-    V::store(b.corner_weight[2], lower - lower * fx);
-    V::store(b.corner_weight[3], lower * fx);
-    V::store(b.frac_x, fx);
-    V::store(b.frac_y, fy);
+    V::store(to.corner_weight[0], upper - upper * fx);
+    V::store(to.corner_weight[1], upper * fx);
+    V::store(to.corner_weight[2], lower - lower * fx);
+    V::store(to.corner_weight[3], lower * fx);
+    V::store(to.frac_x, fx);
+    V::store(to.frac_y, fy);
   }
 };
 
@@ -205,100 +223,126 @@ class Kernel {
   using Set = Samples<T, W>;
   using Block = typename Set::Block;
 
-  // Both work on `Vectors` vectors of channels, from channel `c` on; `stride` leads to the next row.
+  // The numbers of a head: `stride` apart in a tensor, one after the other in `rows`, and a row of zeros.
+  static void pack(const T* from, int64_t stride, int64_t pixels, int64_t width, T* rows) {
+    for (int64_t s = 0; s < pixels; ++s) copy_row(from + s * stride, rows + s * width, width);
+    memset(rows + pixels * width, 0, width * sizeof(T));
+  }
+  static void unpack(const T* rows, int64_t stride, int64_t pixels, int64_t width, T* to) {
+    for (int64_t s = 0; s < pixels; ++s) copy_row(rows + s * width, to + s * stride, width);
+  }
+  static void copy_row(const T* from, T* to, int64_t width) {
+    if (width == 32)
+      memcpy(to, from, 32 * sizeof(T));  // of a known size: no call
+    else
+      memcpy(to, from, width * sizeof(T));
+  }
+
+  // Calls work(i, item, query) for the queries first..last, prepared as number i of a batch.
+  template <class Work>
+  static void batches(const Attention& att, Set& set, int64_t item, int64_t head, int64_t first, int64_t last, Work work) {
+    for (int64_t from = first; from < last; from += kBatch) {
+      const int64_t count = last - from < kBatch ? last - from : kBatch;
+      for (int64_t i = 0; i < count; ++i)
+        set.prepare(i, item, from + i, (item * att.queries + from + i) * att.heads + head);
+      for (int64_t i = 0; i < count; ++i) work(i, (item * att.queries + from + i) * att.heads + head);
+    }
+  }
+
+  // Both work on `Vectors` vectors of channels, from channel `c` on.
   template <class V, int Vectors>
-  static void gather(Set& set, const T* value, int64_t stride, int64_t c, T* out) {
+  static void gather(Set& set, int64_t i, const T* rows, int64_t width, int64_t c, T* out) {
     using F = typename V::F;
-    F sum[Vectors] = {};
-    for (const Block& b : set)
-      for (int64_t k = 0; k < b.filled; ++k) {
+    constexpr int chains = Vectors >= 8 ? 1 : Vectors >= 4 ? 2 : 4;  // sums that do not wait for each other
+    F sum[chains][Vectors] = {};
+    set.each(i, [&](const Block& b, int64_t k) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const int64_t row = b.corner_row[i][k];
-          const T* from = set.source(value, row * stride, row) + c;
-          const F weight = V::set(b.corner_weight[i][k]);
+      for (int i = 0; i < 4; ++i) {
+        const T* from = rows + b.corner_row[i][k] * width + c;
+        const F weight = V::set(b.corner_weight[i][k]);
 #pragma GCC unroll 8
-          for (int v = 0; v < Vectors; ++v) sum[v] += weight * V::load(from + v * V::width);
-        }
+        for (int v = 0; v < Vectors; ++v) sum[i % chains][v] += weight * V::load(from + v * V::width);
       }
+    });
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) V::store(out + c + v * V::width, sum[v]);
+    for (int v = 0; v < Vectors; ++v) {
+      F total = sum[0][v];
+#pragma GCC unroll 4
+      for (int i = 1; i < chains; ++i) total += sum[i][v];
+      V::store(out + c + v * V::width, total);
+    }
   }
 
   template <class V, int Vectors>
-  static void scatter(Set& set, const T* value, T* grad_value, int64_t stride, int64_t c, const T* grad_out) {
+  static void scatter(Set& set, int64_t i, const T* rows, T* grad_rows, int64_t width, int64_t c, const T* grad_out) {
     using F = typename V::F;
     F grad[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) grad[v] = V::load(grad_out + c + v * V::width);
-    for (Block& b : set)
-      for (int64_t k = 0; k < b.filled; ++k) {
-        F dot[4];
+    set.each(i, [&](Block& b, int64_t k) {
+      F dot[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const int64_t row = b.corner_row[i][k];
-          const T* from = set.source(value, row * stride, row) + c;
-          T* to = set.target(grad_value, row * stride, row) + c;
-          const F weight = V::set(b.corner_weight[i][k]);
-          dot[i] = grad[0] * V::load(from);
-          V::store(to, V::load(to) + weight * grad[0]);
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = b.corner_row[i][k] * width + c;
+        const T* from = rows + row;
+        T* to = grad_rows + row;
+        const F weight = V::set(b.corner_weight[i][k]);
+        dot[i] = grad[0] * V::load(from);
+        V::store(to, V::load(to) + weight * grad[0]);
 #pragma GCC unroll 8
-          for (int v = 1; v < Vectors; ++v) {
-            dot[i] += grad[v] * V::load(from + v * V::width);
-            V::store(to + v * V::width, V::load(to + v * V::width) + weight * grad[v]);
-          }
+        for (int v = 1; v < Vectors; ++v) {
+          dot[i] += grad[v] * V::load(from + v * V::width);
+          V::store(to + v * V::width, V::load(to + v * V::width) + weight * grad[v]);
         }
-        V::add_sums(b.dot + 4 * k, dot[0], dot[1], dot[2], dot[3]);
       }
+      V::add_sums(b.dot + 4 * k, dot[0], dot[1], dot[2], dot[3]);
+    });
   }
 
  public:
   static void forward(const Attention& att, void* out_, int64_t begin, int64_t end) {
     Set set(att);
-    const int64_t stride = att.heads * att.width;
-    for (int64_t q = begin; q < end; ++q) {
-      const int64_t item = q / att.queries;
-      set.set_query(item, q % att.queries);
-      for (int64_t m = 0; m < att.heads; ++m) {
-        set.set_head(q * att.heads + m);
-        const T* value = static_cast<const T*>(att.value) + item * att.pixels * stride + m * att.width;
-        T* out = static_cast<T*>(out_) + q * stride + m * att.width;
+    const int64_t stride = att.heads * att.width, width = att.width;
+    const Scratch<T> rows((att.pixels + 1) * width);
+    for (int64_t pair = begin / att.queries; pair * att.queries < end; ++pair) {
+      const int64_t item = pair / att.heads, head = pair % att.heads;
+      const int64_t first = begin > pair * att.queries ? begin - pair * att.queries : 0;
+      const int64_t last = end < (pair + 1) * att.queries ? end - pair * att.queries : att.queries;
+      const T* value = static_cast<const T*>(att.value) + item * att.pixels * stride + head * width;
+      pack(value, stride, att.pixels, width, rows);
+      batches(att, set, item, head, first, last, [&](int64_t i, int64_t index) {
+        T* out = static_cast<T*>(out_) + index * width;
+        ask_for<1>(out + kAhead * stride, width);
         int64_t c = 0;
-        for (; c + 32 <= att.width; c += 32) gather<Simd<T, W>, 32 / W>(set, value, stride, c, out);
-        for (; c + W <= att.width; c += W) gather<Simd<T, W>, 1>(set, value, stride, c, out);
-        for (; c < att.width; ++c) gather<Simd<T, 1>, 1>(set, value, stride, c, out);
-      }
+        for (; c + 32 <= width; c += 32) gather<Simd<T, W>, 32 / W>(set, i, rows, width, c, out);
+        for (; c + W <= width; c += W) gather<Simd<T, W>, 1>(set, i, rows, width, c, out);
+        for (; c < width; ++c) gather<Simd<T, 1>, 1>(set, i, rows, width, c, out);
+      });
     }
   }
 
   static void backward(const Attention& att, const void* grad_out_, void* grad_value_, void* grad_points,
                        void* grad_weights, int64_t begin, int64_t end) {
     Set set(att);
-    const int64_t stride = att.heads * att.width;
-    for (int64_t item = begin / att.heads; item * att.heads < end; ++item) {
-      const int64_t first = begin > item * att.heads ? begin - item * att.heads : 0;
-      const int64_t last = end < (item + 1) * att.heads ? end - item * att.heads : att.heads;
-      const T* value = static_cast<const T*>(att.value) + item * att.pixels * stride;
-      T* grad_value = static_cast<T*>(grad_value_) + item * att.pixels * stride;
-      for (int64_t s = 0; s < att.pixels; ++s)
-        memset(grad_value + s * stride + first * att.width, 0, (last - first) * att.width * sizeof(T));
-      for (int64_t query = 0; query < att.queries; ++query) {
-        set.set_query(item, query);
-        for (int64_t m = first; m < last; ++m) {
-          const int64_t q = item * att.queries + query, index = q * att.heads + m, head = m * att.width;
-          const T* grad_out = static_cast<const T*>(grad_out_) + q * stride + head;
-          set.set_head(index);
-          for (Block& b : set) memset(b.dot, 0, sizeof b.dot);
-          int64_t c = 0;
-          for (; c + 32 <= att.width; c += 32)
-            scatter<Simd<T, W>, 32 / W>(set, value + head, grad_value + head, stride, c, grad_out);
-          for (; c + W <= att.width; c += W)
-            scatter<Simd<T, W>, 1>(set, value + head, grad_value + head, stride, c, grad_out);
-          for (; c < att.width; ++c)
-            scatter<Simd<T, 1>, 1>(set, value + head, grad_value + head, stride, c, grad_out);
-          set.write_gradients(index, static_cast<T*>(grad_points), static_cast<T*>(grad_weights));
-        }
-      }
+    const int64_t stride = att.heads * att.width, width = att.width;
+    const Scratch<T> rows((att.pixels + 1) * width), grad_rows((att.pixels + 1) * width);
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t item = pair / att.heads, head = pair % att.heads;
+      const int64_t offset = item * att.pixels * stride + head * width;
+      pack(static_cast<const T*>(att.value) + offset, stride, att.pixels, width, rows);
+      memset(grad_rows, 0, (att.pixels + 1) * width * sizeof(T));
+      batches(att, set, item, head, 0, att.queries, [&](int64_t i, int64_t index) {
+        const T* grad_out = static_cast<const T*>(grad_out_) + index * width;
+        ask_for<0>(grad_out + kAhead * stride, width);
+        set.clear_dots(i);
+        int64_t c = 0;
+        for (; c + 32 <= width; c += 32)
+          scatter<Simd<T, W>, 32 / W>(set, i, rows, grad_rows, width, c, grad_out);
+        for (; c + W <= width; c += W) scatter<Simd<T, W>, 1>(set, i, rows, grad_rows, width, c, grad_out);
+        for (; c < width; ++c) scatter<Simd<T, 1>, 1>(set, i, rows, grad_rows, width, c, grad_out);
+        set.write_gradients(i, index, static_cast<T*>(grad_points), static_cast<T*>(grad_weights));
+      });
+      unpack(grad_rows, stride, att.pixels, width, static_cast<T*>(grad_value_) + offset);
     }
   }
 };

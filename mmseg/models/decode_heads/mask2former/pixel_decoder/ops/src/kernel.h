@@ -16,7 +16,7 @@ struct Attention {
   int64_t n, pixels, heads, width, queries, levels, samples, reference_n;
 };
 
-// What a thread does. Forward: out [n, queries, heads * width] of the queries begin..end of n * queries.
+// What a thread does. Forward: out [n, queries, heads * width], the parts begin..end of n * heads * queries.
 // Backward: all queries of the (item, head) pairs begin..end of n * heads, so that each thread adds to rows of
 // grad_value of its own, in the order of the queries: no race, and the same bits for any number of threads.
 struct Kernels {

@@ -42,6 +42,7 @@ struct Simd {
   struct Pair {
     F a, b;
   };
+  using Half = Simd<T, (W > 1 ? W / 2 : 1)>;
 
   static F load(const T* p) {
     F v;
@@ -55,6 +56,16 @@ struct Simd {
   }
   static void store(T* p, F v) { memcpy(p, &v, sizeof v); }
   static void store(Int* p, I v) { memcpy(p, &v, sizeof v); }
+  // The first n lanes only.
+  static void store(T* p, F v, int64_t n) {
+    if (n >= W) return store(p, v);
+    if constexpr (W > 1) {
+      if (n <= 0) return;
+      const auto [low, high] = halves(v);
+      Half::store(p, low, n);
+      Half::store(p + W / 2, high, n - W / 2);
+    }
+  }
   static F set(T x) { return F{} + x; }
   static F to_float(I v) { return __builtin_convertvector(v, F); }
 
@@ -69,20 +80,16 @@ struct Simd {
   static Pair interleave(F a, F b) { return interleave(a, b, std::make_integer_sequence<int, W>()); }
 
   static T max(F v) {
-    T m = v[0];
-#pragma GCC unroll 16
-    for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
-    return m;
+    if constexpr (W == 1) {
+      return v[0];
+    } else {
+      const auto [low, high] = halves(v);
+      return Half::max(low > high ? low : high);
+    }
   }
   // The sums of four vectors, one store of four numbers: to[i] += sum of the i-th.
   static void add_sums(T* to, F a, F b, F c, F d) {
     if constexpr (W > 4) {
-      using Half = Simd<T, W / 2>;
-      auto folded = [](F v) {
-        typename Half::F half[2];
-        memcpy(half, &v, sizeof half);
-        return half[0] + half[1];
-      };
       Half::add_sums(to, folded(a), folded(b), folded(c), folded(d));
     } else if constexpr (W == 4) {
       F ab = THEMASK_SHUFFLE(a, b, 0, 4, 1, 5) + THEMASK_SHUFFLE(a, b, 2, 6, 3, 7);
@@ -93,10 +100,10 @@ struct Simd {
     }
   }
   static T sum(F v) {
-    T s = v[0];
-#pragma GCC unroll 16
-    for (int i = 1; i < W; ++i) s += v[i];
-    return s;
+    if constexpr (W == 1)
+      return v[0];
+    else
+      return Half::sum(folded(v));
   }
 
   // e^x for x <= 0 (0 below float's normal range); NaN stays NaN.
@@ -129,6 +136,19 @@ struct Simd {
   }
 
  private:
+  struct Halves {
+    typename Half::F low, high;
+  };
+  static Halves halves(F v) {
+    Halves h;
+    memcpy(&h, &v, sizeof h);
+    return h;
+  }
+  static typename Half::F folded(F v) {
+    const auto [low, high] = halves(v);
+    return low + high;
+  }
+
   template <int... K>
   static Pair deinterleave(F a, F b, std::integer_sequence<int, K...>) {
     return {THEMASK_SHUFFLE(a, b, (2 * K)...), THEMASK_SHUFFLE(a, b, (2 * K + 1)...)};
