@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import backend, build, ms_deform_attn_fused
+from mmseg.utils import native
 from tests.test_ops import INSTRUCTION_SETS, cpu_library, problem
 
 OPS = 'mmseg.models.decode_heads.mask2former.pixel_decoder.ops'
@@ -89,6 +90,14 @@ def test_another_torch_compiler_flag_or_source_means_another_library(fake_compil
     script.write_text(script.read_text().replace('fake 1.0', 'fake 2.0'))
     names.add(build.library('cpu').name)
     assert len(names) == 5
+
+
+def test_a_shared_cache_tells_processors_apart(monkeypatch):
+    """Compilers of the same name and version make different code on them of the same source and flags."""
+    library = native.Library('name', (), ())
+    name = library.file_name('compiler')
+    monkeypatch.setattr(native.platform, 'machine', lambda: 'another')
+    assert library.file_name('compiler') != name
 
 
 def test_a_failed_build_says_why_and_is_tried_again(fake_compiler):
@@ -210,7 +219,7 @@ def test_a_broken_library_is_a_build_error(tmp_path):
 def test_gpu_targets(monkeypatch, wanted, flags):
     """The variable is honoured; the default leaves out what an old nvcc does not know."""
     monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', wanted)
-    monkeypatch.setattr(build, '_output', lambda command: 'compute_75\ncompute_80\ncompute_90\n')
+    monkeypatch.setattr(build, 'output', lambda command: 'compute_75\ncompute_80\ncompute_90\n')
     assert build.cuda_architectures(['nvcc']) == [f'-gencode=arch={flag}' for flag in flags]
 
 
@@ -227,7 +236,7 @@ def compile_with(tmp_path: Path, flags: list[str], sets: dict[str, list[str]]) -
     if compiler is None:
         pytest.skip('no compiler here')
     target = tmp_path / 'special.so'
-    build.compile_library('cpu', compiler, build.cpu_units(sets), target, flags)
+    native.compile_library(build.made_of('cpu', build.cpu_units(sets)), compiler, target, flags)
     return target
 
 

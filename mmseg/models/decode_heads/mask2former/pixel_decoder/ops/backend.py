@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from mmseg.utils.native import building_allowed
+
 from .build import BuildError, Kind, library
 
 CHOICES = ('auto', 'cpu', 'cuda', 'pytorch')
@@ -91,7 +93,7 @@ def choose_instruction_set(native: Native, name: str) -> None:
 def native(kind: Kind) -> Native | BuildError:
     """The library of a device type, built and loaded on the first call; what went wrong where that fails."""
     try:
-        return load(kind, library(kind, allow_build=os.environ.get('THEMASK_OPS_BUILD', '1') != '0'))
+        return load(kind, library(kind, allow_build=building_allowed()))
     except BuildError as error:
         return error
 

@@ -7,4 +7,5 @@ here=$(dirname -- "$0")
 if [ -z "$PYTHON" ]; then
     if command -v python >/dev/null 2>&1; then PYTHON=python; else PYTHON=python3; fi
 fi
+export PYTHONPATH="$here/../../../../../..${PYTHONPATH:+:$PYTHONPATH}"  # the package need not be installed
 exec "$PYTHON" "$here/build.py" "$@"
