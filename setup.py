@@ -1,4 +1,4 @@
-"""Packaging of THE-Mask.  Pure Python: the native op is built by `make.sh` or on first use, never here."""
+"""Packaging of THE-Mask.  Pure Python: native code is built by `make.sh` or on first use, never here."""
 
 from pathlib import Path
 
@@ -15,7 +15,13 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmseg', 'mmseg.*']),
-    package_data={'mmseg': ['apis/report.html', 'models/decode_heads/mask2former/pixel_decoder/ops/**/*']},
+    package_data={
+        'mmseg': [
+            'apis/report.html',
+            'core/evaluation/*.cpp',
+            'models/decode_heads/mask2former/pixel_decoder/ops/**/*',
+        ]
+    },
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.11',

@@ -2,14 +2,20 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmseg.core.evaluation import ConsistencyOptions, StreamingMetrics
-from mmseg.core.evaluation.video_consistency import ConstantRuns, unpack
+from mmseg.core.evaluation import ConsistencyOptions, StreamingMetrics, run_lengths
+from mmseg.core.evaluation.video_consistency import ConstantRuns, WindowCounts, unpack
+from mmseg.utils import native
 from tests.reference import recipe
 
 
@@ -137,7 +143,12 @@ def clip_order(frames, length):
     return order + list(range(whole, frames))
 
 
-def test_memory_does_not_grow_with_the_video():
+@pytest.mark.parametrize('form', [run_lengths.RunLengths, ConstantRuns])
+def test_memory_does_not_grow_with_the_video(form, monkeypatch):
+    if form is ConstantRuns:
+        monkeypatch.setattr(run_lengths, 'native', lambda: native.BuildError('not wanted'))
+    else:
+        needs_native()
     frames, length = 400, 4
     names = [f'{i:08d}' for i in range(frames)]
     gt, pred = flickering_video(5, frames)
@@ -147,7 +158,8 @@ def test_memory_does_not_grow_with_the_video():
         metrics.update('v', names[i], pred[i], gt[i])
         if 'v' in metrics._open:
             video = metrics._open['v']
-            held.append(len(video.waiting) + sum(map(len, video.stream.runs._runs if video.stream else [])))
+            held.append(len(video.waiting) + sum(map(np.size, video.stream.runs._runs if video.stream else [])))
+            assert video.stream is None or type(video.stream.runs) is form
     assert max(held[100:]) == max(held[:100])
     assert not metrics._open, 'a video whose frames have all come is closed'
     for n in (8, 16):
@@ -228,6 +240,148 @@ def test_constant_runs_for_any_size_and_length(seed, height, width, n):
             for row, labels in zip(bits, (gt, pred)):
                 want = (labels[i - n + 1:i + 1] == labels[i]).all(0)
                 assert (unpack(row, (height, width)) == want).all()
+
+
+def needs_native():
+    library = run_lengths.native()
+    if isinstance(library, native.BuildError):
+        pytest.skip(f'no native form here: {library}')
+    return library
+
+
+def vector_widths():
+    """All that this processor has."""
+    widest = needs_native().themask_widest_vector()
+    return [width for width in (16, 32, 64) if width <= widest]
+
+
+def counted(gt, pred, lengths, last=False, width=None):
+    """The windows of one form: a vector width of the native one, or the NumPy one (width 0)."""
+    stream = WindowCounts(lengths, last, native=False)
+    if width:
+        stream.runs = run_lengths.RunLengths(lengths, width)
+    windows = {n: [] for n in lengths}
+    for ready in (*(stream.push(g, p) for g, p in zip(gt, pred)), stream.close()):
+        for n, both, constant in ready:
+            windows[n].append((both, constant))
+    return windows
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_both_forms_equal_windows_to_the_bit(data):
+    """Frames of less than a vector, of whole blocks, and with a rest; void flickers like any other label."""
+    widths = vector_widths()
+    shape = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 130) | st.sampled_from([128, 256, 512]))
+    lengths = data.draw(st.lists(st.integers(2, 40), max_size=4, unique=True))
+    last = data.draw(st.booleans())
+    gt, pred = flickering_video(data.draw(st.integers(0, 2**32 - 1)), data.draw(st.integers(0, 60)), shape)
+    want = {n: naive_windows(gt, pred, n, last) for n in lengths}
+    for width in (0, *widths):
+        assert counted(gt, pred, lengths, last, width) == want
+
+
+def test_long_windows():
+    """Run lengths stop where their digits end, and never below a window; a stop too early or a wrap shows here."""
+    frames = 1300
+    gt = np.zeros((frames, 1, 7), np.uint8)
+    for pixel, change in enumerate((1, 2, 255, 256, 1023, 1024)):
+        gt[change:, 0, pixel] = 255
+    pred = gt.copy()
+    pred[700:, 0, 3] = 5
+    for lengths in ((255,), (256,), (257,), (2, 128, 129, 255, 256, 257, 258, 1023, 1024, 1025, 1100)):
+        want = {n: naive_windows(gt, pred, n, True) for n in lengths}
+        for width in (0, *vector_widths()):
+            assert counted(gt, pred, lengths, True, width) == want
+
+
+def test_windows_of_one_frame_are_refused():
+    for form in (ConstantRuns, run_lengths.RunLengths):
+        with pytest.raises(ValueError, match='at least 2 frames'):
+            form([8, 1])
+
+
+def test_the_native_form_checks_sizes():
+    needs_native()
+    runs = run_lengths.RunLengths([8])
+    runs.push(np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.uint8))
+    for gt, pred in (((4, 3), (4, 3)), ((2, 3), (2, 2))):
+        with pytest.raises(ValueError, match='maps of one size'):
+            runs.push(np.zeros(gt, np.uint8), np.zeros(pred, np.uint8))
+
+
+@pytest.fixture
+def fresh():
+    run_lengths.native.cache_clear()
+    yield
+    run_lengths.native.cache_clear()
+
+
+@pytest.mark.parametrize('lacking', ['compiler', 'permission', 'cache', 'library', 'source'])
+def test_without_the_native_form_the_other_serves_silently(lacking, fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv('THEMASK_OPS_CACHE', str(tmp_path / 'cache'))
+    if lacking == 'compiler':
+        monkeypatch.setattr(run_lengths, 'find_cxx', lambda: None)
+    elif lacking == 'permission':
+        monkeypatch.setenv('THEMASK_OPS_BUILD', '0')
+    elif lacking == 'cache':
+        (tmp_path / 'cache').touch()
+    elif lacking == 'library':
+        compiler = tmp_path / 'c++'
+        compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done\n')
+        compiler.chmod(0o755)
+        monkeypatch.setenv('CXX', str(compiler))
+    else:
+        monkeypatch.setattr(run_lengths, 'SOURCE', tmp_path / 'absent.cpp')
+    gt, pred = flickering_video(3, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        metrics = StreamingMetrics(4)
+        for i in range(20):
+            metrics.update('v', i, pred[i], gt[i])
+        assert metrics.compute()['VC8'] == pytest.approx(naive_score(naive_windows(gt, pred, 8)), abs=1e-12)
+    assert isinstance(metrics._open['v'].stream.runs, ConstantRuns)
+
+
+SANITIZED = """
+import os
+from pathlib import Path
+from mmseg.core.evaluation import run_lengths
+library = run_lengths.load(Path(os.environ['LIBRARY']))
+run_lengths.native = lambda: library
+from tests.test_video_consistency import *
+for width in vector_widths():
+    for pixels in (1, 127, 128, 129, 255, 256, 257, 511, 512, 1000):
+        for lengths in ((), (2,), (8, 16), (300,)):
+            gt, pred = flickering_video(pixels, 30, (1, pixels))
+            assert counted(gt, pred, lengths, True, width) == {n: naive_windows(gt, pred, n, True) for n in lengths}
+print('all equal')
+"""
+
+
+@pytest.mark.slow
+def test_compilers_and_sanitizers_find_nothing(tmp_path):
+    compiler = native.find_cxx()
+    if compiler is None or 'g++' not in Path(compiler[0]).name:
+        pytest.skip('needs g++')
+    runtime = subprocess.run([*compiler, '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
+    target = tmp_path / 'sanitized.so'
+    warn = ['-Wall', '-Wextra', '-Werror']
+    sanitize = ['-fsanitize=address,undefined', '-fno-sanitize-recover=all', '-fno-omit-frame-pointer', '-g']
+    native.compile_library(run_lengths.made_of(), compiler, target, [*warn, *sanitize])
+    result = subprocess.run(
+        [sys.executable, '-c', SANITIZED],
+        env={
+            **os.environ,
+            'PYTHONPATH': str(Path(__file__).parents[1]),
+            'LIBRARY': str(target),
+            'LD_PRELOAD': runtime,
+            'ASAN_OPTIONS': 'detect_leaks=0',
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert 'all equal' in result.stdout, result.stderr[-3000:]
 
 
 def naive_persistent_regions(gt, pred, n, classes, void=255):

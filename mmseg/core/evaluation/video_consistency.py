@@ -2,16 +2,25 @@
 
 VC is the measure of VSPW (Miao et al., CVPR 2021): of the pixels whose ground truth stays the same over n frames, the
 share whose prediction stays the same as well.  A pixel is constant over n frames when its n - 1 comparisons with the
-frame before all hold.  Comparisons are kept as bit maps (64 pixels a word); the conjunction over a run of m of them is
-built by doubling: a run of 2p is two runs of p, and any m is covered by two overlapping runs of a power of two.
+frame before all hold.
+
+There are two forms, equal to the bit.  The native one (:mod:`.run_lengths`) counts for how long each pixel has stayed
+the same.  The NumPy one serves where there is no compiler, and whoever asks for the pixels themselves.  It keeps the
+comparisons as bit maps (64 pixels a word); the conjunction over a run of m of them is built by doubling: a run of 2p is
+two runs of p, and any m is covered by two overlapping runs of a power of two.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
+
+from mmseg.utils.native import BuildError
+
+from . import run_lengths
 
 
 class ConstantRuns:
@@ -24,11 +33,9 @@ class ConstantRuns:
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        if any(n < 2 for n in lengths):
-            raise ValueError(f'windows need at least 2 frames, got lengths {list(lengths)}')
+        longest = run_lengths.longest_run(lengths)
         self.frames = 0
         self._previous: tuple[np.ndarray, np.ndarray] | None = None
-        longest = max(lengths, default=2) - 1
         # _runs[k]: conjunctions of 2**k comparisons, newest last; bit maps [2 (gt, prediction), words]
         self._runs: list[deque[np.ndarray]] = [deque(maxlen=2**k + 1) for k in range(longest.bit_length())]
 
@@ -57,6 +64,14 @@ class ConstantRuns:
         overlap = n - 1 - (1 << k)
         return runs[-1] & runs[-1 - overlap] if overlap else runs[-1]
 
+    def count(self, n: int) -> tuple[int, int] | None:
+        """Pixels constant in both maps, and in the ground truth, over the window of n frames that ends here.
+
+        None while fewer than n frames have come.
+        """
+        bits = self.constant(n)
+        return None if bits is None else count_constant(bits)
+
 
 def _pack(*maps: np.ndarray) -> np.ndarray:
     """Bool maps of equal size as bit maps uint64 [len(maps), words]; bits beyond the last pixel are 0."""
@@ -78,6 +93,14 @@ def count_constant(bits: np.ndarray) -> tuple[int, int]:
     return int(both), int(np.bitwise_count(bits[0]).sum(dtype=np.int64))
 
 
+class _Runs(Protocol):
+    """What both forms have in common."""
+
+    def push(self, gt: np.ndarray, pred: np.ndarray) -> None: ...
+
+    def count(self, n: int) -> tuple[int, int] | None: ...
+
+
 class WindowCounts:
     """Counts of all windows of a video, given frame by frame.
 
@@ -85,28 +108,33 @@ class WindowCounts:
         lengths: window lengths n.
         last_window: whether the window that ends at the last frame counts.  The official script leaves it out
             (``range(L - n)``).
+        native: False keeps to the NumPy form where the native one could be had.
     """
 
-    def __init__(self, lengths: Sequence[int], last_window: bool = False) -> None:
+    def __init__(self, lengths: Sequence[int], last_window: bool = False, native: bool = True) -> None:
         self.lengths = tuple(lengths)
         self.last_window = last_window
-        self.runs = ConstantRuns(self.lengths)
+        self.runs = _fastest_runs(self.lengths) if native else ConstantRuns(self.lengths)
         self._held: list[tuple[int, int, int]] = []
 
     def push(self, gt: np.ndarray, pred: np.ndarray) -> list[tuple[int, int, int]]:
         """Takes the next frame; returns (n, pixels constant in both, pixels constant in the ground truth) per window.
 
-        A window is given out when its end is known not to be the last frame; :meth:`close` gives the rest.
+        A window is given out when its end is known not to be the last frame; :meth:`close` gives the rest.  Both maps
+        are uint8 [H, W] and are kept, not copied.
         """
         ready = self._held
         self.runs.push(gt, pred)
-        self._held = []
-        for n in self.lengths:
-            bits = self.runs.constant(n)
-            if bits is not None:
-                self._held.append((n, *count_constant(bits)))
+        counts = ((n, self.runs.count(n)) for n in self.lengths)
+        self._held = [(n, *count) for n, count in counts if count is not None]
         return ready
 
     def close(self) -> list[tuple[int, int, int]]:
         """The windows that end at the last frame, if they count."""
         return self._held if self.last_window else []
+
+
+def _fastest_runs(lengths: Sequence[int]) -> _Runs:
+    """The native form, or where there is none the other: the counts are the same, so nobody need be told."""
+    native = not isinstance(run_lengths.native(), BuildError)
+    return run_lengths.RunLengths(lengths) if native else ConstantRuns(lengths)
