@@ -161,6 +161,7 @@ def test_backbone_pixel_decoder_and_predictor_compile_into_one_graph_each(traini
     if training:
         sum(compiled(clip, label).values()).backward()
         assert all(parameter.grad is not None for parameter in compiled.parameters())
+        assert compiled.statistics()['matched_primary'].tolist() == [5, 8]
     else:
         plain = build_segmentor(tiny_model('video')).eval()
         plain.load_state_dict(compiled.state_dict())
