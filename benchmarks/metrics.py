@@ -1,13 +1,15 @@
 """Speed of the metrics beside the forms that other projects use, as ratios measured in one run.
 
-    python -m benchmarks.metrics [--frames 40] [--json FILE]
+    python -m benchmarks.metrics [--frames 40] [--rounds 5] [--json FILE]
 
 * VC8 + VC16: the window form of the official VSPW script (for every window, compare its frames with the first), and a
-  vectorised window form, beside :class:`WindowCounts`.
-* VC8 + VC16: the window form of the official VSPW script (each window compares its frames with its first), and a
+  vectorised window form, beside both forms of :class:`WindowCounts`, which go over each frame once.
+* Confusion matrix of a frame: the three histograms of mmsegmentation 0.x and the bincount of VSPW's evaluator, beside
+  :func:`joint_histogram`.
 
 All forms of a measure must give the same integers, or the benchmark fails.  Frames are 480 x 853 with 124 classes:
-moving regions with noisy patches; every form gets the same number of threads.
+moving regions with noisy patches; every form gets one thread.  The forms take turns, and the fastest round of each
+counts.  ``--json`` writes a list of rows {measure, form, ms (of a frame), ratio_to: {usual form: ratio}}.
 """
 
 from __future__ import annotations
@@ -15,18 +17,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
+from mmseg.core.evaluation import run_lengths
 from mmseg.core.evaluation.confusion import joint_histogram
 from mmseg.core.evaluation.video_consistency import WindowCounts
+from mmseg.utils.native import BuildError
 
 CLASSES = 124
 LENGTHS = (8, 16)
 Windows = dict[int, list[tuple[int, int]]]
+Form = Callable[[np.ndarray, np.ndarray], Any]
 
 
 def video(frames: int, height: int = 480, width: int = 853) -> tuple[np.ndarray, np.ndarray]:
@@ -67,10 +72,19 @@ def windows_vectorised(gt: np.ndarray, pred: np.ndarray) -> Windows:
     return counts
 
 
-def windows_streamed(gt: np.ndarray, pred: np.ndarray) -> Windows:
-    """Ours: one pass over the frames."""
+def windows_numpy(gt: np.ndarray, pred: np.ndarray) -> Windows:
+    """Ours, without a compiler."""
+    return _streamed(gt, pred, native=False)
+
+
+def windows_native(gt: np.ndarray, pred: np.ndarray) -> Windows:
+    """Ours, compiled."""
+    return _streamed(gt, pred, native=True)
+
+
+def _streamed(gt: np.ndarray, pred: np.ndarray, native: bool) -> Windows:
     counts: Windows = {n: [] for n in LENGTHS}
-    stream = WindowCounts(LENGTHS)
+    stream = WindowCounts(LENGTHS, native=native)
     for t in range(len(gt)):
         for n, both, constant in stream.push(gt[t], pred[t]):
             counts[n].append((both, constant))
@@ -99,41 +113,54 @@ def areas_joint(gt: np.ndarray, pred: np.ndarray) -> list[np.ndarray]:
     return [np.diag(confusion), confusion.sum(0), confusion.sum(1)]
 
 
-def fastest(function: Callable[[], Any], rounds: int) -> tuple[float, Any]:
-    """Seconds of the fastest of ``rounds`` calls, and the last result."""
-    best = float('inf')
+def compare(
+    measure: str, usual: Sequence[Form], ours: Sequence[Form], gt: np.ndarray, pred: np.ndarray, rounds: int
+) -> list[dict[str, Any]]:
+    """Times the forms of a measure in turns, checks that they agree, and gives a row for each."""
+    best = {form.__name__: float('inf') for form in (*usual, *ours)}
+    frames = len(gt) if gt.ndim == 3 else 1
     for _ in range(rounds):
-        start = time.perf_counter()
-        result = function()
-        best = min(best, time.perf_counter() - start)
-    return best, result
+        results = []
+        for form in (*usual, *ours):
+            start = time.perf_counter()
+            results.append(form(gt, pred))
+            best[form.__name__] = min(best[form.__name__], time.perf_counter() - start)
+        for result in results[1:]:
+            np.testing.assert_equal(result, results[0])
+    return [
+        {
+            'measure': measure,
+            'form': name,
+            'ms': 1000 * seconds / frames,
+            'ratio_to': {form.__name__: best[form.__name__] / seconds for form in usual},
+        }
+        for name, seconds in best.items()
+    ]
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--frames', type=int, default=40, help='frames of the video')
-    parser.add_argument('--rounds', type=int, default=3, help='the fastest of so many rounds counts')
-    parser.add_argument('--json', help='write the figures to this file')
+    parser.add_argument('--rounds', type=int, default=5, help='the fastest of so many rounds counts')
+    parser.add_argument('--json', help='write the rows to this file')
     args = parser.parse_args()
     cv2.setNumThreads(1)
     gt, pred = video(args.frames)
+    library = run_lengths.native()
+    if isinstance(library, BuildError):
+        print(f'the native form is left out: {library}')
 
-    figures: dict[str, dict[str, float]] = {}
-    for title, forms, data, per in (
-            ('VC8 + VC16', (windows_official, windows_vectorised, windows_streamed), (gt, pred), args.frames),
-            ('confusion', (areas_histograms, areas_bincount, areas_joint), (gt[0], pred[0]), 1)):
-        timed = [fastest(lambda form=form, data=data: form(*data), args.rounds) for form in forms]  # type: ignore[misc]
-        for _, result in timed[:-1]:
-            np.testing.assert_equal(result, timed[-1][1])
-        ours = timed[-1][0]
-        figures[title] = {form.__name__: 1000 * seconds / per for form, (seconds, _) in zip(forms, timed)}
-        print(f'{title}, {gt.shape[2]}x{gt.shape[1]}, one thread, equal results:')
-        for form, (seconds, _) in zip(forms, timed):
-            print(f'  {form.__name__:20s} {1000 * seconds / per:8.3f} ms a frame   {seconds / ours:6.1f}x ours')
+    ours = [windows_numpy] if isinstance(library, BuildError) else [windows_numpy, windows_native]
+    rows = compare('VC8 + VC16', [windows_official, windows_vectorised], ours, gt, pred, args.rounds)
+    rows += compare('confusion', [areas_histograms, areas_bincount], [areas_joint], gt[0], pred[0], args.rounds)
+    print(f'{gt.shape[2]}x{gt.shape[1]}, one thread, equal results; the fastest of {args.rounds} rounds, in turns')
+    for row in rows:
+        ratios = ', '.join(f'{ratio:.1f}x {form}' for form, ratio in row['ratio_to'].items() if form != row['form'])
+        print(f'{row["measure"]:<11} {row["form"]:<19} {row["ms"]:7.3f} ms a frame   {ratios}')
     if args.json:
         with open(args.json, 'w') as file:
-            json.dump(figures, file, indent=1)
+            json.dump(rows, file, indent=1)
 
 
 if __name__ == '__main__':
