@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmseg.models.init import init_transformer_
+from mmseg.models.linear import Linear
 from mmseg.registry import BACKBONES, register_variant, retired
 
 _NORM_EPS = 1e-6  # blocks and stage ends; patch embedding and spatial reduction keep torch's default
@@ -62,9 +63,9 @@ class Attention(nn.Module):
         if channels % num_heads:
             raise ValueError(f'{channels} channels cannot be split into {num_heads} heads')
         self.num_heads = num_heads
-        self.q = nn.Linear(channels, channels)
-        self.kv = nn.Linear(channels, 2 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.q = Linear(channels, channels)
+        self.kv = Linear(channels, 2 * channels)
+        self.proj = Linear(channels, channels)
         self.sr_ratio = sr_ratio
         if sr_ratio > 1:
             self.sr = nn.Conv2d(channels, channels, sr_ratio, sr_ratio)
@@ -97,9 +98,9 @@ class MixFFN(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
+        self.fc1 = Linear(channels, hidden)
         self.dwconv = DepthwiseConv(hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.fc2 = Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""

@@ -16,12 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from mmseg.models.decode_heads.mask2former.position_encoding import sine_position_2d
 from mmseg.models.init import init_kaiming_, init_xavier_, zero_bias_
+from mmseg.models.linear import Linear
 from mmseg.registry import PIXEL_DECODERS, retired
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
 
 from .ops import ms_deform_attn_fused
 
+_FFN_TOKENS = 1024
 _GROUPS = 32
 Shapes = Sequence[tuple[int, int]]
 
@@ -54,10 +56,10 @@ class MSDeformAttn(nn.Module):
         if channels % num_heads:
             raise ConfigError(f'conv_dim ({channels}) is not a multiple of transformer_nheads ({num_heads})')
         self.num_levels, self.num_heads, self.num_points = num_levels, num_heads, num_points
-        self.sampling_offsets = nn.Linear(channels, num_heads * num_levels * num_points * 2)
-        self.attention_weights = nn.Linear(channels, num_heads * num_levels * num_points)
-        self.value_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
+        self.sampling_offsets = Linear(channels, num_heads * num_levels * num_points * 2)
+        self.attention_weights = Linear(channels, num_heads * num_levels * num_points)
+        self.value_proj = Linear(channels, channels)
+        self.output_proj = Linear(channels, channels)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -102,8 +104,8 @@ class MSDeformAttnEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = MSDeformAttn(channels, num_levels, num_heads)
         self.norm1 = nn.LayerNorm(channels)
-        self.linear1 = nn.Linear(channels, hidden)
-        self.linear2 = nn.Linear(hidden, channels)
+        self.linear1 = Linear(channels, hidden)
+        self.linear2 = Linear(hidden, channels)
         self.norm2 = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
         for linear in (self.linear1, self.linear2):
@@ -113,8 +115,16 @@ class MSDeformAttnEncoderLayer(nn.Module):
         """Tokens ``[N, S, C]`` -> the same shape; ``position`` ``[1, S, C]`` is added to queries, not to values."""
         attended = self.self_attn(x + position, reference_points, x, spatial_shapes)
         x = self.norm1(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        return self.norm2(x + self.dropout(self._feed_forward(x)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """The two linear layers; without gradients on the CPU piece by piece: the wide part stays in the cache."""
+        if x.device.type == 'cpu' and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return torch.cat([self._feed_forward_of(part) for part in x.split(_FFN_TOKENS, dim=1)], dim=1)
+        return self._feed_forward_of(x)
+
+    def _feed_forward_of(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
 
 
 class MSDeformAttnEncoder(nn.Module):

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmseg.models.linear import Linear, linear
+
 
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention of several heads with separate inputs for queries, keys and values.
@@ -35,7 +37,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = Linear(embed_dim, embed_dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -63,7 +65,7 @@ class MultiHeadAttention(nn.Module):
         """The three inputs as ``[N, heads, L, C / heads]``."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         return [
-            F.linear(x, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            linear(x, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for x, weight, bias in zip(inputs, weights, biases)
         ]
 
@@ -133,8 +135,8 @@ class FeedForwardLayer(nn.Module):
 
     def __init__(self, channels: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(channels, hidden)
-        self.linear2 = nn.Linear(hidden, channels)
+        self.linear1 = Linear(channels, hidden)
+        self.linear2 = Linear(hidden, channels)
         self.norm = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
         nn.init.xavier_uniform_(self.linear1.weight)
@@ -154,7 +156,7 @@ class MLP(nn.Module):
 
     def __init__(self, *channels: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(channels))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., channels[0]]`` to ``[..., channels[-1]]``."""

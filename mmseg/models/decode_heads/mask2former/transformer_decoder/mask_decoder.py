@@ -30,6 +30,7 @@ from mmseg.models.decode_heads.mask2former.transformer_decoder.layers import (
 )
 from mmseg.models.decode_heads.mask2former.transformer_decoder.temporal import TemporalAggregation
 from mmseg.models.init import init_kaiming_
+from mmseg.models.linear import Linear
 from mmseg.models.structures import DecoderOutput, MaskPrediction
 from mmseg.registry import TRANSFORMER_DECODERS, register_variant, retired
 from mmseg.utils.errors import ConfigError
@@ -64,7 +65,7 @@ class PredictionHead(nn.Module):
     def __init__(self, channels: int, mask_dim: int, num_classes: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.class_embed = nn.Linear(channels, num_classes + 1)
+        self.class_embed = Linear(channels, num_classes + 1)
         self.mask_embed = MLP(channels, channels, channels, mask_dim)
 
     def embed(self, queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from mmseg.models.decode_heads.mask2former.transformer_decoder.layers import (
     FeedForwardLayer,
     SelfAttentionLayer,
 )
+from mmseg.models.linear import Linear
 from mmseg.utils.state_dict_alias import alias_state_dict, drop_dead_keys
 
 _NAMES = {
@@ -51,8 +52,8 @@ class TemporalAggregation(nn.Module):
         self.frame_self = SelfAttentionLayer(channels, num_heads, dropout)
         self.frame_cross = CrossAttentionLayer(channels, num_heads, dropout)
         self.frame_ffn = FeedForwardLayer(channels, dim_feedforward, dropout)
-        self.frame_weight = nn.Linear(channels, 1)
-        self.frame_value = nn.Linear(channels, channels)
+        self.frame_weight = Linear(channels, 1)
+        self.frame_value = Linear(channels, channels)
         self.combine_norm = nn.LayerNorm(channels)
         self.combine_ffn = FeedForwardLayer(channels, dim_feedforward, dropout)
         self.dropout = nn.Dropout(dropout)
