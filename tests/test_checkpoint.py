@@ -185,6 +185,18 @@ for name in ('iter_2.pth', 'iter_1.pth'):
     assert read_checkpoint(tmp_path / 'iter_1.pth')['state_dict']['a'][0] == 1
 
 
+def test_a_full_disk_ends_the_log_file_with_one_line_and_not_the_printed_log(tmp_path):
+    run = limited('''
+from mmseg.utils.logger import setup_logger
+logger = setup_logger(os.environ['WORK_DIR'] + '/run.log')
+for i in range(5):
+    logger.info('message %d %s', i, 30000 * '.')
+setup_logger()
+''', tmp_path)
+    assert run.returncode == 0 and run.stdout.count('message') == 5
+    assert run.stderr == f'cannot write {tmp_path}/run.log: [Errno 27] File too large\n'
+
+
 def test_training_goes_on_over_a_full_disk_and_ends_with_an_error(tmp_path):
     run = limited('''
 import logging

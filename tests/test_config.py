@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 
-from mmseg.utils.config import check_config, load_config
+from mmseg.utils.config import OptionsAction, check_config, load_config, override
 from mmseg.utils.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
@@ -21,12 +22,13 @@ def test_every_config_is_valid(path):
 
 
 @pytest.mark.parametrize('name', ['1f_themask_mit_b1', 'video_themask_mit_b1'])
-def test_reference_schema_is_accepted(reference, tmp_path, name):
+def test_reference_schema_is_accepted(reference, tmp_path, caplog, name):
     values = reference('config_values.json')[name]
     path = tmp_path / 'reference_config.py'
     path.write_text('\n'.join(f'{key} = {value!r}' for key, value in values.items()))
     cfg = load_config(path)
     assert cfg.model.decode_head.loss_cfg.train_num_points == 12544
+    assert not caplog.records, 'its own names at the top level are no slips'
 
 
 @pytest.mark.parametrize('name', ['1f_themask_mit_b1', 'video_themask_mit_b1'])
@@ -105,9 +107,38 @@ def test_right_overrides_are_applied():
 
 def test_slip_at_the_top_level_is_a_warning_and_own_names_pass(caplog):
     with caplog.at_level(logging.WARNING, logger='mmseg'):
-        check_config(Config({'optimizr': {}, 'my_learning_notes': 3}))
+        check_config(Config({'optimizr': {}, 'my_learning_notes': 3, 'runner': {}, 'runnner': {}}))
     assert "'optimizr'" in caplog.text and "'optimizer'" in caplog.text
+    assert "'runnner'" in caplog.text, 'a base config has most of the right keys, and the slip beside them'
     assert 'my_learning_notes' not in caplog.text
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    parser.add_argument(*OptionsAction.names, nargs='+', action=OptionsAction)
+    return parser.parse_args(words).options
+
+
+def test_options_are_read_as_by_mmcv():
+    words = [
+        'a=[-3]', 'b="[-9,-6]"', 'c=-6,-3', 'd=None', 'e=true', 'f=1e-4', 'g=(480,480)', 'h=[(1,2),x]', 'i=u=v', 'j=']
+    assert parsed('--options', *words) == {
+        'a': [-3], 'b': [-9, -6], 'c': [-6, -3], 'd': None, 'e': True, 'f': 1e-4, 'g': (480, 480), 'h': [(1, 2), 'x'],
+        'i': 'u=v', 'j': ''}
+    assert parsed('--options', 'a=1', 'b=1', '--cfg-options', 'b=2') == {'a': 1, 'b': 2}
+
+
+@pytest.mark.parametrize('word', ['runner.max_iters', '=5', 'a=[1,(2]'])
+def test_a_word_that_is_no_option_ends_the_command_with_a_sentence(word, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        parsed('--options', word)
+    assert 'error: argument --options: ' in capsys.readouterr().err
+
+
+def test_an_override_inside_a_section_that_is_none_is_an_error():
+    cfg = Config({'runner': None})
+    with pytest.raises(ConfigError, match='runner'):
+        override(cfg, {'runner.max_iters': 3})
 
 
 def test_step_of_a_pipeline_is_checked_where_it_stands():

@@ -234,6 +234,18 @@ def test_words_among_ranks():
     assert dist_utils.largest(7) == 7 and dist_utils.gather_objects(1) == [1] and dist_utils.broadcast_object(2) == 2
 
 
+def gone(rank):
+    if rank:
+        os._exit(0)
+    with pytest.raises(OtherRankError):
+        for _ in range(1000):
+            dist_utils.gather_objects(rank)
+
+
+def test_a_rank_that_is_gone_is_no_traceback_in_the_others():
+    in_two_ranks(gone)
+
+
 def test_wrong_launches_are_errors(monkeypatch):
     from mmseg.utils.errors import ConfigError
 
@@ -245,3 +257,18 @@ def test_wrong_launches_are_errors(monkeypatch):
             dist_utils.init_dist(launcher)
     with pytest.raises(ConfigError, match=r'dist_params.backend.*smoke'):
         dist_utils.init_dist('none', 'smoke')
+
+
+@pytest.mark.parametrize('local_rank, error, waits, said', [
+    (0, DataError('bad'), 0, 'error: bad\n'),
+    (1, DataError('bad'), 1, 'error: bad\n'),
+    (0, OtherRankError('another'), 2, ''),
+])
+def test_an_error_of_all_ranks_is_said_by_the_first_and_that_of_one_by_itself(
+        monkeypatch, capsys, local_rank, error, waits, said):
+    slept = []
+    monkeypatch.setattr(time, 'sleep', slept.append)
+    monkeypatch.setenv('LOCAL_RANK', str(local_rank))
+    dist_utils.report_error(error)
+    assert sum(slept) == waits * dist_utils._PATIENCE
+    assert capsys.readouterr().err == said

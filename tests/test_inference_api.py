@@ -76,6 +76,9 @@ def test_options_and_weights(tmp_path):
     assert config.model.test_cfg.mode == 'whole'
     assert inference_segmentor(sliding, [recipe.frame(1, 0, 70, 90)])[0].shape == (70, 90)
 
+    with pytest.raises(ConfigError, match="unknown key 'modl' at the top level"):
+        init_segmentor(config, options={'modl.test_cfg.mode': 'slide'})
+
     wider = tiny_model('video')
     wider['backbone'].update(embed_dims=(8, 16, 16, 32))
     torch.save(build_segmentor(wider).state_dict(), tmp_path / 'other.pth')
@@ -92,6 +95,9 @@ def test_bad_frames_are_named(model, tmp_path):
         inference_segmentor(model, [tmp_path / 'missing.jpg'])
     with pytest.raises(DataError, match='61x47'):
         inference_segmentor(model, [recipe.frame(1, 0, 47, 60), recipe.frame(1, 1, 47, 61)])
+    with pytest.raises(DataError, match='frame #1: expected a frame as uint8') as error:
+        inference_segmentor(model, [recipe.frame(1, 0, 8, 8), recipe.frame(1, 1, 8, 8).astype(np.float32)])
+    assert 'split file' not in str(error.value), 'advice for data sets'
     with pytest.raises(ConfigError, match='init_segmentor'):
         inference_segmentor(build_segmentor(tiny_model('1f')), [recipe.frame(1, 0, 8, 8)])
 

@@ -178,6 +178,27 @@ def test_the_forms_of_fp16(section, dtype, scale):
         assert precision.scaler.get_scale() == scale
 
 
+@pytest.mark.parametrize('cfg, dtype, scale', [
+    ({}, torch.float32, None),
+    ({'fp16': None, 'optimizer_config': {'grad_clip': None}}, torch.float32, None),
+    ({'fp16': {}}, torch.float16, 512.0),
+    ({'fp16': {'dtype': 'bfloat16'}}, torch.bfloat16, None),
+    ({'optimizer_config': {'type': 'Fp16OptimizerHook', 'loss_scale': 64.0}}, torch.float16, 64.0),
+    ({'fp16': {}, 'optimizer_config': {'type': 'Fp16OptimizerHook', 'loss_scale': 64.0}}, torch.float16, 64.0),
+    ({'optimizer_config': {'type': 'GradientCumulativeOptimizerHook', 'cumulative_iters': 2}}, torch.float32, None),
+])
+def test_precision_as_configs_of_mmcv_ask_for_it(cfg, dtype, scale):
+    precision = Precision.from_config(cfg, torch.device('cpu'))
+    assert precision.dtype == dtype and precision.scales == (scale is not None)
+    if scale:
+        assert precision.scaler.get_scale() == scale
+
+
+def test_a_loss_scale_without_half_precision_is_an_error():
+    with pytest.raises(ConfigError, match=r'optimizer_config\.loss_scale'):
+        Precision.from_config({'optimizer_config': {'loss_scale': 64.0}}, torch.device('cpu'))
+
+
 def test_a_fixed_scale_stays_and_an_overflow_leaves_the_weights():
     linear = nn.Linear(4, 4)
     before = linear.weight.detach().clone()

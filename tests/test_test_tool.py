@@ -183,10 +183,18 @@ def test_wrong_usage_is_one_line(experiment):
     (('--opacity', '2', '--show-dir', 'x'), '--opacity'),
     (('--show',), '--show-dir'),
     (('--tmpdir', 'x', '--gpu-collect'), 'give one'),
+    (('--cfg-options', 'data.test.test_sise=4'), 'test_size'),
 ])
 def test_wrong_usage(experiment, here, args, message):
     with pytest.raises(ConfigError, match=message):
         here(*experiment, *args)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(experiment, tmp_path):
+    (tmp_path / 'file').touch()
+    output = tool(*experiment, '--work-dir', tmp_path, '--out', tmp_path / 'file' / 'maps.npz', status=1)
+    assert output.strip().splitlines()[-1].startswith('error: ') and str(tmp_path / 'file') in output
+    assert 'Traceback' not in output
 
 
 def test_bad_frame_is_named_and_finished_videos_stay(experiment, tmp_path):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def test_the_exit_status_is_passed_on_and_the_error_is_clear(tmp_path, data_root
     config = write_tiny_config(tmp_path / 'tiny.py', data_root)
     run = script('dist_train.sh', config, 1, '--options', 'runner.max_iter=5', cwd=tmp_path)
     assert run.returncode == 1
-    assert "error: --options runner.max_iter: unknown key 'max_iter' in runner (did you mean" in run.stderr
+    assert run.stderr == (
+        "error: --options runner.max_iter: unknown key 'max_iter' in runner (did you mean 'max_iters'?)\n")
     for args in ((), (config,), (config, 'two'), (config, '0')):
         run = script('dist_train.sh', *args, cwd=tmp_path)
         assert run.returncode == 2 and ('usage' in run.stderr or 'expected the number' in run.stderr)
@@ -160,6 +162,32 @@ def test_launchers_honour_their_environment_and_pass_the_exit_status_on(tmp_path
     assert first != second, 'each run finds a free port'
 
 
+def test_the_launcher_ends_as_its_processes_do_without_a_traceback(tmp_path):
+    tool = tmp_path / 'tool.py'
+    tool.write_text(textwrap.dedent('''\
+        import os, pathlib, signal, sys, time
+        rank, case = os.environ['RANK'], sys.argv[1]
+        if case == 'signal':
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))
+            pathlib.Path(f'ready{rank}').touch()
+        elif rank == '1':
+            sys.exit(7) if case == 'exit' else os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    '''))
+    command = [sys.executable, str(ROOT / 'tools/_launch.py'), '--standalone', '--nproc_per_node=2', str(tool)]
+    runs = {
+        case: subprocess.Popen([*command, case], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True)
+        for case in ('exit', 'kill', 'signal')
+    }
+    while runs['signal'].poll() is None and len(list(tmp_path.glob('ready*'))) < 2:
+        time.sleep(0.05)
+    runs['signal'].terminate()
+    said = {case: run.communicate(timeout=100)[1] for case, run in runs.items()}
+    assert {case: run.returncode for case, run in runs.items()} == {'exit': 7, 'kill': 137, 'signal': 143}
+    assert said['exit'] == '' and said['kill'] == 'error: rank 1 was killed by SIGKILL (out of memory?)\n'
+    assert said['signal'].replace('\n', '') == 'savedsaved'
+
+
 @pytest.mark.parametrize('name, args', [('train', ['c.py', '--seed', '1']), ('test', ['c.py', 'x.pth'])])
 def test_slurm_scripts_start_the_tools_under_srun(tmp_path, name, args):
     stand_in(tmp_path / 'srun', 'echo "$@"; exit 7')
@@ -194,6 +222,16 @@ def run_tool(tool, monkeypatch, capsys, *args):
     ([], "custom_hooks = [dict(type='EMAHok')]", "unknown hook 'EMAHok' (did you mean 'EMAHook'?)"),
     ([], "custom_hooks = [dict(type='EMAHook', priority='SOON')]", "custom_hooks[0].priority: unknown priority 'SOON'"),
     ([], "fp16 = dict(dtype='float8')", 'fp16.dtype'),
+    ([], "optimizer_config = dict(type='Fp16Hook')", "unknown type 'Fp16Hook' (did you mean 'Fp16OptimizerHook'?)"),
+    ([], "checkpoint_config = dict(type='BestHook')", 'checkpoint_config.type'),
+    ([], 'import numpy\nown = numpy.arange(3)', 'own: the final config cannot be written down with array([0, 1, 2])'),
+    (['--seed', '-1'], '', 'seed: expected 0 to'),
+    (['--options', 'optimizer.lr=fast'], '', "optimizer.lr: expected a number, got 'fast'"),
+    (['--options', 'optimizer.lr=-1'], '', 'optimizer: Invalid learning rate'),
+    (['--options', 'data.samples_per_gpu=0'], '', 'data.samples_per_gpu: expected at least 1, got 0'),
+    (['--options', 'model.decode_head.num_classes=5'], '', 'num_classes is 5, but the data set of data.train has 124'),
+    (['--options', 'log_level=LOUD'], '', "log_level: unknown level 'LOUD'"),
+    (['--options', 'evaluation.interval=1', 'data.val=None'], '', 'data.val: missing'),
     ([], "nan_loss = 'ignore'", 'nan_loss'),
 ])
 def test_wrong_settings_are_one_clear_error(tmp_path, data_root, tool, monkeypatch, capsys, args, extra, message):
@@ -253,7 +291,8 @@ def test_a_config_of_the_reference_trains_unmodified(tmp_path, data_root, refere
     cfg = load_config(path, {
         'model.pretrained': None, 'data.train.dataset.data_root': str(data_root), f'{steps}.2.img_scale': (107, 60),
         f'{steps}.3.crop_size': (64, 64), f'{steps}.7.size': (64, 64), 'data.workers_per_gpu': 0,
-        'data.samples_per_gpu': 1, 'runner.max_iters': 1, 'model.decode_head.loss_cfg.train_num_points': 64})
+        'data.samples_per_gpu': 1, 'runner.max_iters': 1, 'model.decode_head.loss_cfg.train_num_points': 64,
+        'checkpoint_config.type': 'CheckpointHook', 'checkpoint_config.sync_buffer': False})
     cfg.work_dir = str(tmp_path / 'w')
     assert isinstance(cfg, Config) and cfg.find_unused_parameters
     runner = train_segmentor(cfg)

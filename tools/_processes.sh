@@ -43,7 +43,7 @@ run_processes() {
         OMP_NUM_THREADS=$((cores / count > 0 ? cores / count : 1))
         export OMP_NUM_THREADS
     fi
-    exec "$python" -m torch.distributed.run \
+    exec "$python" "$tools/_launch.py" \
         --nnodes="$nnodes" --node_rank="${NODE_RANK:-0}" \
         --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$PORT" --nproc_per_node="$count" \
         "$tools/$tool" "$@" --launcher pytorch

@@ -7,26 +7,26 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from mmseg.apis.report import ReportSink, write_report
 from mmseg.apis.sinks import OUT_FORMS, PalettePNG, Pictures, Sink, VideoFiles, join_parts, parts_folder
-from mmseg.apis.test import TestOutcome, gather_in_folder, gather_on_device, metrics_for, stream_test
+from mmseg.apis.test import TestOutcome, check_classes, gather_by, metrics_for, stream_test
 from mmseg.core.checkpoint import load_weights, open_checkpoint
 from mmseg.core.precision import Precision
 from mmseg.datasets import VideoDataset, build_dataset, build_test_loader
 from mmseg.models import build_segmentor
 from mmseg.registry import nearest
-from mmseg.utils.config import load_config
-from mmseg.utils.dist import LAUNCHERS, barrier, close_dist, gather_objects, get_dist_info, init_dist
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+from mmseg.utils.config import OptionsAction, load_config
+from mmseg.utils.dist import LAUNCHERS, barrier, close_dist, get_dist_info, init_dist, report_error
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError, OtherRankError
 from mmseg.utils.files import write_atomically
 from mmseg.utils.logger import get_logger, setup_logger
 
@@ -74,9 +74,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         'players of the worst, median and best videos')
     parser.add_argument('--opacity', type=float, default=0.6, help='of the colours in pictures, 0..1')
     parser.add_argument('--aug-test', action='store_true', help='average over scales 0.5 .. 1.75 and flips')
-    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V',
+    parser.add_argument(*OptionsAction.names, nargs='+', action=OptionsAction, default={}, metavar='K=V',
                         help='change the config, as in data.test.test_size=4')
-    parser.add_argument('--eval-options', nargs='+', action=DictAction, default={}, metavar='K=V', help='see below')
+    parser.add_argument('--eval-options', nargs='+', action=OptionsAction, default={}, metavar='K=V', help='see below')
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='how several processes were started')
     parser.add_argument('--tmpdir', help='collect the results of several processes in this (shared) folder')
     parser.add_argument('--gpu-collect', action='store_true', help='collect them through the GPUs')
@@ -87,16 +87,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main() -> int:
     """Runs the command line; what the user can mend ends in one line instead of a traceback."""
+    args = parse_args()
     try:
-        run(parse_args())
-    except (ConfigError, CheckpointError) as error:  # every rank meets it
-        sys.exit(f'error: {error}' if os.environ.get('RANK', '0') == '0' else 1)
-    except DataError as error:
-        sys.exit(f'error: {error}')
+        run(args)
+    except (ConfigError, CheckpointError, DataError, OtherRankError, OSError) as error:
+        report_error(error)
+        return 1
     finally:
         close_dist()
+    return 0
 
 
 def run(args: argparse.Namespace) -> None:
@@ -104,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
     check_args(args)
     cfg = load_config(args.config, args.options)
     device = init_dist(args.launcher, cfg.get('dist_params', {}).get('backend'))
+    gather = gather_by(args.tmpdir, args.gpu_collect, device)
     logger = setup_logger(level=cfg.get('log_level', 'INFO'))
     rank, world_size = get_dist_info()
     if args.show and world_size > 1:
@@ -128,12 +130,10 @@ def run(args: argparse.Namespace) -> None:
     checkpoint, model = load_model(cfg, args.checkpoint, dataset, device)
     sinks = make_sinks(args, checkpoint.parent, dataset)
     page = ReportSink(dataset) if args.report else None
-    gather = choose_gather(args, device)
     outcome = stream_test(
         model, dataset, loader, device=device, metrics=metrics, evaluate=evaluate,
         sinks=[*sinks, page] if page else sinks,
-        autocast=Precision(device, **cfg.fp16).autocast if cfg.get('fp16') else Precision(device, 'float32').autocast,
-        gather=gather)
+        autocast=Precision.from_config(cfg, device).autocast, gather=gather)
     shown = None
     if page is not None and outcome.results is not None:
         about = {'config': args.config, 'checkpoint': checkpoint, **args.options}
@@ -155,8 +155,6 @@ def check_args(args: argparse.Namespace) -> None:
             raise ConfigError(f"--eval-options: unknown option '{key}'{nearest(key, EVAL_OPTIONS)}")
     if args.format_only and (args.eval or args.report):
         raise ConfigError('--format-only writes files without evaluating; it does not go with --eval or --report')
-    if args.tmpdir and args.gpu_collect:
-        raise ConfigError('--tmpdir and --gpu-collect are two ways to collect results; give one')
     if args.out:
         parts_folder(args.out)
 
@@ -174,9 +172,7 @@ def load_model(
         cfg: Config, checkpoint: str, dataset: VideoDataset, device: torch.device) -> tuple[Path, torch.nn.Module]:
     """The config's model with the weights of ``checkpoint``, and the file they came from."""
     model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))
-    if model.num_classes != len(dataset.CLASSES):
-        raise ConfigError(f'model.decode_head.num_classes is {model.num_classes}, but the data set of data.test has '
-                          f'{len(dataset.CLASSES)} classes')
+    check_classes(model, dataset, 'data.test')
     path, content = open_checkpoint(checkpoint)
     load_weights(model, content['state_dict'], path)
     trained_on = content['meta'].get('CLASSES')
@@ -204,13 +200,6 @@ def make_sinks(args: argparse.Namespace, beside: Path, dataset: VideoDataset) ->
     return sinks
 
 
-def choose_gather(args: argparse.Namespace, device: torch.device) -> Callable[[Any], list[Any]]:
-    """How ranks exchange their parts."""
-    if args.gpu_collect:
-        return gather_on_device(device)
-    return gather_in_folder(args.tmpdir) if args.tmpdir else gather_objects
-
-
 def report(args: argparse.Namespace, outcome: TestOutcome, checkpoint: Path) -> None:
     """Prints what was measured and left out, and writes it down."""
     logger = get_logger()
@@ -230,11 +219,11 @@ def report(args: argparse.Namespace, outcome: TestOutcome, checkpoint: Path) -> 
             outcome.results.to_csv(args.work_dir)
     except OSError as error:
         if args.work_dir:
-            raise DataError(f'--work-dir: metrics not written: {error}') from None
+            raise
         logger.warning('metrics not written beside the checkpoint: %s; name a folder by --work-dir', error)
         return
     logger.info('metrics written to %s', path)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

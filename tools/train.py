@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.config import DictAction
-
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+from mmseg.utils.config import OptionsAction, load_config
+from mmseg.utils.dist import close_dist, init_dist, report_error
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
 
 EPILOG = """examples:
   python tools/train.py local_configs/themask/mini_1f.py --work-dir work_dirs/mini
@@ -42,7 +42,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, help='seed of Python, numpy, torch and the data order')
     parser.add_argument('--deterministic', action='store_true', help='reproducible algorithms on a GPU, slower')
     parser.add_argument(
-        '--options', nargs='+', action=DictAction, metavar='K=V', help='change the config, as in runner.max_iters=100'
+        *OptionsAction.names, nargs='+', action=OptionsAction, metavar='K=V',
+        help='change the config, as in runner.max_iters=100'
     )
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, help='set by old launchers; LOCAL_RANK wins')
@@ -52,8 +53,6 @@ def parse_args() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Trains; returns the exit status."""
     from mmseg.apis.train import train_segmentor
-    from mmseg.utils.config import load_config
-    from mmseg.utils.dist import close_dist, init_dist
 
     cfg = load_config(args.config, args.options)
     for key in ('work_dir', 'load_from', 'finetune_from', 'resume_from', 'seed', 'gpu_ids'):
@@ -84,7 +83,7 @@ def start_processes(args: argparse.Namespace) -> None:
         os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, args.gpu_ids))
     if count > 1:
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
-        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={count}']
+        launcher = [str(Path(__file__).with_name('_launch.py')), '--standalone', f'--nproc_per_node={count}']
         arguments = _without_devices(sys.argv[1:])
         os.execv(sys.executable, [sys.executable, *launcher, __file__, *arguments, '--launcher', 'pytorch'])
 
@@ -104,20 +103,12 @@ def _without_devices(arguments: list[str]) -> list[str]:
 
 def main() -> int:
     """Runs the command; a user's error is one line, not a traceback."""
-    from mmseg.core.runner import NonFiniteLossError, OtherRankError
-
     args = parse_args()
     try:
         start_processes(args)
         return run(args)
-    except OtherRankError:
-        return 1
-    except (ConfigError, CheckpointError, NonFiniteLossError) as error:
-        if os.environ.get('RANK', '0') == '0':  # every rank meets it
-            print(f'error: {error}', file=sys.stderr)
-        return 1
-    except DataError as error:
-        print(f'error: {error}', file=sys.stderr)
+    except (ConfigError, CheckpointError, DataError, NonFiniteLossError, OtherRankError) as error:
+        report_error(error)
         return 1
     except KeyboardInterrupt:
         return 130

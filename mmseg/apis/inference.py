@@ -19,7 +19,7 @@ from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.models import build_segmentor
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import standing_at
-from mmseg.utils.config import load_config
+from mmseg.utils.config import load_config, override
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.visual import overlay, write_picture
 
@@ -39,7 +39,7 @@ def init_segmentor(
         checkpoint: a checkpoint file, or a work dir (then its newest whole checkpoint); without it the weights are
             random.  ``model.pretrained`` is not read.
         device: where the model runs.
-        options: overrides of a config file, dotted keys to values: ``{'model.test_cfg.mode': 'whole'}``.
+        options: overrides, dotted keys to values: ``{'model.test_cfg.mode': 'whole'}``.
 
     Returns:
         The model in eval mode; ``model.cfg`` is its config.
@@ -50,7 +50,7 @@ def init_segmentor(
     """
     if isinstance(config, Config):
         cfg = config.copy()
-        cfg.merge_from_dict(dict(options or {}))
+        override(cfg, options or {})
     else:
         cfg = load_config(config, options)
     model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))
@@ -79,7 +79,7 @@ def inference_segmentor(model: EncoderDecoder, frames: Sequence[Frame]) -> list[
     views = _test_pipeline(model)({'frames': list(frames)})
     item = {key: value if isinstance(value, list) else [value] for key, value in views.items()}
     device = next(model.parameters()).device
-    with Precision(device, **(model.cfg.get('fp16') or {'dtype': 'float32'})).autocast():
+    with Precision.from_config(model.cfg, device).autocast():
         return list(predict_item(model, item, device))
 
 

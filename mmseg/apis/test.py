@@ -264,6 +264,31 @@ class _Progress:
             get_logger().info(text)
 
 
+def gather_by(tmpdir: str | None, gpu_collect: bool, device: torch.device) -> Gather:
+    """How ranks exchange results: ``tmpdir`` and ``gpu_collect`` of the command line or of the ``evaluation`` section.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if tmpdir and gpu_collect:
+        raise ConfigError('tmpdir and gpu_collect are two ways to collect results; give one')
+    if gpu_collect:
+        return gather_on_device(device)
+    return gather_in_folder(tmpdir) if tmpdir else gather_objects
+
+
+def check_classes(model: Any, dataset: Any, where: str) -> None:
+    """Model and data set must agree on the number of classes.
+
+    Raises:
+        ConfigError: naming both; ``where`` is the key of the data set.
+    """
+    if model.num_classes != len(dataset.CLASSES):
+        raise ConfigError(
+            f'model.decode_head.num_classes is {model.num_classes}, but the data set of {where} has '
+            f'{len(dataset.CLASSES)} classes')
+
+
 def gather_in_folder(folder: str | None) -> Gather:
     """``--tmpdir``: ranks leave their part as a JSON file in a folder that all of them can see.
 

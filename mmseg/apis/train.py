@@ -15,7 +15,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmseg.apis.test import metrics_for, run_test
+from mmseg.apis.test import check_classes, gather_by, metrics_for, run_test
 from mmseg.core.checkpoint import checkpoint_files, open_checkpoint, read_checkpoint, remove_leftovers
 from mmseg.core.finetune import FinetuneConfig, freeze, load_for_finetune
 from mmseg.core.hooks import CheckpointHook, EvalHook, JsonLoggerHook
@@ -33,6 +33,7 @@ from mmseg.utils.seed import draw_seed, set_random_seed
 from mmseg.version import __version__
 
 _PRIORITY = 'priority'
+_SEEDS = 2**31  # numpy takes the seed plus the rank in 32 bits
 
 
 def train_segmentor(cfg: Config, device: torch.device | None = None, validate: bool = True) -> IterBasedRunner:
@@ -59,7 +60,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     _check_plan(cfg)
     work_dir = Path(cfg.work_dir)
     timestamp = broadcast_object(time.strftime('%Y%m%d_%H%M%S'))
-    config_text = cfg.pretty_text if rank == 0 else ''
+    config_text = _as_text(cfg)
     _prepare_work_dir(cfg, work_dir, timestamp, config_text)
     logger = get_logger()
 
@@ -71,10 +72,10 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
 
     dataset = build_dataset(cfg.data.train, where='data.train')
     model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))
+    check_classes(model, dataset, 'data.train')
     finetune = _initialise(model, cfg, resumed[1] if resumed else None)
     model.to(device)
 
-    precision = Precision(device, **check_arguments(Precision, cfg.fp16, 'fp16')) if cfg.get('fp16') else None
     runner = IterBasedRunner(
         model=_distribute(model, device, cfg.get('find_unused_parameters', False)),
         optimizer=build_optimizer(model, cfg.optimizer),
@@ -82,7 +83,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
         max_iters=cfg.runner.max_iters,
         work_dir=work_dir,
         update=UpdateConfig.from_config(cfg.get('optimizer_config'), cfg.get('nan_loss', 'stop')),
-        precision=precision,
+        precision=Precision.from_config(cfg, device),
         device=device,
         frozen_eval=bool(finetune and finetune['frozen_eval']),
         meta={
@@ -126,6 +127,12 @@ def _check_plan(cfg: Config) -> None:
     for key in ('data', 'model', 'optimizer', 'lr_config', 'runner', 'checkpoint_config'):
         if not cfg.get(key):
             raise ConfigError(f'{key}: missing in the config')
+    for key in ('train', 'samples_per_gpu'):
+        if key not in cfg.data:
+            raise ConfigError(f'data.{key}: missing in the config')
+    for key, least in (('samples_per_gpu', 1), ('workers_per_gpu', 0)):
+        if cfg.data.get(key, least) < least:
+            raise ConfigError(f'data.{key}: expected at least {least}, got {cfg.data[key]}')
     if cfg.runner.get('type', 'IterBasedRunner') != 'IterBasedRunner':
         raise ConfigError(f"runner.type: only 'IterBasedRunner' (training counts iterations), got '{cfg.runner.type}'")
     if cfg.runner.get('max_iters', 0) < 1:
@@ -138,6 +145,25 @@ def _check_plan(cfg: Config) -> None:
             raise ConfigError(f'{key}.by_epoch: training counts iterations; set it to False')
 
 
+def _as_text(cfg: Config) -> str:
+    """The config as a Python file that can be loaded again.
+
+    Raises:
+        ConfigError: a value has no Python text, such as an array.
+    """
+    try:
+        return cfg.pretty_text
+    except Exception:  # of the formatter, which shows the whole text and not the place
+        for key, value in cfg.items():
+            try:
+                Config({key: value}).pretty_text  # noqa: B018
+            except Exception:
+                raise ConfigError(
+                    f'{key}: the final config cannot be written down with {value!r} ({type(value).__name__}); use '
+                    'plain numbers, texts, lists and dicts') from None
+        raise
+
+
 def _prepare_work_dir(cfg: Config, work_dir: Path, timestamp: str, config_text: str) -> None:
     """Makes the folder; writes the final config; starts the log."""
     rank, _ = get_dist_info()
@@ -147,6 +173,7 @@ def _prepare_work_dir(cfg: Config, work_dir: Path, timestamp: str, config_text: 
             work_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(work_dir)
             (work_dir / (Path(cfg.filename).name if cfg.filename else 'config.py')).write_text(config_text)
+            (work_dir / f'{timestamp}.log').touch()
         except OSError as error:
             failure = f"--work-dir: cannot write to '{work_dir}': {error}"
     failure = broadcast_object(failure)
@@ -193,6 +220,8 @@ def _choose_seed(cfg: Config, resumed: Mapping[str, Any] | None) -> int:
     """The config's seed; else that of the resumed run, whose order of the data goes on; else a new one."""
     former = resumed['meta'].get('seed') if resumed else None
     seed = cfg.get('seed')
+    if seed is not None and not 0 <= seed < _SEEDS:
+        raise ConfigError(f'seed: expected 0 to {_SEEDS - 1}, got {seed}')
     if seed is None:
         seed = draw_seed() if former is None else former
     elif former is not None and former != seed:
@@ -256,8 +285,13 @@ def _distribute(model: nn.Module, device: torch.device, find_unused_parameters: 
 
 
 def _register_hooks(runner: IterBasedRunner, cfg: Config) -> None:
-    saving = {key: value for key, value in cfg.checkpoint_config.items() if key not in ('meta', 'by_epoch')}
-    runner.meta.update(cfg.checkpoint_config.get('meta') or {})
+    saving = dict(cfg.checkpoint_config)
+    runner.meta.update(saving.pop('meta', None) or {})
+    if saving.pop('type', 'CheckpointHook') != 'CheckpointHook':
+        raise ConfigError(
+            f"checkpoint_config.type: only 'CheckpointHook', got '{cfg.checkpoint_config.type}'; other hooks go into "
+            'custom_hooks'
+        )
     saving = check_arguments(CheckpointHook, saving, 'checkpoint_config')
     if 'interval' not in saving:
         raise ConfigError('checkpoint_config.interval: missing')
@@ -285,16 +319,21 @@ def _register_evaluation(runner: IterBasedRunner, cfg: Config) -> None:
     if not section or never:
         runner.logger.info('no evaluation during training (evaluation.interval is beyond runner.max_iters)')
         return
+    if not cfg.data.get('val'):
+        raise ConfigError('data.val: missing, but the evaluation section asks for it; train with --no-validate')
     dataset = build_dataset(cfg.data.val, where='data.val')
+    check_classes(runner.module, dataset, 'data.val')
     loader = build_test_loader(dataset, cfg.data.get('workers_per_gpu', 0), runner.rank, runner.world_size)
+    gather = gather_by(section.get('tmpdir'), section.get('gpu_collect', False), runner.device)
     names = section.get('metric', ())
     metrics_for(dataset, names)  # names a wrong metric now, not at the first evaluation
     assert runner.precision is not None
     autocast = runner.precision.autocast
 
     def evaluate(model: nn.Module) -> Mapping[str, float]:
+        metrics = metrics_for(dataset, names)
         return run_test(
-            model, dataset, loader, device=runner.device, metrics=metrics_for(dataset, names), autocast=autocast
+            model, dataset, loader, device=runner.device, metrics=metrics, autocast=autocast, gather=gather
         )
 
     runner.register_hook(EvalHook(evaluate, **options), where='evaluation')

@@ -226,8 +226,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
         )
     result = model.load_state_dict(dict(weights), strict=False)
     faults = []
-    if result.missing_keys:
-        faults.append(f'missing: {_some(result.missing_keys)}')
+    if result.missing_keys:  # torch gives the names of the code
+        faults.append(f'missing: {_some([name for name in own if name not in weights])}')
     if result.unexpected_keys:
         faults.append(f'unexpected: {_some(result.unexpected_keys)}')
     if faults:

@@ -42,6 +42,9 @@ def build_optimizer(model: nn.Module, cfg: Mapping[str, Any]) -> torch.optim.Opt
             raise ConfigError(f"optimizer.{key}: {name} takes no argument '{key}'{nearest(key, known)}")
     if 'lr' not in arguments:
         raise ConfigError('optimizer.lr: missing')
+    for key in ('lr', 'weight_decay'):
+        if isinstance(arguments.get(key, 0.0), bool) or not isinstance(arguments.get(key, 0.0), (int, float)):
+            raise ConfigError(f'optimizer.{key}: expected a number, got {arguments[key]!r}')
     custom_keys = _custom_keys(paramwise)
 
     lr, decay = arguments['lr'], arguments.get('weight_decay', 0.0)
@@ -57,7 +60,10 @@ def build_optimizer(model: nn.Module, cfg: Mapping[str, Any]) -> torch.optim.Opt
     params = [{'params': members, 'lr': lr, 'weight_decay': decay} for (lr, decay), members in groups.items()]
     if 'weight_decay' not in known:
         params = [{k: v for k, v in group.items() if k != 'weight_decay'} for group in params]
-    return classes[name](params, **arguments)
+    try:
+        return classes[name](params, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'optimizer: {error}') from None
 
 
 def _custom_keys(paramwise: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from mmseg.registry import check_arguments, nearest
 from mmseg.utils.errors import ConfigError
 
+_FP16_HOOKS = ('Fp16OptimizerHook', 'GradientCumulativeFp16OptimizerHook')
+_OPTIMIZER_HOOKS = ('OptimizerHook', 'GradientCumulativeOptimizerHook', *_FP16_HOOKS)
 _DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -45,6 +48,31 @@ class Precision:
             self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16, **options)
         except TypeError as error:
             raise ConfigError(f'fp16.loss_scale: {error}') from None
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any], device: torch.device) -> Precision:
+        """What a config asks for.
+
+        Args:
+            cfg: the whole config.  A section ``fp16`` holds this class's arguments, and may be empty; mmcv's other way
+                to say it is ``optimizer_config`` with type ``Fp16OptimizerHook`` and maybe ``loss_scale``.
+            device: where the model runs.
+
+        Raises:
+            ConfigError: see the class; also an unknown ``optimizer_config.type``.
+        """
+        update = dict(cfg.get('optimizer_config') or {})
+        kind = update.get('type', 'OptimizerHook')
+        if kind not in _OPTIMIZER_HOOKS:
+            raise ConfigError(f"optimizer_config.type: unknown type '{kind}'{nearest(str(kind), _OPTIMIZER_HOOKS)}")
+        section = cfg.get('fp16')
+        if section is None and kind not in _FP16_HOOKS:
+            if 'loss_scale' in update:
+                raise ConfigError(
+                    "optimizer_config.loss_scale: goes with type='Fp16OptimizerHook'; or set fp16.loss_scale")
+            return cls(device, 'float32')
+        scale = {'loss_scale': update['loss_scale']} if 'loss_scale' in update else {}
+        return cls(device, **check_arguments(cls, scale | dict(section or {}), 'fp16'))
 
     @property
     def scales(self) -> bool:

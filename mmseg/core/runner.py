@@ -25,19 +25,11 @@ from mmseg.core.lr_schedule import LrSchedule
 from mmseg.core.optimizer import load_optimizer_state
 from mmseg.core.precision import Precision
 from mmseg.utils.dist import broadcast_object, gather_objects, get_dist_info, largest, reduce_mean
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
 from mmseg.utils.seed import get_rng_state, set_rng_state
 from mmseg.version import __version__
 
 _DATA_FAILED = 1000  # above every signal number
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss or the gradient became NaN or infinite."""
-
-
-class OtherRankError(RuntimeError):
-    """The run ends because of an error of another rank, which has told it."""
 
 
 @dataclass

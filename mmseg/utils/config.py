@@ -8,13 +8,14 @@ every override is checked before anything is built.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import Registry
 
 from mmseg.registry import (
@@ -75,6 +76,9 @@ SECTIONS: dict[str, Any] = {
         'save_optimizer': bool,
         'meta': ANY,
         'out_dir': _OPTIONAL_TEXT,
+        'type': str,
+        'create_symlink': bool,
+        'sync_buffer': bool,
     },
     'evaluation': {
         'interval': int,
@@ -85,6 +89,7 @@ SECTIONS: dict[str, Any] = {
         'start': (int, type(None)),
         'pre_eval': bool,
         'efficient_test': bool,
+        'broadcast_bn_buffer': bool,
         'gpu_collect': bool,
         'tmpdir': _OPTIONAL_TEXT,
     },
@@ -125,6 +130,24 @@ _PIPELINE_KEYS = ('pipeline', 'transforms')
 logger = logging.getLogger('mmseg')
 
 
+class OptionsAction(DictAction):
+    """``--options K=V ...``: numbers, booleans, ``None`` and lists are read as such, all else is text (as in mmcv)."""
+
+    names = ('--options', '--cfg-options')  # of mmsegmentation 0.x, and of later ones
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        """Adds the pairs to those of earlier ``--options``; a word that is none ends the command."""
+        for word in values:
+            if not word.partition('=')[0] or '=' not in word:
+                parser.error(f"argument {option_string}: expected KEY=VALUE, got '{word}'")
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except AssertionError as error:  # brackets that do not close
+            parser.error(f'argument {option_string}: {error}')
+
+
 def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> Config:
     """Reads a config file, applies overrides, and checks every key.
 
@@ -142,12 +165,27 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
         cfg = Config.fromfile(str(path))
     except Exception as error:  # a config is code: anything may come out of it
         raise ConfigError(f"config file '{path}' cannot be read: {type(error).__name__}: {error}") from error
-    for key in options or {}:
-        _check_override(cfg, key)
-    if options:
-        cfg.merge_from_dict(dict(options))
+    override(cfg, options or {})
     check_config(cfg)
     return cfg
+
+
+def override(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Changes ``cfg`` in place.
+
+    Args:
+        cfg: a config.
+        options: dotted keys to values, as in :func:`load_config`.
+
+    Raises:
+        ConfigError: a key that is neither there nor known at its place, or stands inside a plain value.
+    """
+    for key in options:
+        _check_override(cfg, key)
+    try:
+        cfg.merge_from_dict(dict(options))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f'--options: {error}') from None
 
 
 def check_config(cfg: Config) -> None:
@@ -162,7 +200,7 @@ def check_config(cfg: Config) -> None:
                 _check_value(cfg[key], SECTIONS[key], key)
             continue
         slip = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.8)
-        if slip and slip[0] not in cfg:
+        if slip:
             logger.warning("config: top-level '%s' is nobody's key; did you mean '%s'?", key, slip[0])
 
 

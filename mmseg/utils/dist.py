@@ -5,19 +5,26 @@ Every helper also works in a single process without a process group, so callers 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.errors import ConfigError, OtherRankError
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 _LOCAL_SIZES = ('LOCAL_WORLD_SIZE', 'SLURM_NTASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE')
+
+_SIGNS_OF_LOSS = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe')  # of gloo
+_PATIENCE = 5.0  # seconds in which a launcher ends the processes beside one that has failed
 
 _control_group: dist.ProcessGroup | None = None
 """A gloo group beside nccl: words among the hosts (stop, failed, objects) need no GPU and no stream to be idle."""
@@ -109,10 +116,36 @@ def is_main_process() -> bool:
     return get_dist_info()[0] == 0
 
 
+def report_error(error: Exception) -> None:
+    """Prints the error that ends this process; one that all processes meet is printed once a machine.
+
+    The first process of a machine prints at once.  The others wait: their launcher ends them meanwhile, unless the
+    error is theirs alone.  A process that ends because of another one leaves it the time to speak, and prints nothing.
+    """
+    if isinstance(error, OtherRankError):
+        time.sleep(2 * _PATIENCE)
+        return
+    if any(int(os.environ.get(variables['LOCAL_RANK'], 0)) for variables in _RANK_VARIABLES.values()):
+        time.sleep(_PATIENCE)
+    print(f'error: {error}', file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _in_company() -> Iterator[None]:
+    """Inside, a rank that is gone is an :class:`OtherRankError`: it has said, or its launcher says, what ended it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+            raise OtherRankError('another rank has ended') from None
+        raise
+
+
 def barrier() -> None:
     """Waits for every rank."""
     if get_dist_info()[1] > 1:
-        dist.barrier(group=_control_group)
+        with _in_company():
+            dist.barrier(group=_control_group)
 
 
 def reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
@@ -130,7 +163,8 @@ def largest(value: int) -> int:
     if get_dist_info()[1] == 1:
         return value
     box = torch.tensor(value)
-    dist.all_reduce(box, dist.ReduceOp.MAX, group=_control_group)
+    with _in_company():
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=_control_group)
     return int(box)
 
 
@@ -140,7 +174,8 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value, group=_control_group)
+    with _in_company():
+        dist.all_gather_object(values, value, group=_control_group)
     return values
 
 
@@ -149,5 +184,6 @@ def broadcast_object(value: Any) -> Any:
     if get_dist_info()[1] == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_control_group)
+    with _in_company():
+        dist.broadcast_object_list(box, src=0, group=_control_group)
     return box[0]

@@ -17,3 +17,11 @@ class DataError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, is not safe to read, or does not fit the model."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or the gradient became NaN or infinite."""
+
+
+class OtherRankError(RuntimeError):
+    """The run ends because of an error of another rank, which reports it."""

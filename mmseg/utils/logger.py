@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
 
+from mmseg.registry import nearest
 from mmseg.utils.dist import is_main_process
+from mmseg.utils.errors import ConfigError
 
 NAME = 'mmseg'
+_LEVELS = ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL')
 _FORMAT = '%(asctime)s - %(name)s - %(levelname)s - %(message)s'
 
 
 def get_logger() -> logging.Logger:
     """The package's logger."""
     return logging.getLogger(NAME)
+
+
+class _LogFile(logging.FileHandler):
+    """A file that says once that the disk is full, and not in a traceback for every message."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by ``logging`` where a message could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            print(f'cannot write {self.baseFilename}: {error}', file=sys.stderr)
 
 
 def setup_logger(log_file: str | Path | None = None, level: str = 'INFO') -> logging.Logger:
@@ -24,16 +43,22 @@ def setup_logger(log_file: str | Path | None = None, level: str = 'INFO') -> log
 
     Args:
         log_file: text file, opened for appending; its folder must exist.
-        level: lowest level that rank 0 shows (``DEBUG`` .. ``ERROR``).
+        level: lowest level that rank 0 shows (``DEBUG`` .. ``CRITICAL``).
+
+    Raises:
+        ConfigError: unknown ``level``.
     """
+    if level not in _LEVELS:
+        raise ConfigError(f"log_level: unknown level '{level}'{nearest(level.upper(), _LEVELS)}")
     logger = get_logger()
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # what a full disk has left unwritten
+            handler.close()
     main = is_main_process()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if log_file is not None and main:
-        handlers.append(logging.FileHandler(log_file))
+        handlers.append(_LogFile(log_file))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT))
         logger.addHandler(handler)

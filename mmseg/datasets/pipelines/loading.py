@@ -125,9 +125,10 @@ def to_training_labels(mask: np.ndarray, table: np.ndarray, num_classes: int | N
 
 
 def located(error: DataError, video: str | None, frame: Any) -> DataError:
-    """The same error with the video and frame it was met in, and what to do about it."""
-    place = f"video '{video}', frame {frame}: " if video is not None else ''
-    return DataError(f'{place}{error}; {_REPAIR}')
+    """The same error with the frame it was met in; in a data set also with the video, and what to do about it."""
+    if video is None:
+        return DataError(f'frame {frame}: {error}')
+    return DataError(f"video '{video}', frame {frame}: {error}; {_REPAIR}")
 
 
 @PIPELINES.register_module()
