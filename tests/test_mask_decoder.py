@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from mmseg.core import load_weights
 from mmseg.models.decode_heads.mask2former.transformer_decoder.layers import MultiHeadAttention
 from mmseg.models.decode_heads.mask2former.transformer_decoder.mask_decoder import MaskDecoder
 from mmseg.models.decode_heads.mask2former.transformer_decoder.temporal import TemporalAggregation
 from mmseg.registry import TRANSFORMER_DECODERS, build
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict, reference_names
 from tests.reference import recipe
 
@@ -121,6 +122,12 @@ def test_names_in_the_code_say_what_a_part_is_and_map_to_reference_names():
     assert set(names.values()) == set(decoder.state_dict())
     for local, saved in names.items():
         assert ('norm' in local) == ('norm' in saved), 'optimizer groups must not depend on the side'
+
+
+def test_what_does_not_fit_is_told_in_the_names_of_checkpoints():
+    with pytest.raises(CheckpointError, match=r'missing: decoder_norm1\..*unexpected: decoder_norm\.weight') as error:
+        load_weights(tiny(True), tiny(False).state_dict(), 'one_frame.pth')
+    assert 'clip_head' not in str(error.value) and 'temporal' not in str(error.value)
 
 
 def test_a_model_can_be_pickled_and_copied():

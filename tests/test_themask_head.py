@@ -233,7 +233,11 @@ def test_maps_are_taken_by_index():
 @settings(max_examples=20, deadline=None)
 def test_targets_list_the_labels_that_are_present(seed, clips, frames):
     labels = torch.from_numpy(recipe.labels(seed, clips * frames, 12, 16)).view(clips, frames, 12, 16)
-    for target, clip in zip(ClipTarget.from_labels(labels, 124), labels):
+    targets = ClipTarget.from_labels(labels, 124)
+    assert all(
+        torch.equal(target.labels, other.labels) and torch.equal(target.classes, other.classes)
+        for target, other in zip(targets, ClipTarget.from_labels(labels.to(torch.uint8), 124), strict=True))
+    for target, clip in zip(targets, labels):
         assert target.classes.tolist() == sorted(set(clip.flatten().tolist()) - {255})
         assert torch.equal(target.masks.sum(0) == 1, clip != 255)
         assert torch.equal((target.masks * target.classes.view(-1, 1, 1, 1)).sum(0)[clip != 255], clip[clip != 255])

@@ -248,7 +248,8 @@ class VideoDataset(Dataset):
     def _video_has_masks(self, video: Video) -> bool:
         try:
             with os.scandir(self._folder('masks', video.name)) as entries:
-                return any(entry.name.endswith(self.layout.mask_suffix) for entry in entries)
+                suffix = self.layout.mask_suffix
+                return any(e.name.endswith(suffix) and not e.name.startswith('.') for e in entries)
         except (FileNotFoundError, NotADirectoryError):
             return False
 

@@ -64,13 +64,14 @@ class ClipTarget:
         """Targets of a batch of clips, with one host synchronisation for all of them.
 
         Args:
-            labels: int64 ``[B, T, H, W]``, values 0..255.
+            labels: integers ``[B, T, H, W]``, values 0..255.
             num_classes: K.
             ignore_index: the void label.
 
         Raises:
             ValueError: a label is neither void nor below ``num_classes``.
         """
+        labels = labels.long()
         present = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
         present.scatter_(1, labels.flatten(1), True)
         present[:, ignore_index] = False

@@ -182,7 +182,7 @@ class THEMaskHead(nn.Module):
 
         Args:
             features: as in :meth:`forward`.
-            labels: int64 ``[B, T, H, W]``, void where ``ignore_value``.
+            labels: integers ``[B, T, H, W]``, void where ``ignore_value``.
             iteration: training iteration, for the warm-up of the one-frame stage.
 
         Returns:

@@ -142,7 +142,7 @@ class EncoderDecoder(nn.Module):
 
         Args:
             clip: normalised frames ``[B, T, 3, H, W]``.
-            label: int64 ``[B, T, H, W]``, 255 where void.
+            label: integers ``[B, T, H, W]``, 255 where void.
             iteration: training iteration; some losses start after a warm-up.
 
         Returns:
