@@ -62,3 +62,12 @@ def test_no_circular_import():
 def test_setup_does_not_import_torch():
     assert 'torch' not in {alias.name for node in ast.walk(ast.parse((ROOT / 'setup.py').read_text()))
                            if isinstance(node, ast.Import) for alias in node.names}
+
+
+def test_an_installed_package_has_the_files_that_are_not_python():
+    calls = [node for node in ast.walk(ast.parse((ROOT / 'setup.py').read_text())) if isinstance(node, ast.Call)]
+    (data,) = (word.value for call in calls for word in call.keywords if word.arg == 'package_data')
+    packed = {path for pattern in ast.literal_eval(data)['mmseg'] for path in PACKAGE.glob(pattern)}
+    made = {'.py', '.pyc', '.so', '.lock'}
+    there = {path for path in PACKAGE.rglob('*') if path.is_file() and path.suffix not in made}
+    assert len(there) > 5 and there <= packed, there - packed
