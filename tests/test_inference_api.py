@@ -32,7 +32,8 @@ def tiny_config(**aug):
 def model(tmp_path_factory):
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp('weights') / 'iter_1.pth'
-    torch.save({'state_dict': build_segmentor(tiny_model('video')).state_dict(), 'meta': {}}, path)
+    meta = {'CLASSES': ['road', 'car'], 'PALETTE': [[128, 64, 128], [0, 0, 142]]}
+    torch.save({'state_dict': build_segmentor(tiny_model('video')).state_dict(), 'meta': meta}, path)
     return init_segmentor(tiny_config(), path)
 
 
@@ -58,6 +59,10 @@ def test_labels_are_the_argmax_of_the_scores(model):
     assert (np.stack(inference_segmentor(model, frames)) == expected).mean() > 0.999
 
 
+def test_the_checkpoint_names_the_classes(model):
+    assert model.CLASSES == ['road', 'car'] and model.PALETTE[1] == [0, 0, 142]
+
+
 def test_config_decides_scales_and_flips(model):
     several = init_segmentor(tiny_config(img_ratios=[0.5, 1.0], flip=True))
     several.load_state_dict(model.state_dict())
@@ -73,7 +78,7 @@ def test_options_and_weights(tmp_path):
         config, options={'model.test_cfg.mode': 'slide', 'model.test_cfg.crop_size': (32, 64),
                          'model.test_cfg.stride': (32, 32)})
     assert sliding.inference.mode == 'slide' and not sliding.training
-    assert config.model.test_cfg.mode == 'whole'
+    assert config.model.test_cfg.mode == 'whole' and sliding.CLASSES is None
     assert inference_segmentor(sliding, [recipe.frame(1, 0, 70, 90)])[0].shape == (70, 90)
 
     with pytest.raises(ConfigError, match="unknown key 'modl' at the top level"):

@@ -42,7 +42,8 @@ def init_segmentor(
         options: overrides, dotted keys to values: ``{'model.test_cfg.mode': 'whole'}``.
 
     Returns:
-        The model in eval mode; ``model.cfg`` is its config.
+        The model in eval mode; ``model.cfg`` is its config, ``model.CLASSES`` and ``model.PALETTE`` are those of the
+        data set that the checkpoint was trained on (None where it does not say).
 
     Raises:
         ConfigError: the config is wrong.
@@ -54,9 +55,8 @@ def init_segmentor(
     else:
         cfg = load_config(config, options)
     model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    model.cfg = cfg
+    meta = {} if checkpoint is None else load_checkpoint(model, checkpoint)
+    model.cfg, model.CLASSES, model.PALETTE = cfg, meta.get('CLASSES'), meta.get('PALETTE')
     return model.to(device).eval()
 
 

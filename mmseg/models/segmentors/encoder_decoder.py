@@ -77,12 +77,16 @@ class EncoderDecoder(nn.Module):
 
     Attributes:
         cfg: the whole config, where :func:`mmseg.apis.init_segmentor` made the model.
+        CLASSES: names of the classes, likewise.
+        PALETTE: [R, G, B] of each class, likewise.
 
     Raises:
         ConfigError: parts, or arguments of parts, that do not exist or do not fit.
     """
 
     cfg: Any = None
+    CLASSES: Sequence[str] | None = None
+    PALETTE: Sequence[Sequence[int]] | None = None
 
     def __init__(
         self,
