@@ -129,6 +129,14 @@ def test_missing_files_and_empty_work_dirs_are_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_a_latest_checkpoint_that_stands_alone_is_taken(tmp_path):
+    write(tmp_path / 'latest.pth', 3.0)
+    path, checkpoint = open_checkpoint(tmp_path)
+    assert path.name == 'latest.pth' and checkpoint['state_dict']['a'][0] == 3
+    write(tmp_path / 'iter_1.pth', 1.0)
+    assert open_checkpoint(tmp_path)[0].name == 'iter_1.pth'
+
+
 def test_iterations_are_compared_as_numbers_and_other_files_ignored(tmp_path):
     for name in ('iter_900.pth', 'iter_1000.pth', 'best_mIoU_iter_2000.pth', 'iter_x.pth', 'epoch_3.pth'):
         write(tmp_path / name)

@@ -232,6 +232,8 @@ def run_tool(tool, monkeypatch, capsys, *args):
     (['--options', 'model.decode_head.num_classes=5'], '', 'num_classes is 5, but the data set of data.train has 124'),
     (['--options', 'log_level=LOUD'], '', "log_level: unknown level 'LOUD'"),
     (['--options', 'evaluation.interval=1', 'data.val=None'], '', 'data.val: missing'),
+    (['--options', 'evaluation.interval=4', 'evaluation.save_best=mIou'], '', "'mIou' (did you mean 'mIoU'?)"),
+    (['--options', 'checkpoint_config.out_dir=elsewhere'], '', 'checkpoint_config.out_dir: '),
     ([], "nan_loss = 'ignore'", 'nan_loss'),
 ])
 def test_wrong_settings_are_one_clear_error(tmp_path, data_root, tool, monkeypatch, capsys, args, extra, message):

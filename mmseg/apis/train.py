@@ -25,7 +25,7 @@ from mmseg.core.precision import Precision
 from mmseg.core.runner import IterBasedRunner, UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
 from mmseg.models import build_segmentor
-from mmseg.registry import HOOKS, build, check_arguments
+from mmseg.registry import HOOKS, build, check_arguments, nearest
 from mmseg.utils.dist import barrier, broadcast_object, get_dist_info
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.logger import get_logger, setup_logger
@@ -117,7 +117,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     if runner.skipped:
         listed = ''.join(f'\n  {clip}' for clip in dict.fromkeys(runner.skipped))
         logger.warning('%d bad clips were skipped:%s', len(runner.skipped), listed)
-    if rank == 0 and (files := checkpoint_files(cfg.checkpoint_config.get('out_dir') or work_dir)):
+    if rank == 0 and (files := checkpoint_files(work_dir)):
         logger.info('checkpoint: %s', files[0])
     return runner
 
@@ -326,7 +326,10 @@ def _register_evaluation(runner: IterBasedRunner, cfg: Config) -> None:
     loader = build_test_loader(dataset, cfg.data.get('workers_per_gpu', 0), runner.rank, runner.world_size)
     gather = gather_by(section.get('tmpdir'), section.get('gpu_collect', False), runner.device)
     names = section.get('metric', ())
-    metrics_for(dataset, names)  # names a wrong metric now, not at the first evaluation
+    figures = metrics_for(dataset, names).results().summary  # a wrong name is known now, not at the first evaluation
+    best = options.get('save_best')
+    if isinstance(best, str) and best != 'auto' and best not in figures:
+        raise ConfigError(f"evaluation.save_best: no figure '{best}'{nearest(best, figures)}")
     assert runner.precision is not None
     autocast = runner.precision.autocast
 

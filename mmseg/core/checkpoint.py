@@ -191,6 +191,9 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]]:
         CheckpointError: there is none, or a file is refused because it would run code.
     """
     files = checkpoint_files(folder)
+    alone = Path(folder) / LATEST  # a copy that somebody took along
+    if not files and alone.is_file():
+        files = [alone]
     for path in files:
         try:
             return path, read_checkpoint(path)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 @HOOKS.register_module()
-@retired(by_epoch=(False,), sync_buffer=(), create_symlink=(True,))
+@retired(by_epoch=(False,), sync_buffer=(), create_symlink=(True,), out_dir=(None,))
 class CheckpointHook(Hook):
-    """Saves ``iter_<n>.pth`` every ``interval`` iterations.
+    """Saves ``iter_<n>.pth`` in the work dir every ``interval`` iterations.
 
     A save that fails (a full disk) is reported and the training goes on: the state is in memory, and space may be there
     the next time.  At the end it is an error.
@@ -28,7 +28,6 @@ class CheckpointHook(Hook):
         max_keep_ckpts: how many to keep; -1 keeps all.  The oldest goes only after the new one is whole.
         save_last: also save after the last iteration.
         save_optimizer: without it a checkpoint is a third of the size, and cannot be resumed.
-        out_dir: folder; the work dir where None.
     """
 
     priority = 'BELOW_NORMAL'
@@ -39,7 +38,6 @@ class CheckpointHook(Hook):
         max_keep_ckpts: int = -1,
         save_last: bool = True,
         save_optimizer: bool = True,
-        out_dir: str | None = None,
     ) -> None:
         if interval < 1:
             raise ConfigError(f'checkpoint_config.interval: expected at least 1, got {interval}')
@@ -49,7 +47,6 @@ class CheckpointHook(Hook):
         self.max_keep_ckpts = max_keep_ckpts
         self.save_last = save_last
         self.save_optimizer = save_optimizer
-        self.out_dir = out_dir
         self._due = False
 
     def after_train_iter(self, runner: IterBasedRunner) -> None:
@@ -72,7 +69,7 @@ class CheckpointHook(Hook):
         Raises:
             CheckpointError: on every rank, where rank 0 cannot write.
         """
-        folder = Path(self.out_dir or runner.work_dir)
+        folder = Path(runner.work_dir)
         done = runner.iters_done
         path = folder / f'iter_{done}.pth'
         runner.save_checkpoint(path, save_optimizer=self.save_optimizer, latest=True)
