@@ -48,3 +48,23 @@ run_processes() {
         --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$PORT" --nproc_per_node="$count" \
         "$tools/$tool" "$@" --launcher pytorch
 }
+
+# run_slurm TOOL PARTITION JOB_NAME ARGUMENTS...: the tool under srun, one process a GPU.
+# Environment: GPUS (default 4), GPUS_PER_NODE (default: all up to 8), CPUS_PER_TASK (5), PORT (random), SRUN_ARGS, PYTHON.
+run_slurm() {
+    tool=$1
+    partition=$2
+    job=$3
+    shift 3
+    gpus=${GPUS:-4}
+    per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
+    cpus=${CPUS_PER_TASK:-5}
+    python=$(find_python) || exit
+    MASTER_PORT=${PORT:-$("$python" -c 'import random; print(random.randrange(20000, 40000))')}
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+    export MASTER_PORT OMP_NUM_THREADS
+    # shellcheck disable=SC2086  # SRUN_ARGS holds several words
+    exec srun -p "$partition" --job-name="$job" --gres="gpu:$per_node" --ntasks="$gpus" --ntasks-per-node="$per_node" \
+        --cpus-per-task="$cpus" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
+        "$python" -u "$tools/$tool" "$@" --launcher slurm
+}
