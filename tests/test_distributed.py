@@ -15,7 +15,7 @@ from mmseg.core.hooks import Hook
 from mmseg.models import build_segmentor
 from mmseg.models.losses import point_sampling
 from mmseg.utils import dist as dist_utils
-from mmseg.utils.errors import DataError
+from mmseg.utils.errors import ConfigError, DataError
 from tests.engine import Model, batch, make_runner
 from tests.processes import free_port, start
 from tests.reference import recipe
@@ -247,8 +247,6 @@ def test_a_rank_that_is_gone_is_no_traceback_in_the_others():
 
 
 def test_wrong_launches_are_errors(monkeypatch):
-    from mmseg.utils.errors import ConfigError
-
     for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
         monkeypatch.delenv(name, raising=False)
     expected = {'pytorch': 'RANK is missing', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI', 'pbs': 'pbs'}
@@ -257,6 +255,19 @@ def test_wrong_launches_are_errors(monkeypatch):
             dist_utils.init_dist(launcher)
     with pytest.raises(ConfigError, match=r'dist_params.backend.*smoke'):
         dist_utils.init_dist('none', 'smoke')
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    for name in ('LOCAL_WORLD_SIZE', 'SLURM_GPUS_PER_TASK'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('SLURM_NTASKS_PER_NODE', '8')  # of an allocation in which torchrun is started
+    assert [dist_utils._gpu_index('pytorch', rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match='8 processes were started on a machine with 4 GPUs; start 4 at most'):
+        dist_utils._gpu_index('slurm', 1, 4)
+    with pytest.raises(ConfigError, match='5 processes'):
+        dist_utils._gpu_index('pytorch', 4, 4)
+    monkeypatch.setenv('SLURM_GPUS_PER_TASK', '1')
+    assert dist_utils._gpu_index('slurm', 5, 1) == 0
 
 
 @pytest.mark.parametrize('local_rank, error, waits, said', [

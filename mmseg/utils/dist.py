@@ -21,7 +21,8 @@ from mmseg.utils.errors import ConfigError, OtherRankError
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
-_LOCAL_SIZES = ('LOCAL_WORLD_SIZE', 'SLURM_NTASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE')
+_LOCAL_SIZE = {
+    'pytorch': 'LOCAL_WORLD_SIZE', 'slurm': 'SLURM_NTASKS_PER_NODE', 'mpi': 'OMPI_COMM_WORLD_LOCAL_SIZE'}
 
 _SIGNS_OF_LOSS = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe')  # of gloo
 _PATIENCE = 5.0  # seconds in which a launcher ends the processes beside one that has failed
@@ -47,7 +48,7 @@ def init_dist(launcher: str, backend: str | None = None, timeout_minutes: float 
         timeout_minutes: how long a collective call may wait for the other ranks.
 
     Returns:
-        ``cuda:<local rank>`` where there is a GPU, else ``cpu``.
+        This process's GPU where there is one, else ``cpu``.
 
     Raises:
         ConfigError: unknown launcher, its environment variables are missing, or there are more processes than GPUs.
@@ -58,11 +59,7 @@ def init_dist(launcher: str, backend: str | None = None, timeout_minutes: float 
     if not torch.cuda.is_available():
         device = torch.device('cpu')
     else:
-        gpus = torch.cuda.device_count()
-        processes = max(local_rank + 1, *(int(os.environ.get(name, 1)) for name in _LOCAL_SIZES))
-        if launcher != 'none' and processes > gpus:
-            raise ConfigError(f'{processes} processes were started on a machine with {gpus} GPUs; start {gpus} at most')
-        device = torch.device('cuda', local_rank)
+        device = torch.device('cuda', _gpu_index(launcher, local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     if backend not in (None, 'nccl', 'gloo'):
         raise ConfigError(f"dist_params.backend: expected 'nccl' or 'gloo', got '{backend}'")
@@ -75,6 +72,16 @@ def init_dist(launcher: str, backend: str | None = None, timeout_minutes: float 
             dist.init_process_group('nccl', timeout=timeout, device_id=device)
             _control_group = dist.new_group(backend='gloo', timeout=timeout)
     return device
+
+
+def _gpu_index(launcher: str, local_rank: int, gpus: int) -> int:
+    """Which of the ``gpus`` that this process sees is its own."""
+    if launcher == 'none' or (launcher == 'slurm' and 'SLURM_GPUS_PER_TASK' in os.environ):  # it sees its own alone
+        return 0
+    processes = max(local_rank + 1, int(os.environ.get(_LOCAL_SIZE[launcher], 1)))
+    if processes > gpus:
+        raise ConfigError(f'{processes} processes were started on a machine with {gpus} GPUs; start {gpus} at most')
+    return local_rank
 
 
 def _export_rank_variables(launcher: str) -> int:
