@@ -152,6 +152,18 @@ def test_every_parameter_gets_a_gradient(tiny):
     assert not without
 
 
+def test_a_model_in_double_precision_gives_the_losses_of_the_same_one_in_float(tiny):
+    model = copy.deepcopy(tiny).eval()
+    clip, label = torch.randn(1, 2, 3, 64, 64), torch.randint(0, 5, (1, 2, 64, 64))
+    losses = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        losses.append(model.to(dtype).loss(clip.to(dtype), label, iteration=100))
+    torch.testing.assert_close(*losses, check_dtype=False, rtol=1e-3, atol=1e-3)
+    sum(losses[1].values()).backward()
+    assert model.backbone.norm1.weight.grad.dtype == torch.float64
+
+
 @pytest.mark.parametrize('training', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_backbone_pixel_decoder_and_predictor_compile_into_one_graph_each(training):
     torch._dynamo.reset()

@@ -306,7 +306,7 @@ class THEMaskCriterion(nn.Module):
             logits = torch.stack([stage.logits for stage in stages]).float()  # [S, B or B * T, Q, K + 1]
             frames = logits.shape[1] // table.classes.shape[1]
             classes = table.classes.repeat_interleave(frames, 1)
-            each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.empty_weight, reduction='none')
+            each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.empty_weight.float(), reduction='none')
             losses.append(each.view(len(stages), -1).sum(1) / frames)
         return torch.stack(losses, 1)
 
