@@ -16,10 +16,13 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python benchmarks/ms_deform_attn.py`
 
 import torch
 from torch import Tensor

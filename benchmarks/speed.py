@@ -11,6 +11,7 @@ Parts:
   checkpointing, and matching and losses alone, forward and backward.
 * data: a training clip of two frames from decoded images to tensors.
 * post: scores at stride 4 to label maps.
+* linear: linear layers of the model alone, BLAS beside what the model uses.
 
 Both arms compute the same thing (``benchmarks/plain.py``, ``tests/test_plain.py``).  They run in turns in one process,
 so that both meet the same disturbances, and medians are compared.  The peak memory of an arm is measured in a process
@@ -36,6 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python benchmarks/speed.py`
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -44,6 +47,7 @@ from benchmarks import plain
 from mmseg.core import build_optimizer
 from mmseg.datasets.pipelines.compose import Compose
 from mmseg.models import EncoderDecoder, build_segmentor
+from mmseg.models.linear import linear
 from mmseg.models.losses import THEMaskCriterion
 from mmseg.models.segmentors.label_map import ScoreView, label_map, resize_matrix
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
@@ -52,7 +56,7 @@ from mmseg.utils.config import load_config
 ARMS = ('plain', 'ours')
 CLASSES = 124
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
-PARTS = ('eval', 'train', 'data', 'post')
+PARTS = ('eval', 'train', 'data', 'post', 'linear')
 Run = Callable[[], Any]
 
 
@@ -240,9 +244,28 @@ def post_cases(args: argparse.Namespace) -> Iterator[Case]:
     yield Case(f'resize and argmax {height}x{width}', make)
 
 
+def linear_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """The encoder's feed-forward layers and projections, and the first stage's Mix-FFN, for a 480x864 frame."""
+    for tokens, width, out in ((8505, 256, 1024), (8505, 1024, 256), (8505, 256, 256), (25920, 256, 64)):
+
+        def make(arm: str, tokens: int = tokens, width: int = width, out: int = out) -> Run:
+            shapes = (1, tokens, width), (out, width), (out,)
+            x, weight, bias = (torch.randn(shape, device=args.device) for shape in shapes)
+            function = nn.functional.linear if arm == 'plain' else linear
+
+            def run() -> Tensor:
+                with torch.inference_mode():
+                    return function(x, weight, bias)
+
+            return run
+
+        yield Case(f'linear {tokens} x {width} -> {out}', make)
+
+
 def cases_of(args: argparse.Namespace, part: str) -> list[Case]:
     """The rows of one part."""
-    return list({'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'post': post_cases}[part](args))
+    cases = {'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'post': post_cases, 'linear': linear_cases}
+    return list(cases[part](args))
 
 
 def time_arms(case: Case, rounds: int, device: str) -> dict[str, float]:
