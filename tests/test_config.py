@@ -163,6 +163,12 @@ def test_broken_or_missing_file_is_named(tmp_path, text):
         load_config(path)
 
 
+def test_a_config_is_a_program_that_may_import_packages(tmp_path):
+    path = tmp_path / 'program.py'
+    path.write_text("import numpy as np\nrunner = dict(type='IterBasedRunner', max_iters=int(np.ceil(3.2)))")
+    assert load_config(path).runner.max_iters == 4
+
+
 def test_dumped_config_loads_again(tmp_path):
     cfg = load_config(VIDEO_B1)
     cfg.dump(str(tmp_path / 'dumped.py'))

@@ -162,7 +162,7 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     if not Path(path).is_file():
         raise ConfigError(f"config file '{path}' does not exist (looked from {Path.cwd()})")
     try:
-        cfg = Config.fromfile(str(path))
+        cfg = Config.fromfile(str(path), lazy_import=False)  # a file with imports is run, as by mmcv
     except Exception as error:  # a config is code: anything may come out of it
         raise ConfigError(f"config file '{path}' cannot be read: {type(error).__name__}: {error}") from error
     override(cfg, options or {})
