@@ -126,21 +126,30 @@ def loop_runner(arguments: Arguments, grad_out: Tensor, folder: str) -> Runner |
 
 
 def package_runner(arguments: Arguments, grad_out: Tensor) -> Runner | None:
-    """Runs the package torch-ms-deform-attn where it is installed; PyTorch makes softmax and locations, as usual."""
+    """Runs the package torch-ms-deform-attn where it is installed; PyTorch makes softmax and locations, as usual.
+
+    A package that cannot run here (built for another torch or for GPUs alone) is one line on stderr, and None.
+    """
     if importlib.util.find_spec('torch_ms_deform_attn') is None:
         return None
-    from torch_ms_deform_attn import ms_deform_attn as theirs
-
-    value, shapes, *_ = arguments
-    sizes = torch.tensor(shapes, device=value.device)
+    shapes = arguments[1]
+    sizes = torch.tensor(shapes, device=grad_out.device)
     starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+    try:
+        from torch_ms_deform_attn import ms_deform_attn as theirs
 
-    def function(value: Tensor, _: list, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-        locations = reference[:, :, None, :, None] + offsets / sizes.flip(-1)[:, None]
-        weights = logits.softmax(-1).view(offsets.shape[:-1])
-        return theirs(value, sizes, starts, locations, weights)
+        def function(value: Tensor, _: list, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+            locations = reference[:, :, None, :, None] + offsets / sizes.flip(-1)[:, None]
+            weights = logits.softmax(-1).view(offsets.shape[:-1])
+            return theirs(value, sizes, starts, locations, weights)
 
-    return autograd_runner(function, arguments, grad_out)
+        run = autograd_runner(function, arguments, grad_out)
+        run(True)
+    except Exception as error:  # of another project: anything may come out of it
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+        print(f'torch-ms-deform-attn is installed but does not run here and is left out: {reason}', file=sys.stderr)
+        return None
+    return run
 
 
 def instruction_sets() -> list[str]:
