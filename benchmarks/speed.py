@@ -123,22 +123,26 @@ def eval_cases(args: argparse.Namespace) -> Iterator[Case]:
                 if compiled:
                     for part in (model.backbone, model.decode_head.pixel_decoder, model.decode_head.predictor):
                         part.compile()
-                low = torch.autocast(args.device, torch.bfloat16, enabled=precision == 'bf16')
-
-                def run() -> Tensor:
-                    with torch.inference_mode(), low:
-                        return model.predict([clip], [None], size)
-
-                return run
+                return eval_run(model, clip, size, precision == 'bf16')
 
             end = ' compiled' if compiled else ''
             yield Case(f'eval {args.backbone} T={frames} {height}x{width} {precision}{end}', make)
 
 
+def eval_run(model: EncoderDecoder, clip: Tensor, size: tuple[int, int], low: bool = False) -> Run:
+    """Frames to label maps of ``size``, in bfloat16 where ``low``."""
+    precision = torch.autocast(clip.device.type, torch.bfloat16, enabled=low)
+
+    def run() -> Tensor:
+        with torch.inference_mode(), precision:
+            return model.predict([clip], [None], size)
+
+    return run
+
+
 def train_cases(args: argparse.Namespace) -> Iterator[Case]:
     """Training steps, and matching and losses alone."""
     height, width = args.size or (480, 480)
-    schedule = load_config(CONFIGS / f'video_themask_{args.backbone}.py').optimizer
     for frames in args.frames:
         for checkpointing in (False, True):
 
@@ -150,28 +154,35 @@ def train_cases(args: argparse.Namespace) -> Iterator[Case]:
                     del model
                     plain_optimizer = plain.adamw(yardstick.parameters())
                     return lambda: plain.train_step(yardstick, plain_optimizer, clip, labels)
-                optimizer = build_optimizer(model, schedule)
-
-                def run() -> None:
-                    losses = model(clip, labels)
-                    optimizer.zero_grad()
-                    torch.stack(list(losses.values())).sum().backward()
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-                    optimizer.step()
-
-                return run
+                return train_run(args, model, clip, labels)
 
             end = ' checkpointed' if checkpointing else ''
             yield Case(f'train step {args.backbone} T={frames} {height}x{width}{end}', make)
 
         def make_losses(arm: str, frames: int = frames) -> Run:
-            return losses_run(args, arm, frames, height, width)
+            return losses_run(args, arm, labels_of(frames, height, width))
 
         yield Case(f'matching and losses T={frames} {height}x{width}', make_losses)
 
 
-def losses_run(args: argparse.Namespace, arm: str, frames: int, height: int, width: int) -> Run:
-    """Matching, losses and their gradients for ten stages of random predictions at both levels."""
+def train_run(args: argparse.Namespace, model: EncoderDecoder, clip: Tensor, labels: Tensor, low: bool = False) -> Run:
+    """Our training step: losses (in bfloat16 where ``low``), backward, clipping, AdamW."""
+    optimizer = build_optimizer(model, load_config(CONFIGS / f'video_themask_{args.backbone}.py').optimizer)
+
+    def run() -> None:
+        with torch.autocast(clip.device.type, torch.bfloat16, enabled=low):
+            losses = model(clip, labels)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+
+    return run
+
+
+def losses_run(args: argparse.Namespace, arm: str, labels: Tensor) -> Run:
+    """Matching, losses and their gradients for ten stages of random predictions at both levels, one clip of labels."""
+    frames, height, width = labels.shape[1:]
     generator = torch.Generator().manual_seed(2)
 
     def predictions(samples: int, length: int) -> list[MaskPrediction]:
@@ -186,7 +197,7 @@ def losses_run(args: argparse.Namespace, arm: str, frames: int, height: int, wid
 
     clip, frame = predictions(1, frames), predictions(frames, 1)
     leaves: list[Tensor] = [leaf for stage in (*clip, *frame) for leaf in (stage.logits, stage.masks)]
-    labels = labels_of(frames, height, width).to(args.device)
+    labels = labels.to(args.device)
     criterion = THEMaskCriterion(CLASSES).to(args.device)
 
     def run() -> None:
@@ -313,13 +324,23 @@ def memory_status(field: str) -> int:
 
 def peak_in_fresh_process(part: str, index: int, arm: str, arguments: list[str]) -> float | None:
     """Runs this module once more for one arm of one case; ``None`` where the system does not tell memory."""
-    if not Path('/proc/self/clear_refs').exists():
+    if not tells_memory():
         return None
-    command = [sys.executable, '-m', 'benchmarks.speed', *arguments, '--peak-of', part, str(index), arm]
+    return float(in_fresh_process('benchmarks.speed', [*arguments, '--peak-of', part, str(index), arm]).split()[-1])
+
+
+def tells_memory() -> bool:
+    """Whether :func:`own_peak` works here."""
+    return Path('/proc/self/clear_refs').exists()
+
+
+def in_fresh_process(module: str, arguments: list[str]) -> str:
+    """What a benchmark prints when it is run in a process of its own."""
+    command = [sys.executable, '-m', module, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     if result.returncode != 0:
         raise RuntimeError(f'{" ".join(command)} failed:\n{result.stderr[-2000:]}')
-    return float(result.stdout.split()[-1])
+    return result.stdout
 
 
 def describe(args: argparse.Namespace) -> str:
