@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -151,6 +152,58 @@ def test_shares_are_logged_and_shares_of_nothing_harm_no_mean(tmp_path, caplog):
     events = EventAccumulator(str(tmp_path / 'tf_logs')).Reload()
     assert [(e.step, e.value) for e in events.Scalars('train/matched')] == [(2, 0.375), (3, 0.25)]
     assert [(e.step, e.value) for e in events.Scalars('train/acc')] == [(2, 0.5)]
+
+
+def test_a_full_disk_neither_ends_a_run_nor_leaves_gaps_in_its_curves(tmp_path, caplog, capfd):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Disk(Hook):
+        """From iteration 2 to 6 no file can grow by more than a part of a record."""
+
+        priority = 'HIGHEST'
+
+        def after_train_iter(self, runner):
+            sizes = [path.stat().st_size for path in (*tmp_path.glob('*.json'), *tmp_path.glob('tf_logs/*'))]
+            if runner.iter == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (min(sizes) + 10, limits[1]))
+            self.sizes = sizes if runner.iter == 2 else getattr(self, 'sizes', None)
+            if runner.iter == 6:
+                assert sizes == self.sizes, 'no half records'
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    hooks = [Disk(), JsonLoggerHook(1), TensorboardLoggerHook(1)]
+    try:
+        make_runner(tmp_path, 8, hooks, timestamp='now').run(batches())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lines = [json.loads(line) for line in (tmp_path / 'now.log.json').read_text().splitlines()]
+    assert [line['iter'] for line in lines[1:]] == [1, 2, 3, 4, 5, 6, 7, 8]
+    events = EventAccumulator(str(tmp_path / 'tf_logs')).Reload()
+    assert [event.step for event in events.Scalars('train/loss')] == [1, 2, 3, 4, 5, 6, 7, 8]
+    errors = [record.getMessage() for record in caplog.records if record.levelname == 'ERROR']
+    assert len(errors) == 2 and all('cannot write' in e and 'File too large' in e for e in errors), 'once a file'
+    assert 'Traceback' not in capfd.readouterr().err
+
+
+def test_curves_of_a_resumed_run_hide_what_the_broken_off_run_drew_beyond(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make_runner(tmp_path, 5, [TensorboardLoggerHook(1)]).run(batches())
+    resumed = make_runner(tmp_path, 4, [TensorboardLoggerHook(1)])
+    resumed.iter = 2
+    resumed.run(batches(2))
+    events = EventAccumulator(str(tmp_path / 'tf_logs')).Reload()
+    assert [event.step for event in events.Scalars('train/loss')] == [1, 2, 3, 4]
+
+
+def test_a_log_folder_that_cannot_be_made_does_not_end_a_run(tmp_path, caplog):
+    (tmp_path / 'file').touch()
+    runner = make_runner(tmp_path, 2, [TensorboardLoggerHook(1, log_dir=str(tmp_path / 'file' / 'logs'))])
+    runner.run(batches())
+    assert runner.iter == 2
+    assert [record.getMessage().startswith('cannot write') for record in caplog.records] == [True]
 
 
 def test_accumulated_gradients_equal_one_large_batch(tmp_path):

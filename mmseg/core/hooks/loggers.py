@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
+import logging
 import math
+import os
 import resource
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +112,42 @@ class TextLoggerHook(LoggerHook):
         )
 
 
+class _Records:
+    """A file that grows by whole records.  What cannot be written (the disk is full) is kept, and tried again with the
+    next record: a training neither ends nor has gaps in its curves for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._unwritten = b''
+        self._failed = False
+
+    def append(self, record: bytes, logger: logging.Logger) -> None:
+        """Writes ``record``; the first of several failures is an error in the log."""
+        self._unwritten += record
+        try:
+            self._write()
+        except OSError as error:
+            if not self._failed:
+                logger.error('cannot write %s: %s; training goes on, and its records are kept until it can be written',
+                             self.path, error)
+            self._failed = True
+            return
+        self._unwritten = b''
+        self._failed = False
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open('ab') as file:
+            whole = file.tell()
+        try:
+            with self.path.open('ab') as file:
+                file.write(self._unwritten)
+        except OSError:
+            os.truncate(self.path, whole)  # no half record
+            raise
+
+
 @HOOKS.register_module()
 @retired(by_epoch=(False,), ignore_last=(), reset_flag=())
 class JsonLoggerHook(LoggerHook):
@@ -114,12 +155,13 @@ class JsonLoggerHook(LoggerHook):
 
     def __init__(self, interval: int = 10) -> None:
         super().__init__(interval)
-        self.path: Path | None = None
+        self._file: _Records | None = None
 
     def before_run(self, runner: IterBasedRunner) -> None:
         """Writes the first line."""
-        self.path = Path(runner.work_dir) / f'{runner.timestamp}.log.json'
-        self._append(runner, {key: runner.meta.get(key) for key in ('exp_name', 'mmseg_version', 'seed')})
+        if runner.rank == 0:
+            self._file = _Records(Path(runner.work_dir) / f'{runner.timestamp}.log.json')
+            self._append(runner, {key: runner.meta.get(key) for key in ('exp_name', 'mmseg_version', 'seed')})
 
     def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
         """Appends the line."""
@@ -127,19 +169,16 @@ class JsonLoggerHook(LoggerHook):
         self._append(runner, {'mode': mode, 'iter': iteration, **numbers})
 
     def _append(self, runner: IterBasedRunner, record: dict[str, Any]) -> None:
-        if runner.rank or self.path is None:
-            return
-        try:
-            with self.path.open('a') as file:
-                file.write(json.dumps(record) + '\n')
-        except OSError as error:  # a full disk must not end the training
-            runner.logger.error('cannot write %s: %s', self.path, error)
+        if self._file is not None:
+            self._file.append(f'{json.dumps(record)}\n'.encode(), runner.logger)
 
 
 @HOOKS.register_module()
 @retired(by_epoch=(False,), ignore_last=(), reset_flag=())
 class TensorboardLoggerHook(LoggerHook):
     """TensorBoard scalars: ``train/<loss>``, ``val/<metric>``, ``learning_rate``, and time and memory under ``info/``.
+
+    The event file is written here and not by a ``SummaryWriter``, whose thread ends for good at the first error.
 
     Args:
         interval: iterations between two records.
@@ -150,29 +189,36 @@ class TensorboardLoggerHook(LoggerHook):
         super().__init__(interval)
         self.log_dir = log_dir
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             raise ConfigError('TensorboardLoggerHook: tensorboard is not installed (pip install tensorboard)') from None
-        self._make_writer = SummaryWriter
-        self._writer: Any = None
+        self._events, self._summaries, self._record_writer = event_pb2, summary_pb2, RecordWriter
+        self._file: _Records | None = None
 
     def before_run(self, runner: IterBasedRunner) -> None:
         """Opens the event file; after a resume, points beyond the resumed iteration are hidden."""
         if runner.rank == 0:
-            self._writer = self._make_writer(
-                self.log_dir or str(Path(runner.work_dir) / 'tf_logs'), purge_step=runner.iter + 1
-            )
+            folder = Path(self.log_dir or Path(runner.work_dir) / 'tf_logs')
+            name = f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}'
+            self._file = _Records(folder / name)
+            started = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._append(runner, {'file_version': 'brain.Event:2'}, {'step': runner.iter + 1, 'session_log': started})
 
     def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
         """Adds the scalars."""
+        values = []
         for name, value in record.items():
-            if isinstance(value, str):
-                continue
-            tag = 'learning_rate' if name == 'lr' else f'info/{name}' if name in _INFO else f'{mode}/{name}'
-            self._writer.add_scalar(tag, value, iteration)
-        self._writer.flush()
+            if not isinstance(value, str):
+                tag = 'learning_rate' if name == 'lr' else f'info/{name}' if name in _INFO else f'{mode}/{name}'
+                values.append(self._summaries.Summary.Value(tag=tag, simple_value=value))
+        self._append(runner, {'step': iteration, 'summary': self._summaries.Summary(value=values)})
 
-    def after_run(self, runner: IterBasedRunner) -> None:
-        """Closes the event file."""
-        if self._writer is not None:
-            self._writer.close()
+    def _append(self, runner: IterBasedRunner, *events: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        records = io.BytesIO()
+        for event in events:
+            message = self._events.Event(wall_time=time.time(), **event)
+            self._record_writer(records).write(message.SerializeToString())
+        self._file.append(records.getvalue(), runner.logger)
