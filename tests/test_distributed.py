@@ -283,3 +283,18 @@ def test_an_error_of_all_ranks_is_said_by_the_first_and_that_of_one_by_itself(
     dist_utils.report_error(error)
     assert sum(slept) == waits * dist_utils._PATIENCE
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize('variable, rank, waits', [
+    ('LOCAL_RANK', 0, 0), ('LOCAL_RANK', 1, 2), ('SLURM_LOCALID', 3, 2), ('OMPI_COMM_WORLD_LOCAL_RANK', 2, 2)])
+def test_a_usage_error_is_said_by_the_first_and_ends_all(monkeypatch, capsys, variable, rank, waits):
+    slept = []
+    monkeypatch.setattr(time, 'sleep', slept.append)
+    monkeypatch.setenv(variable, str(rank))
+    parser = dist_utils.ArgumentParser('tool')
+    parser.add_argument('--seed', type=int)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(['--seed', 'one'])
+    assert end.value.code == 2 and sum(slept) == waits * dist_utils._PATIENCE
+    said = "usage: tool [-h] [--seed SEED]\ntool: error: argument --seed: invalid int value: 'one'\n"
+    assert capsys.readouterr().err == ('' if rank else said)

@@ -126,6 +126,11 @@ def test_the_exit_status_is_passed_on_and_the_error_is_clear(tmp_path, data_root
     assert run.returncode == 1
     assert run.stderr == (
         "error: --options runner.max_iter: unknown key 'max_iter' in runner (did you mean 'max_iters'?)\n")
+    for tool, words in (('train', ()), ('test', ('x.pth',))):
+        run = script(f'dist_{tool}.sh', config, *words, 2, '--options', 'runner.max_iters', cwd=tmp_path)
+        assert run.returncode == 2
+        assert run.stderr.count('usage: ') == run.stderr.count(' error: ') == 1, run.stderr
+        assert "expected KEY=VALUE, got 'runner.max_iters'" in run.stderr
     for args in ((), (config,), (config, 'two'), (config, '0')):
         run = script('dist_train.sh', *args, cwd=tmp_path)
         assert run.returncode == 2 and ('usage' in run.stderr or 'expected the number' in run.stderr)

@@ -25,7 +25,7 @@ from mmseg.datasets import VideoDataset, build_dataset, build_test_loader
 from mmseg.models import build_segmentor
 from mmseg.registry import nearest
 from mmseg.utils.config import OptionsAction, load_config
-from mmseg.utils.dist import LAUNCHERS, barrier, close_dist, get_dist_info, init_dist, report_error
+from mmseg.utils.dist import LAUNCHERS, ArgumentParser, barrier, close_dist, get_dist_info, init_dist, report_error
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, OtherRankError
 from mmseg.utils.files import write_atomically
 from mmseg.utils.logger import get_logger, setup_logger
@@ -58,7 +58,7 @@ examples:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file, or a work dir (then its newest whole checkpoint)')

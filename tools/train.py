@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.utils.config import OptionsAction, load_config
-from mmseg.utils.dist import close_dist, init_dist, report_error
+from mmseg.utils.dist import ArgumentParser, close_dist, init_dist, report_error
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
 
 EPILOG = """examples:
@@ -23,7 +23,7 @@ A SIGINT or SIGTERM ends the training after the current iteration, with a checkp
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description='Train a model', epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', help='config file')

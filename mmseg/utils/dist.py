@@ -5,6 +5,7 @@ Every helper also works in a single process without a process group, so callers 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -132,9 +133,25 @@ def report_error(error: Exception) -> None:
     if isinstance(error, OtherRankError):
         time.sleep(2 * _PATIENCE)
         return
-    if any(int(os.environ.get(variables['LOCAL_RANK'], 0)) for variables in _RANK_VARIABLES.values()):
+    if not _is_first_of_machine():
         time.sleep(_PATIENCE)
     print(f'error: {error}', file=sys.stderr)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser for processes that share one command line: a usage error is printed once a machine."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with status 2; the first process of the machine says why, and the others leave it the time to."""
+        if not _is_first_of_machine():
+            time.sleep(2 * _PATIENCE)
+            self.exit(2)
+        super().error(message)
+
+
+def _is_first_of_machine() -> bool:
+    """What the launchers' variables say; it needs no process group."""
+    return not any(int(os.environ.get(variables['LOCAL_RANK'], 0)) for variables in _RANK_VARIABLES.values())
 
 
 @contextlib.contextmanager
