@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from mmseg.utils.config import OptionsAction, check_config, load_config, overrid
 from mmseg.utils.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
+TOOLS = Path(__file__).parents[1] / 'tools'
 VIDEO_B1 = CONFIGS / 'video_themask_mit_b1.py'
 
 
@@ -115,7 +118,7 @@ def test_slip_at_the_top_level_is_a_warning_and_own_names_pass(caplog):
 
 def parsed(*words):
     parser = argparse.ArgumentParser()
-    parser.add_argument(*OptionsAction.names, nargs='+', action=OptionsAction)
+    OptionsAction.add_to(parser)
     return parser.parse_args(words).options
 
 
@@ -133,6 +136,21 @@ def test_a_word_that_is_no_option_ends_the_command_with_a_sentence(word, capsys)
     with pytest.raises(SystemExit, match='2'):
         parsed('--options', word)
     assert 'error: argument --options: ' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name, files', {
+    'train': ['c.py'], 'test': ['c.py', 'x.pth'], 'benchmark': ['c.py'], 'browse_dataset': ['c.py'],
+    'get_flops': ['c.py'], 'print_config': ['c.py'], 'report': ['run'], 'video_demo': ['c.py', 'x.pth', 'v.mp4'],
+}.items())
+def test_the_tools_take_the_same_options(name, files, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(f'{name}_tool', TOOLS / f'{name}.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    for option in ('--options', '--cfg-options'):
+        monkeypatch.setattr(sys, 'argv', [name, *files, option, 'data.test.test_size=4', 'runner.max_iters'])
+        with pytest.raises(SystemExit, match='2'):
+            tool.main()
+        assert f"error: argument {option}: expected KEY=VALUE, got 'runner.max_iters'" in capsys.readouterr().err
 
 
 def test_an_override_inside_a_section_that_is_none_is_an_error():

@@ -16,12 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from mmengine.config import DictAction
 
 from mmseg.apis.inference import init_segmentor
 from mmseg.core.precision import Precision
 from mmseg.datasets import build_dataset
-from mmseg.utils.config import load_config
+from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError
 from mmseg.utils.files import write_atomically
@@ -116,7 +115,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=20)
     parser.add_argument('--warmup', type=int, default=3)
     parser.add_argument('--threads', type=int, help='of the CPU')
-    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V', help='change the config')
+    OptionsAction.add_to(parser)
     parser.add_argument('--json', type=Path, help='write figures and protocol to this file')
     args = parser.parse_args()
     try:

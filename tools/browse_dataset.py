@@ -13,12 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import numpy as np
 import torch
-from mmengine.config import DictAction
 
 from mmseg.datasets import VideoDataset, build_dataset
 from mmseg.datasets.loader import seeded
 from mmseg.datasets.pipelines.loading import load_labels, read_frame
-from mmseg.utils.config import load_config
+from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.visual import legend, overlay, panels, write_picture
 
@@ -125,7 +124,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0, help='of the choice of clips and the pipeline')
     parser.add_argument('--height', type=int, default=200, help='of a row, in pixels')
     parser.add_argument('--opacity', type=float, default=0.6, help='of the labels, 0..1')
-    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V', help='change the config')
+    OptionsAction.add_to(parser)
     args = parser.parse_args()
     try:
         cfg = load_config(args.config, args.options)

@@ -14,14 +14,13 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from mmengine.config import DictAction
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg.models import build_segmentor
 from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.library import ops
-from mmseg.utils.config import load_config
+from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.files import write_atomically
@@ -112,7 +111,7 @@ def main() -> None:
     parser.add_argument('--size', '--shape', type=int, nargs=2, default=(480, 864), metavar=('H', 'W'),
                         help='of the input, after the test pipeline (default 480 864)')
     parser.add_argument('--frames', type=int, help='of the clip (default: test_size of the config)')
-    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V', help='change the config')
+    OptionsAction.add_to(parser)
     parser.add_argument('--json', type=Path, help='write the numbers to this file')
     args = parser.parse_args()
     try:

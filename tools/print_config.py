@@ -10,9 +10,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.config import DictAction
 
-from mmseg.utils.config import load_config
+from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.errors import ConfigError
 
 EPILOG = """examples:
@@ -49,8 +48,7 @@ def main() -> None:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--diff', metavar='OTHER', help='print only what differs from this config (exit status 1 then)')
-    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V',
-                        help='overrides of CONFIG, as in training')
+    OptionsAction.add_to(parser, 'overrides of CONFIG, as in training')
     parser.add_argument('--out', type=Path, help='write the final config to this .py file, which can be trained')
     args = parser.parse_args()
     try:

@@ -15,12 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.config import DictAction
 
 from mmseg.apis.report import read_predictions, read_report, run_of_predictions, write_report
 from mmseg.apis.sinks import load_results
 from mmseg.datasets import VideoDataset, build_dataset
-from mmseg.utils.config import load_config
+from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import write_atomically
 
@@ -43,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, required=True, help='folder for index.html')
     parser.add_argument('--names', nargs='+', help='names of the runs; default: those they have, or their folders')
     parser.add_argument('--config', help='config file whose data.test holds frames and masks of predictions')
-    parser.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V', help='change the config')
+    OptionsAction.add_to(parser)
     parser.add_argument('--videos', type=int, default=2, help='players of the worst, median and best videos, each')
     parser.add_argument('--frames', type=int, default=48, help='of a player at most')
     parser.add_argument('--max-mib', type=float, default=16, help='size of the page at most')

@@ -74,8 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         'players of the worst, median and best videos')
     parser.add_argument('--opacity', type=float, default=0.6, help='of the colours in pictures, 0..1')
     parser.add_argument('--aug-test', action='store_true', help='average over scales 0.5 .. 1.75 and flips')
-    parser.add_argument(*OptionsAction.names, nargs='+', action=OptionsAction, default={}, metavar='K=V',
-                        help='change the config, as in data.test.test_size=4')
+    OptionsAction.add_to(parser)
     parser.add_argument('--eval-options', nargs='+', action=OptionsAction, default={}, metavar='K=V', help='see below')
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none', help='how several processes were started')
     parser.add_argument('--tmpdir', help='collect the results of several processes in this (shared) folder')

@@ -41,10 +41,7 @@ def parse_args() -> argparse.Namespace:
     devices.add_argument('--gpu-ids', type=int, nargs='+', help='GPUs to use on this machine')
     parser.add_argument('--seed', type=int, help='seed of Python, numpy, torch and the data order')
     parser.add_argument('--deterministic', action='store_true', help='reproducible algorithms on a GPU, slower')
-    parser.add_argument(
-        *OptionsAction.names, nargs='+', action=OptionsAction, metavar='K=V',
-        help='change the config, as in runner.max_iters=100'
-    )
+    OptionsAction.add_to(parser, 'change the config, as in runner.max_iters=100')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, help='set by old launchers; LOCAL_RANK wins')
     return parser.parse_args()

@@ -20,7 +20,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from mmengine.config import DictAction
 
 from mmseg.apis import init_segmentor
 from mmseg.apis.video import VIEWS, FrameView, VideoSegmenter, classes_of
@@ -33,6 +32,7 @@ from mmseg.apis.video_io import (
     VideoWriter,
     open_source,
 )
+from mmseg.utils.config import OptionsAction
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError
 from mmseg.utils.files import write_atomically
 from mmseg.utils.logger import setup_logger
@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     model = parser.add_argument_group('model')
     model.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
     model.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
-    model.add_argument('--options', nargs='+', action=DictAction, default={}, metavar='K=V', help='change the config')
+    OptionsAction.add_to(model)
     return parser.parse_args()
 
 

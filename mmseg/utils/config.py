@@ -135,6 +135,13 @@ class OptionsAction(DictAction):
 
     names = ('--options', '--cfg-options')  # of mmsegmentation 0.x, and of later ones
 
+    @classmethod
+    def add_to(
+        cls, parser: argparse._ActionsContainer, help: str = 'change the config, as in data.test.test_size=4'
+    ) -> None:
+        """Gives a command line, or a group of it, the option; ``options`` is a dict, empty where it is not used."""
+        parser.add_argument(*cls.names, nargs='+', action=cls, default={}, metavar='K=V', help=help)
+
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
