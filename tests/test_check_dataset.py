@@ -43,6 +43,14 @@ def test_a_clean_data_set(clean, tmp_path, capsys):
     assert 'train: 3 videos, 24 frames, 0 problems' in capsys.readouterr().out
 
 
+def test_hidden_files_are_not_checked(tmp_path, capsys):
+    root = write_vspw(tmp_path)
+    for video, kind, suffix in (('a', 'origin', 'jpg'), ('a', 'mask', 'png'), ('t0', 'mask', 'png')):
+        (root / 'data' / video / kind / f'._00000001.{suffix}').write_bytes(b'of macOS')
+    assert main([str(root)]) == 0
+    assert 'test: 1 videos, 4 frames, 0 problems' in capsys.readouterr().out
+
+
 def test_every_fault_is_listed_by_file(tmp_path):
     root = write_vspw(tmp_path / 'data', {'train': {'a': 6, 'b': 6, 'gone': 2, 'short': 2}})
     origin, mask = root / 'data' / 'a' / 'origin', root / 'data' / 'a' / 'mask'

@@ -157,6 +157,17 @@ def test_a_split_without_masks_can_be_tested_but_not_trained_on(vspw):
         build_train(vspw, split='test')
 
 
+def test_hidden_files_are_no_masks(damaged):
+    (damaged / 'data' / 't0' / 'mask' / '._00000001.png').write_bytes(b'of macOS')
+    dataset = build_test(damaged, split='test')
+    assert not dataset.has_masks and dataset[0]['label'] is None
+    with pytest.raises(DataError, match='no masks'):
+        build_train(damaged, split='test')
+    (damaged / 'data' / 'v0' / 'mask' / '._00000001.png').write_bytes(b'of macOS')
+    dataset = build_test(damaged)
+    assert dataset.has_masks and dataset[0]['label'].shape == (1, 60, 107)
+
+
 def test_aliases_and_retired_keys(vspw):
     assert len({DATASETS.get(f'VSPWDataset{n}') for n in ('', '2', '_multiFrameTest')}) == 1
     assert DATASETS.get('CamVidDataset') is CamVidDataset

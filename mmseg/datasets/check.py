@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from mmseg.utils.errors import ConfigError, DataError
 
 from .clip_sampler import frames_needed
 from .pipelines.loading import VOID, label_table, read_frame, read_mask, to_training_labels
-from .video_dataset import Layout, list_files, read_split
+from .video_dataset import Layout, has_files, list_files, read_split
 
 UNREADABLE_FRAME = 'unreadable frame'
 UNREADABLE_MASK = 'unreadable mask'
@@ -205,7 +204,7 @@ def check_split(
     names = read_split(split.data_root, split.layout, split.split)
     on_start(len(names))
     has_masks = split.masks_needed or any(
-        any(Path(split.folder('masks', name)).glob(f'*{split.layout.mask_suffix}')) for name in names)
+        has_files(split.folder('masks', name), split.layout.mask_suffix) for name in names)
     results: dict[str, tuple[int, list[Problem], np.ndarray]] = {}
     with ThreadPoolExecutor(max(1, workers)) as pool:
         jobs = {pool.submit(_check_video, split, name, has_masks): name for name in names}

@@ -76,10 +76,21 @@ def _frame_order(name: str) -> tuple[int, int, str]:
 
 def list_files(folder: str | Path, suffix: str) -> list[str]:
     """Names, without suffix and in frame order, of the visible files of ``folder`` that end in ``suffix``."""
-    names = [
-        name[:-len(suffix)] for name in os.listdir(folder) if name.endswith(suffix) and not name.startswith('.')
-    ]
-    return sorted(names, key=_frame_order)
+    return sorted((name[:-len(suffix)] for name in os.listdir(folder) if _counts(name, suffix)), key=_frame_order)
+
+
+def has_files(folder: str | Path, suffix: str) -> bool:
+    """Whether there is such a folder with a visible file that ends in ``suffix``."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(_counts(entry.name, suffix) for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _counts(name: str, suffix: str) -> bool:
+    """Hidden files are of other programs (``._1.png`` beside each file that macOS copied)."""
+    return name.endswith(suffix) and not name.startswith('.')
 
 
 def read_split(root: str | Path, layout: Layout, split: str) -> list[str]:
@@ -175,7 +186,8 @@ class VideoDataset(Dataset):
         self.pipeline = Compose(pipeline)
         self._check_pipeline()
         self.videos, self.short_videos = self._list_videos(skip_short_videos)
-        self.has_masks = any(self._video_has_masks(video) for video in self.videos)
+        self.has_masks = any(
+            has_files(self._folder('masks', video.name), self.layout.mask_suffix) for video in self.videos)
         if self.is_training and not self.has_masks:
             raise DataError(f"split '{split}' of {data_root}: no masks in {self._folder('masks', self.videos[0].name)} "
                             f'nor in any other video; training needs them')
@@ -244,14 +256,6 @@ class VideoDataset(Dataset):
 
     def _folder(self, kind: str, video: str) -> str:
         return os.path.join(self.data_root, getattr(self.layout, kind).format(video=video, split=self.split))
-
-    def _video_has_masks(self, video: Video) -> bool:
-        try:
-            with os.scandir(self._folder('masks', video.name)) as entries:
-                suffix = self.layout.mask_suffix
-                return any(e.name.endswith(suffix) and not e.name.startswith('.') for e in entries)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
 
     @property
     def is_training(self) -> bool:
