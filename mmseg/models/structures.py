@@ -13,24 +13,67 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmseg.models.linear import linear
+
 IGNORE_INDEX = 255
+
+
+def mask_logits(embedding: Tensor, features: Tensor) -> Tensor:
+    """Masks from their factors: the product of each query's embedding with the features of each pixel.
+
+    Args:
+        embedding: float ``[N, Q, C]``, or ``[N, T, Q, C]`` where it differs from frame to frame.
+        features: float ``[N, T, C, h, w]``.
+
+    Returns:
+        ``[N, Q, T, h, w]``; each map is contiguous.
+    """
+    num, frames = features.shape[:2]
+    if embedding.dim() == 3:
+        embedding = embedding[:, None].expand(-1, frames, -1, -1)
+    pixels = features.to(embedding.dtype).flatten(3).transpose(2, 3)  # under autocast they may differ
+    if features.device.type == 'cpu':  # frame by frame, through the library that is fastest there
+        factors = zip(embedding.flatten(0, 1), pixels.flatten(0, 1))
+        masks = torch.stack([linear(*pair) for pair in factors]).unflatten(0, (num, frames))
+    else:
+        masks = embedding @ pixels.transpose(2, 3)
+    return masks.unflatten(3, features.shape[3:]).transpose(1, 2)
 
 
 class MaskPrediction(NamedTuple):
     """Class and mask logits of one prediction stage at one level.
 
     Clip level: N = B and T frames a mask.  Frame level: N = B * T (frames of a clip stand together), one frame a mask.
+    Masks are given as a whole or as two factors.  A decoder gives factors: few of its masks are ever looked at, and
+    all of them at all stages would take more memory than anything else in training.
 
     Attributes:
         logits: float ``[N, Q, K + 1]``; the last class is "no object".
-        masks: float ``[N, Q, T, h, w]``.
-        embedding: float ``[N, Q, C]`` of which, with ``DecoderOutput.mask_features``, the masks are the product; a loss
-            on a few masks then need not go through all of them.
+        whole: float ``[N, Q, T, h, w]``, or ``None`` where there are factors.
+        embedding: float ``[N, Q, C]``, or ``[N, T, Q, C]`` where it differs from frame to frame.
+        features: float ``[N, T, C, h, w]``.
     """
 
     logits: Tensor
-    masks: Tensor
+    whole: Tensor | None = None
     embedding: Tensor | None = None
+    features: Tensor | None = None
+
+    @property
+    def masks(self) -> Tensor:
+        """Mask logits, float ``[N, Q, T, h, w]``; multiplied anew by each access where they are given as factors."""
+        if self.whole is not None:
+            return self.whole
+        assert self.embedding is not None and self.features is not None
+        return mask_logits(self.embedding, self.features)
+
+    @property
+    def num_frames(self) -> int:
+        """T, the frames of a mask."""
+        if self.whole is not None:
+            return self.whole.shape[2]
+        assert self.features is not None
+        return self.features.shape[1]
 
 
 class DecoderOutput(NamedTuple):
@@ -39,7 +82,7 @@ class DecoderOutput(NamedTuple):
     Attributes:
         clip: one :class:`MaskPrediction` a stage (before the first layer, then after each); the last is final.
         frame: the same stages for the frame queries; ``None`` without a temporal part.
-        mask_features: float ``[B, T, C, h, w]``, the other factor of every mask.
+        mask_features: float ``[B, T, C, h, w]``, the common factor of all masks; ``None`` where they are given whole.
     """
 
     clip: list[MaskPrediction]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmseg.models.linear import linear
 from mmseg.models.losses.criterion import THEMaskCriterion
-from mmseg.models.structures import IGNORE_INDEX, ClipTarget, DecoderOutput, MaskPrediction
+from mmseg.models.structures import IGNORE_INDEX, ClipTarget, DecoderOutput
 from mmseg.registry import (
     HEADS,
     PIXEL_DECODERS,
@@ -25,6 +26,8 @@ from mmseg.registry import (
 )
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import drop_dead_keys
+
+_CPU_PIXELS = 2048
 
 
 class THEMaskHead(nn.Module):
@@ -160,22 +163,23 @@ class THEMaskHead(nn.Module):
         return self.encoded_scores(*self.encode(features), num_frames)
 
     def encoded_scores(self, mask_features: Tensor, maps: Sequence[Tensor], num_frames: int) -> Tensor:
-        """:meth:`scores` from both results of :meth:`encode`."""
-        output = self.predictor(maps, mask_features, num_frames, all_layers=False)
-        height, width = output.clip[-1].masks.shape[-2:]
-        classes, masks = self._factors(output.clip[-1])
-        if output.frame is None:
-            scores = classes @ masks
-        else:
-            scores = torch.baddbmm(classes @ masks, *self._factors(output.frame[-1]), beta=0.5, alpha=0.5)
-        return scores.unflatten(0, (-1, num_frames)).unflatten(3, (height, width))
+        """:meth:`scores` from both results of :meth:`encode`.
 
-    @staticmethod
-    def _factors(prediction: MaskPrediction) -> tuple[Tensor, Tensor]:
-        """Class probabilities ``[N * T, K, Q]`` and mask probabilities ``[N * T, Q, h * w]``."""
-        classes = prediction.logits.softmax(dim=-1)[..., :-1].transpose(1, 2)
-        masks = prediction.masks.transpose(1, 2).flatten(3).flatten(0, 1).sigmoid()
-        return classes.repeat_interleave(prediction.masks.shape[2], dim=0), masks
+        Queries of both levels stand side by side, so that a sum over them is the sum over levels too.
+        """
+        output = self.predictor(maps, mask_features, num_frames, all_layers=False)
+        levels = [stages[-1] for stages in (output.clip, output.frame) if stages is not None]
+        classes, embeddings = (
+            torch.cat([x.repeat_interleave(len(mask_features) // len(x), dim=0) for x in parts], dim=1)
+            for parts in (
+                [level.logits.softmax(dim=-1)[..., :-1] / len(levels) for level in levels],
+                [level.embedding for level in levels if level.embedding is not None],
+            )
+        )
+        pixels = mask_features.flatten(2).transpose(1, 2)
+        frames = [_scores_of_pixels(*factors) for factors in zip(pixels, embeddings, classes)]
+        scores = torch.stack(frames).transpose(1, 2).unflatten(2, mask_features.shape[2:])
+        return scores.unflatten(0, (-1, num_frames))
 
     def loss(self, features: Sequence[Tensor], labels: Tensor, iteration: int = 0) -> dict[str, Tensor]:
         """Weighted losses of every prediction stage and level, to be summed.
@@ -196,6 +200,22 @@ class THEMaskHead(nn.Module):
     def statistics(self) -> dict[str, Tensor]:
         """What the last :meth:`loss` matched: name -> (count, of how many), float32 ``[2]``; see the criterion."""
         return self.criterion.last_statistics
+
+
+def _scores_of_pixels(pixels: Tensor, embeddings: Tensor, classes: Tensor) -> Tensor:
+    """Scores of one frame, a few pixels at a time on the CPU, where the masks of these pixels then stay in the cache.
+
+    Args:
+        pixels: mask features ``[S, C]``.
+        embeddings: of the queries, ``[Q, C]``.
+        classes: their probabilities ``[Q, K]``.
+
+    Returns:
+        ``[S, K]``.
+    """
+    piece = _CPU_PIXELS if pixels.device.type == 'cpu' else len(pixels)
+    classes = classes.T.contiguous()
+    return torch.cat([linear(linear(part, embeddings).sigmoid(), classes) for part in pixels.split(piece)])
 
 
 register_variant(HEADS, 'THEMaskHead', THEMaskHead, frame_level=True)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmseg.models.assigners.two_round import Round2Cost, TwoRoundAssigner
+from mmseg.models.linear import linear
 from mmseg.models.losses import mask_losses, point_sampling
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction, Match
 from mmseg.registry import check_arguments, retired, standing_at
@@ -163,14 +164,14 @@ class THEMaskCriterion(nn.Module):
             for the earlier ones, and all of them with ``_aux`` behind for the frame level; float32 scalars.
         """
         clip = output.clip[-1]
-        num_frames = clip.masks.shape[2]
+        num_frames = clip.num_frames
         sizes = sorted({tuple(target.labels.shape) for target in targets})
-        if len(targets) != len(clip.masks) or len(sizes) != 1 or sizes[0][0] != num_frames:
+        if len(targets) != len(clip.logits) or len(sizes) != 1 or sizes[0][0] != num_frames:
             raise ValueError(
-                f'predictions for {len(clip.masks)} clips of {num_frames} frames need as many label maps of '
+                f'predictions for {len(clip.logits)} clips of {num_frames} frames need as many label maps of '
                 f'one size [{num_frames}, H, W]; got {len(targets)} of {sizes}'
             )
-        with torch.autocast(clip.masks.device.type, enabled=False):
+        with torch.autocast(clip.logits.device.type, enabled=False):
             return self._losses(output, targets, iteration)
 
     def _losses(self, output: DecoderOutput, targets: list[ClipTarget], iteration: int) -> dict[str, Tensor]:
@@ -186,7 +187,7 @@ class THEMaskCriterion(nn.Module):
         values = {'loss_ce': (self._class_losses(levels, table) / num_classified[:, None], self.weights.class_weight)}
         matched = self._matched_masks(output, table)
         all_targets = torch.cat(target_masks).flatten(0, 1)
-        mask_divisor = num_targets * output.clip[-1].masks.shape[2]
+        mask_divisor = num_targets * output.clip[-1].num_frames
         bce, dice = self._primary_losses(matched[:, :, : table.num_primary], all_targets, table)
         prefix = '' if warming_up else 'r0_'
         values[f'{prefix}loss_mask'] = (bce / mask_divisor, self.weights.mask_weight * self.round_weight[0])
@@ -219,19 +220,16 @@ class THEMaskCriterion(nn.Module):
         source = self.match_masks or ('frame' if len(levels) == 2 else 'clip')
         if source == 'frame' and len(levels) == 1:
             raise ValueError("match_masks='frame' needs a decoder with a frame level")
-        batch, _, frames = levels[0][0].masks.shape[:3]
-        stages = []
-        for s, clip in enumerate(levels[0]):
-            masks = clip.masks
-            if source == 'frame':
-                masks = levels[1][s].masks.squeeze(2).unflatten(0, (batch, frames)).transpose(1, 2)
-            stages.append(MaskPrediction(clip.logits, masks))
+        stages = [
+            clip if source == 'clip' else _with_masks_of(clip, frame) for clip, frame in zip(levels[0], levels[-1])
+        ]
         round2_cost = self.round2_cost or ('full' if len(levels) == 2 else 'mask')
         return self.assigner(stages, targets, target_masks, round2_cost)
 
     def _tabulate(self, matches: Matches, levels: list[list[MaskPrediction]], targets: list[ClipTarget]) -> _MatchTable:
         """Turns matches into row indices, on the host, and moves them to the device together."""
-        batch, queries, frames = levels[0][0].masks.shape[:3]
+        batch, queries = levels[0][0].logits.shape[:2]
+        frames = levels[0][0].num_frames
         first_target = np.cumsum([0, *(len(target.classes) for target in targets)])
         frame = np.arange(frames)
         pairs, rows = [], []  # [S][2][M] (query of the batch, target of the batch), [S][L][2][R]
@@ -249,7 +247,7 @@ class THEMaskCriterion(nn.Module):
                     )
             pairs.append(np.concatenate(stage_pairs, 1))
             rows.append([np.concatenate(level, 1) for level in (clip_rows, frame_rows)[: len(levels)]])
-        device = levels[0][0].masks.device
+        device = levels[0][0].logits.device
         shapes = [np.shape(pairs), np.shape(rows)]
         flat = torch.from_numpy(np.concatenate([np.ravel(pairs), np.ravel(rows)])).to(device, non_blocking=True)
         pair_table, row_table = (
@@ -312,13 +310,13 @@ class THEMaskCriterion(nn.Module):
 
     def _matched_masks(self, output: DecoderOutput, table: _MatchTable) -> Tensor:
         """The matched masks alone, float32 ``[S, L, R1 + R2, h, w]``: nothing after this touches the others."""
-        matched = []
-        for stages, rows in zip((output.clip, output.frame or []), table.rows.unbind(1)):
-            if output.mask_features is None:
-                masks = [stage.masks.flatten(0, 2).index_select(0, own) for stage, own in zip(stages, rows)]
-                matched.append(torch.stack(masks))
-            else:
-                matched.append(_multiply_matched(stages, output.mask_features, table.queries))
+        levels = [stages for stages in (output.clip, output.frame) if stages is not None]
+        if output.mask_features is not None:
+            return _multiply_matched(levels, output.mask_features, table.queries).float()
+        matched = [
+            torch.stack([stage.masks.flatten(0, 2).index_select(0, own) for stage, own in zip(stages, rows)])
+            for stages, rows in zip(levels, table.rows.unbind(1))
+        ]
         return torch.stack(matched, 1).float()
 
     def _primary_losses(self, masks: Tensor, targets: Tensor, table: _MatchTable) -> tuple[Tensor, Tensor]:
@@ -364,27 +362,50 @@ class THEMaskCriterion(nn.Module):
         return bce.sum(2), dice.sum(2)
 
 
-def _multiply_matched(stages: list[MaskPrediction], mask_features: Tensor, queries: Sequence[Tensor]) -> Tensor:
-    """Matched masks of one level, multiplied from embeddings and features, ``[S, R1 + R2, h, w]``.
+def _with_masks_of(clip: MaskPrediction, frame: MaskPrediction) -> MaskPrediction:
+    """Classes of clip queries with the masks of their frame queries."""
+    batch, frames = len(clip.logits), clip.num_frames
+    whole, embedding, features = (None if x is None else x.unflatten(0, (batch, frames)) for x in frame[1:])
+    if whole is not None:
+        return MaskPrediction(clip.logits, whole.squeeze(3).transpose(1, 2))
+    return MaskPrediction(clip.logits, None, embedding, None if features is None else features.squeeze(2))
+
+
+def _multiply_matched(
+    levels: list[list[MaskPrediction]], mask_features: Tensor, queries: Sequence[Tensor]
+) -> Tensor:
+    """Matched masks, multiplied from embeddings and features, ``[S, L, R1 + R2, h, w]``.
 
     A mask is the product of its query's embedding with the mask features and depends on no other query, so products of
-    the matched rows are the matched masks.  All stages share one product a clip and rank: the backward pass multiplies
-    the few matched rows instead of all queries, and adds to the gradient of the features once instead of once a stage.
+    the matched rows are the matched masks.  All stages, levels and ranks share one product a frame: the backward pass
+    multiplies the few matched rows instead of all queries, and adds to the gradient of a frame's features once.
 
     Args:
-        stages: S predictions with embeddings ``[N, Q, C]``; N = B (clip level) or B * T (frame level).
+        levels: for each of L levels S predictions with embeddings ``[N, Q, C]``; N = B (clip) or B * T (frame level).
         mask_features: ``[B, T, C, h, w]``.
         queries: as in :class:`_MatchTable`.
     """
     batch, frames = mask_features.shape[:2]
-    embeddings = torch.stack([stage.embedding for stage in stages if stage.embedding is not None])
-    per_frame = embeddings.shape[1] == batch * frames
-    clips = list(zip(embeddings.unflatten(1, (batch, -1)).unbind(1), mask_features.flatten(3).unbind(0)))
-    masks = []
-    for i, query in enumerate(queries):
-        embedding, features = clips[i % batch]  # [S, 1 or T, Q, C], [T, C, h * w]
-        index = query[:, None, :, None].expand(-1, embedding.shape[1], -1, embedding.shape[3])
-        chosen = embedding.gather(2, index).transpose(0, 1).flatten(1, 2)
-        product = (chosen @ features).unflatten(1, query.shape)  # [T, S, m, h * w]
-        masks.append(product.permute((1, 0, 2, 3) if per_frame else (1, 2, 0, 3)).flatten(1, 2))
-    return torch.cat(masks, 1).unflatten(2, mask_features.shape[3:])
+    embeddings = [
+        torch.stack([stage.embedding for stage in stages if stage.embedding is not None]).unflatten(1, (batch, -1))
+        for stages in levels
+    ]  # [S, B, 1 or T, Q, C]
+    pixels = mask_features.flatten(3).transpose(2, 3)
+    ranks: list[list[list[Tensor]]] = [[[] for _ in levels] for _ in (0, 1)]
+    for b in range(batch):
+        matched = queries[b::batch]  # of both ranks
+        query = torch.cat(list(matched), 1)[:, None, :, None]
+        chosen = torch.stack([
+            level[:, b].gather(2, query.expand(-1, level.shape[2], -1, level.shape[4])).expand(-1, frames, -1, -1)
+            for level in embeddings
+        ])  # [L, S, T, m, C]
+        masks = torch.stack([
+            linear(frame, rows.flatten(0, 2)).T.unflatten(0, rows.shape[:3])
+            for frame, rows in zip(pixels[b], chosen.unbind(2))
+        ])  # [T, L, S, m, h * w]
+        for rank, part in enumerate(masks.split([index.shape[1] for index in matched], 3)):
+            for level, (own, embedding) in enumerate(zip(part.unbind(1), embeddings)):
+                order = (1, 2, 0, 3) if embedding.shape[2] == 1 else (1, 0, 2, 3)
+                ranks[rank][level].append(own.permute(order).flatten(1, 2))
+    rows = torch.stack([torch.cat(first + second, 1) for first, second in zip(*ranks)], 1)
+    return rows.unflatten(3, mask_features.shape[3:])

@@ -31,7 +31,7 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     Returns:
         float ``[R, C, N]``.
     """
-    grid = (2.0 * points - 1.0)[:, :, None].expand(len(maps), -1, -1, -1)
+    grid = (2.0 * points).sub_(1.0)[:, :, None].expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps, grid, align_corners=False).squeeze(3)
 
 

@@ -4,6 +4,11 @@ A bilinear resize is linear and separable: rows and columns are each multiplied 
 resizes is one matrix per axis, and so is the averaging of overlapping windows.  The product is made tile by tile, each
 tile is reduced to labels while it is in the cache, and only the labels are kept.  The result is that of resizing step
 by step and taking the argmax, up to the rounding of the products.
+
+There are two forms, equal up to rounding.  The native one (:mod:`.label_map_native`) serves single views on the CPU: it
+knows that few of the weights are not zero, and keeps scores and argmax in registers.  The PyTorch one serves several
+views, other devices, and where there is no compiler.  Both take scores that are NaN or beyond 1e38 for 1e38, and those
+below -1e38 for -1e38, so that they spoil no pixel but their own, where a NaN wins as in ``argmax``.
 """
 
 from __future__ import annotations
@@ -16,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import label_map_native
+
 _CPU_TILE = (32, 2**18)  # rows, scores: 1 MB of them stays in a second-level cache
 _GPU_TILE = (128, 2**26)
 _MIN_COLUMNS = 64
+_LIMIT = 1e38  # sums of scores within it are finite; that of label_map_kernel.cpp
 
 
 @dataclass
@@ -82,44 +90,49 @@ def label_map(views: Sequence[ScoreView]) -> Tensor:
     """Most probable class of every pixel; with several views, by the mean of their softmaxed scores.
 
     Args:
-        views: of the same frames, with the same classes and the same size of labels; at most 255 classes.
+        views: of the same frames, with the same classes and the same size of labels; 1 to 255 classes.
 
     Returns:
-        uint8 ``[N, H, W]``.
+        uint8 ``[N, H, W]``; of equal scores the first class.
+
+    Raises:
+        ValueError: too many classes, or matrices of another size than the scores.
     """
-    first = views[0].scores
-    num, classes = first.shape[:2]
-    if classes > 255:
-        raise ValueError(f'label maps are uint8 and hold at most 255 classes, got {classes}')
-    size = (views[0].rows.shape[1], views[0].columns.shape[1])
-    labels = torch.empty(num, *size, dtype=torch.uint8, device=first.device)
+    for view in views:
+        if not 0 < view.scores.shape[1] < 256:
+            raise ValueError(f'label maps are uint8 and hold 1 to 255 classes, got {view.scores.shape[1]}')
+        if view.scores.shape[2:] != (len(view.rows), len(view.columns)):
+            raise ValueError(
+                f'scores {list(view.scores.shape)} do not fit matrices for {len(view.rows)} rows and '
+                f'{len(view.columns)} columns')
+    first = views[0]
+    if len(views) == 1 and first.scores.device.type == 'cpu' and label_map_native.usable():
+        return label_map_native.label_map(first.scores, first.rows, first.columns)
+    return _label_map(views)
+
+
+def _label_map(views: Sequence[ScoreView]) -> Tensor:
+    """The PyTorch form."""
+    first = views[0]
+    size = (len(first.scores), first.rows.shape[1], first.columns.shape[1])
+    labels = torch.empty(size, dtype=torch.uint8, device=first.scores.device)
     tiles = [_Tiles(view) for view in views]
-    with torch.autocast(first.device.type, enabled=False):
+    with torch.autocast(first.scores.device.type, enabled=False):
         for frame, out in enumerate(labels):
             for view in tiles:
                 view.start(frame)
-            if len(tiles) == 1:
-                _label_one(tiles[0], out)
-            else:
-                _label_several(tiles, out)
+            _label_frame(tiles, out)
     return labels
 
 
-def _label_one(tiles: _Tiles, out: Tensor) -> None:
-    for i, band in enumerate(out.split(tiles.height)):
-        classes = tiles.candidates(i)
-        source = tiles.band(i, classes)
-        for left, tile in _strips(band, tiles.width(source)):
-            winner = _argmax(tiles.values(source, i, left, tile.shape[1]))
-            tile.copy_(winner if classes is None else classes[winner])
-
-
-def _label_several(views: Sequence[_Tiles], out: Tensor) -> None:
+def _label_frame(views: Sequence[_Tiles], out: Tensor) -> None:
     for i, band in enumerate(out.split(views[0].height)):
         sources = [view.band(i) for view in views]
         for left, tile in _strips(band, views[0].width(sources[0])):
             parts = [view.values(source, i, left, tile.shape[1]) for view, source in zip(views, sources)]
-            tile.copy_(_argmax(torch.stack([part.softmax(dim=1) for part in parts]).sum(dim=0)))
+            if len(parts) > 1:
+                parts = [torch.stack([part.softmax(dim=1) for part in parts]).sum(dim=0)]
+            tile.copy_(_argmax(parts[0]))
 
 
 def _strips(band: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
@@ -138,43 +151,24 @@ class _Tiles:
         self.strips: dict[tuple[int, int], tuple[int, int]] = {}
         self.rows, self.columns = view.rows.T.contiguous().to(device), view.columns.to(device)
         self.wide, self.full = torch.empty(0, device=device), torch.empty(0, device=device)
-        # Every pixel is a mean of scores; the heaviest of them has at least this weight.
-        self.least_share = float(view.rows.amax(dim=0).min() * view.columns.amax(dim=0).min())
 
     def start(self, frame: int) -> None:
         """Goes to the first tile of a frame."""
-        scores = self.view.scores[frame].float()
-        self.scores = scores.transpose(0, 1).contiguous()  # [h, K, w]: a band of rows is one block of memory
+        scores = self.view.scores[frame].transpose(0, 1)  # [h, K, w]: a band of rows is one block of memory
+        copy = torch.empty(scores.shape, device=scores.device).copy_(scores)
+        self.scores = copy.nan_to_num_(_LIMIT).clamp_(-_LIMIT, _LIMIT)
 
-    def candidates(self, i: int) -> Tensor | None:
-        """Classes that may win a pixel of band ``i``; ``None`` for all of them (and on a GPU, which need not wait).
-
-        A pixel is a weighted mean of scores.  With scores counted from the least one, the best class of the heaviest
-        of them has in the pixel at least ``least_share`` of that score; a class that nowhere in the band has as much
-        loses every pixel.  Leaving it out changes nothing, and few classes of many meet in a band.
-        """
+    def band(self, i: int) -> Tensor:
+        """Source rows of band ``i``: ``[h', K, w]``."""
         top, bottom = self.bands[i]
-        band = self.scores[top:bottom]
-        if band.device.type != 'cpu':
-            return None
-        peaks = band.amax(dim=(0, 2))
-        least = band.amin()
-        reached = least + self.least_share * 0.999 * (band.amax(dim=1).amin() - least)
-        classes = (~(peaks < reached)).nonzero()[:, 0]  # NaN stays
-        return None if len(classes) == len(peaks) else classes
-
-    def band(self, i: int, classes: Tensor | None = None) -> Tensor:
-        """Source rows of band ``i``: ``[h', K', w]``."""
-        top, bottom = self.bands[i]
-        band = self.scores[top:bottom]
-        return band if classes is None else band.index_select(1, classes)
+        return self.scores[top:bottom]
 
     def width(self, source: Tensor) -> int:
-        """Columns of a tile that stays in the cache: more where fewer classes are left."""
+        """Columns of a tile that stays in the cache."""
         return max(self.budget // (self.height * source.shape[1]) // _MIN_COLUMNS, 1) * _MIN_COLUMNS
 
     def values(self, source: Tensor, i: int, start: int, width: int) -> Tensor:
-        """Scores of ``width`` columns from ``start`` on in band ``i``, ``[rows, K', width]``, until the next call."""
+        """Scores of ``width`` columns from ``start`` on in band ``i``, ``[rows, K, width]``, until the next call."""
         top, bottom = self.bands[i]
         if (start, width) not in self.strips:
             self.strips[start, width] = _used(self.view.columns[:, start : start + width])

@@ -124,7 +124,7 @@ class MSDeformAttnEncoderLayer(nn.Module):
         return self._feed_forward_of(x)
 
     def _feed_forward_of(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
 
 class MSDeformAttnEncoder(nn.Module):

@@ -31,7 +31,7 @@ from mmseg.models.decode_heads.mask2former.transformer_decoder.layers import (
 from mmseg.models.decode_heads.mask2former.transformer_decoder.temporal import TemporalAggregation
 from mmseg.models.init import init_kaiming_
 from mmseg.models.linear import Linear
-from mmseg.models.structures import DecoderOutput, MaskPrediction
+from mmseg.models.structures import DecoderOutput, MaskPrediction, mask_logits
 from mmseg.registry import TRANSFORMER_DECODERS, register_variant, retired
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
@@ -45,7 +45,7 @@ class Memory(NamedTuple):
     Attributes:
         keys: ``[G, S, C]``, values plus position.
         values: ``[G, S, C]``, map plus level embedding.
-        mask_features: ``[B, T, C', h * w]``, resized to this level, without gradient.
+        mask_features: ``[B, T, C', h, w]``, resized to this level, without gradient.
     """
 
     keys: Tensor
@@ -74,10 +74,8 @@ class PredictionHead(nn.Module):
         return queries, self.mask_embed(queries)
 
     def predict(self, queries: Tensor, embedding: Tensor, mask_features: Tensor) -> MaskPrediction:
-        """Class and mask logits from both results of :meth:`embed` and features ``[N, T, C', h, w]``."""
-        masks = embedding[:, None] @ mask_features.flatten(3)
-        masks = masks.unflatten(3, mask_features.shape[3:]).transpose(1, 2)
-        return MaskPrediction(self.class_embed(queries), masks, embedding)
+        """Class logits, and the factors of masks, from both results of :meth:`embed` and ``[N, T, C', h, w]``."""
+        return MaskPrediction(self.class_embed(queries), None, embedding, mask_features)
 
 
 @retired(
@@ -240,7 +238,7 @@ class MaskDecoder(nn.Module):
             position = sine_position_2d(height, width, channels, x.device, values.dtype).flatten(1).T
         with torch.no_grad():
             resized = F.interpolate(features.flatten(0, 1), (height, width), mode='bilinear', align_corners=False)
-        return Memory(values + position, values, resized.flatten(2).unflatten(0, (batch, num_frames)))
+        return Memory(values + position, values, resized.unflatten(0, (batch, num_frames)))
 
     @torch.no_grad()
     def _attention_mask(self, embedding: Tensor, mask_features: Tensor) -> Tensor:
@@ -251,16 +249,13 @@ class MaskDecoder(nn.Module):
 
         Args:
             embedding: of clip queries, ``[B, Q, C']``.
-            mask_features: ``[B, T, C', S]``, resized to the level.
+            mask_features: ``[B, T, C', h, w]``, resized to the level; S is h * w.
 
         Returns:
             bool ``[G, 1, Q, S]`` over one frame (video) or ``[G, 1, Q, T * S]`` over the clip (one-frame).
         """
-        inside = (embedding[:, None] @ mask_features) >= 0
-        if self.temporal is None:
-            inside = inside.transpose(1, 2).flatten(2)
-        else:
-            inside = inside.flatten(0, 1)
+        inside = mask_logits(embedding, mask_features).flatten(3) >= 0  # [B, Q, T, S]
+        inside = inside.flatten(2) if self.temporal is None else inside.transpose(1, 2).flatten(0, 1)
         return (inside | ~inside.any(dim=-1, keepdim=True))[:, None]
 
     def _clip_queries(self, clip: Tensor, queries: Tensor, num_frames: int) -> Tensor:
