@@ -313,8 +313,8 @@ def test_a_data_set_of_ones_own_is_a_few_names(tmp_path):
     assert np.array_equal(by_config[0]['label'], item['label'])
     with pytest.raises(ConfigError, match='2 classes but 0 colours'):
         build_dataset({**cfg, 'type': 'VideoDataset', 'classes': ['a', 'b']})
-    with pytest.raises(ConfigError, match=r"layout.frame: .*did you mean 'frames'"):
-        build_dataset({**cfg, 'layout': dict(frame='x')})
+    with pytest.raises(ConfigError, match=r"data.test.layout.frame: .*did you mean 'frames'"):
+        build_dataset({**cfg, 'layout': dict(frame='x')}, 'data.test')
 
 
 def test_wrappers(vspw):

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from PIL import Image
 from torch import nn
 
 from mmseg.apis.sinks import VideoFiles, join_parts, load_results
-from mmseg.apis.test import metrics_for, run_test, stream_test
+from mmseg.apis.test import check_model, metrics_for, run_test, stream_test
 from mmseg.core.checkpoint import save_checkpoint
 from mmseg.core.evaluation import StreamingMetrics
 from mmseg.datasets import build_dataset, build_test_loader
@@ -269,3 +270,22 @@ def test_load_results_refuses_other_files(tmp_path):
         list(load_results(tmp_path / 'x.npz'))
     with pytest.raises(DataError, match='expected a folder'):
         list(load_results(tmp_path / 'none'))
+
+
+@pytest.mark.parametrize('slip', ['model.test_cfg.strides', 'model.decode_head.loss_cfg.warmup_iter'])
+def test_a_slip_is_named_before_data_and_checkpoint_are_read(tmp_path, here, slip):
+    config = tmp_path / 'tiny.py'
+    config.write_text(CONFIG.format(root=ROOT, test=dataset_config(tmp_path / 'no_data')))
+    with pytest.raises(ConfigError, match=f'{slip}: '):
+        here(config, 'gone.pth', '--options', f'{slip}=1')
+
+
+def test_a_part_that_cannot_be_built_without_memory_is_left_to_its_real_building():
+    class Own(nn.Module):
+        def __init__(self, width=3):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(width)).sum().item()  # meta tensors have no values
+
+    check_model(Config({'model': {'type': Own}}))
+    with pytest.raises(ConfigError, match=r"model.widht: .*did you mean 'width'"):
+        check_model(Config({'model': {'type': Own, 'widht': 3}}))

@@ -249,6 +249,18 @@ def test_wrong_settings_are_one_clear_error(tmp_path, data_root, tool, monkeypat
     assert error.startswith('error: ') and message in error and 'Traceback' not in error
 
 
+@pytest.mark.parametrize('slip', [
+    'model.decode_head.loss_cfg.warmup_iter', 'model.decode_head.loss_cfg.matcher_cfg.dice_wieght',
+    'model.test_cfg.strides', 'optimizer.weight_decays', 'optimizer.paramwise_cfg.custom_key'])
+def test_a_slip_is_named_before_checkpoint_data_and_work_dir_are_touched(tmp_path, tool, monkeypatch, capsys, slip):
+    monkeypatch.chdir(tmp_path)
+    config = write_tiny_config(tmp_path / 'tiny.py', tmp_path / 'no_data')
+    status, error = run_tool(
+        tool, monkeypatch, capsys, config, '--work-dir', 'w', '--resume-from', 'gone', '--options', f'{slip}=1')
+    assert status == 1 and error.startswith(f'error: {slip}: '), error
+    assert not (tmp_path / 'w').exists()
+
+
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, data_root, tool, monkeypatch, capsys, one_frame):
     monkeypatch.chdir(tmp_path)
     config = write_tiny_config(tmp_path / 'tiny.py', data_root)

@@ -18,7 +18,7 @@ from mmengine.config import Config
 
 from mmseg.apis.report import ReportSink, write_report
 from mmseg.apis.sinks import OUT_FORMS, PalettePNG, Pictures, Sink, VideoFiles, join_parts, parts_folder
-from mmseg.apis.test import TestOutcome, check_classes, gather_by, metrics_for, stream_test
+from mmseg.apis.test import TestOutcome, check_classes, check_model, gather_by, metrics_for, stream_test
 from mmseg.core.checkpoint import load_weights, open_checkpoint
 from mmseg.core.precision import Precision
 from mmseg.datasets import VideoDataset, build_dataset, build_test_loader
@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = cfg.get('cudnn_benchmark', False)
     if args.aug_test:
         augment(cfg.data.test)
+    check_model(cfg)
 
     dataset = build_dataset(cfg.data.test, where='data.test')
     loader = build_test_loader(dataset, cfg.data.get('workers_per_gpu', 0), rank, world_size)

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from mmengine.config import Config
 
 from mmseg.core.evaluation import ConsistencyOptions, Results, StreamingMetrics
 from mmseg.core.evaluation.temporal import temporal_measure
 from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.datasets.video_dataset import VideoDataset
+from mmseg.models import build_segmentor
 from mmseg.registry import nearest
 from mmseg.utils.dist import barrier, broadcast_object, gather_objects, get_dist_info
 from mmseg.utils.errors import ConfigError, DataError
@@ -86,6 +88,21 @@ def metrics_for(dataset: VideoDataset, names: str | Sequence[str] = (), *, last_
         len(dataset.CLASSES), ignore_index=dataset.ignore_index, reduce_zero_label=dataset.reduce_zero_label,
         consistency=consistency, videos={video.name: video.frames for video in dataset.videos},
         class_names=dataset.CLASSES, extras=extras)
+
+
+def check_model(cfg: Config) -> None:
+    """Builds the model of ``cfg`` without memory or weights: a wrong key is known before any long work.
+
+    Raises:
+        ConfigError: see :func:`~mmseg.models.build_segmentor`.
+    """
+    try:
+        with torch.device('meta'):
+            build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))
+    except ConfigError:
+        raise
+    except Exception as error:  # a part of one's own may compute with its weights; it is built for real later
+        get_logger().debug('the model cannot be built without memory: %s', error)
 
 
 def run_test(model: Any, dataset: VideoDataset, loader: Iterable[dict[str, Any]], **options: Any) -> dict[str, float]:

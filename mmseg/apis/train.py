@@ -15,12 +15,12 @@ from mmengine.config import Config
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmseg.apis.test import check_classes, gather_by, metrics_for, run_test
+from mmseg.apis.test import check_classes, check_model, gather_by, metrics_for, run_test
 from mmseg.core.checkpoint import checkpoint_files, open_checkpoint, read_checkpoint, remove_leftovers
 from mmseg.core.finetune import FinetuneConfig, freeze, load_for_finetune
 from mmseg.core.hooks import CheckpointHook, EvalHook, JsonLoggerHook
 from mmseg.core.lr_schedule import LrSchedule
-from mmseg.core.optimizer import build_optimizer
+from mmseg.core.optimizer import build_optimizer, check_optimizer
 from mmseg.core.precision import Precision
 from mmseg.core.runner import IterBasedRunner, UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
@@ -58,6 +58,9 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     device = device or torch.device('cpu')
     rank, world_size = get_dist_info()
     _check_plan(cfg)
+    schedule = LrSchedule(cfg.runner.max_iters, **check_arguments(LrSchedule, cfg.lr_config, 'lr_config'))
+    update = UpdateConfig.from_config(cfg.get('optimizer_config'), cfg.get('nan_loss', 'stop'))
+    precision = Precision.from_config(cfg, device)
     work_dir = Path(cfg.work_dir)
     timestamp = broadcast_object(time.strftime('%Y%m%d_%H%M%S'))
     config_text = _as_text(cfg)
@@ -79,11 +82,11 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     runner = IterBasedRunner(
         model=_distribute(model, device, cfg.get('find_unused_parameters', False)),
         optimizer=build_optimizer(model, cfg.optimizer),
-        schedule=LrSchedule(cfg.runner.max_iters, **check_arguments(LrSchedule, cfg.lr_config, 'lr_config')),
+        schedule=schedule,
         max_iters=cfg.runner.max_iters,
         work_dir=work_dir,
-        update=UpdateConfig.from_config(cfg.get('optimizer_config'), cfg.get('nan_loss', 'stop')),
-        precision=Precision.from_config(cfg, device),
+        update=update,
+        precision=precision,
         device=device,
         frozen_eval=bool(finetune and finetune['frozen_eval']),
         meta={
@@ -123,7 +126,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
 
 
 def _check_plan(cfg: Config) -> None:
-    """Refuses what the schema of mmcv 1.x allows and this loop does not do."""
+    """Refuses what the schema of mmcv 1.x allows and this loop does not do, and wrong keys of model and optimizer."""
     for key in ('data', 'model', 'optimizer', 'lr_config', 'runner', 'checkpoint_config'):
         if not cfg.get(key):
             raise ConfigError(f'{key}: missing in the config')
@@ -143,6 +146,8 @@ def _check_plan(cfg: Config) -> None:
     for key in ('checkpoint_config', 'evaluation'):
         if cfg.get(key, {}).get('by_epoch', False):
             raise ConfigError(f'{key}.by_epoch: training counts iterations; set it to False')
+    check_model(cfg)
+    check_optimizer(cfg.optimizer)
 
 
 def _as_text(cfg: Config) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,37 @@ def build_optimizer(model: nn.Module, cfg: Mapping[str, Any]) -> torch.optim.Opt
     Raises:
         ConfigError: unknown optimizer, argument or key, or no parameter to train.
     """
+    optimizer, arguments, custom_keys = check_optimizer(cfg)
+    lr, decay = arguments['lr'], arguments.get('weight_decay', 0.0)
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    saved_names = reference_names(model)
+    for local_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            mult = _multipliers(saved_names[local_name], custom_keys)
+            values = lr * mult.get('lr_mult', 1.0), decay * mult.get('decay_mult', 1.0)
+            groups.setdefault(values, []).append((saved_names[local_name], parameter))
+    if not groups:
+        raise ConfigError('optimizer: no parameter requires a gradient; see the finetune section of the config')
+    params = [{'params': members, 'lr': lr, 'weight_decay': decay} for (lr, decay), members in groups.items()]
+    if 'weight_decay' not in inspect.signature(optimizer).parameters:
+        params = [{k: v for k, v in group.items() if k != 'weight_decay'} for group in params]
+    try:
+        return optimizer(params, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'optimizer: {error}') from None
+
+
+def check_optimizer(
+    cfg: Mapping[str, Any],
+) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any], dict[str, dict[str, float]]]:
+    """What :func:`build_optimizer` can know of ``cfg`` without a model.
+
+    Returns:
+        Class, its arguments, and the custom keys, the one that wins first.
+
+    Raises:
+        ConfigError: unknown optimizer, argument or key; a rate or decay that is no number.
+    """
     arguments = dict(cfg)
     name = arguments.pop('type', None)
     paramwise = dict(arguments.pop('paramwise_cfg', None) or {})
@@ -45,25 +76,7 @@ def build_optimizer(model: nn.Module, cfg: Mapping[str, Any]) -> torch.optim.Opt
     for key in ('lr', 'weight_decay'):
         if isinstance(arguments.get(key, 0.0), bool) or not isinstance(arguments.get(key, 0.0), (int, float)):
             raise ConfigError(f'optimizer.{key}: expected a number, got {arguments[key]!r}')
-    custom_keys = _custom_keys(paramwise)
-
-    lr, decay = arguments['lr'], arguments.get('weight_decay', 0.0)
-    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
-    saved_names = reference_names(model)
-    for local_name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            mult = _multipliers(saved_names[local_name], custom_keys)
-            values = lr * mult.get('lr_mult', 1.0), decay * mult.get('decay_mult', 1.0)
-            groups.setdefault(values, []).append((saved_names[local_name], parameter))
-    if not groups:
-        raise ConfigError('optimizer: no parameter requires a gradient; see the finetune section of the config')
-    params = [{'params': members, 'lr': lr, 'weight_decay': decay} for (lr, decay), members in groups.items()]
-    if 'weight_decay' not in known:
-        params = [{k: v for k, v in group.items() if k != 'weight_decay'} for group in params]
-    try:
-        return classes[name](params, **arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f'optimizer: {error}') from None
+    return classes[name], arguments, _custom_keys(paramwise)
 
 
 def _custom_keys(paramwise: dict[str, Any]) -> dict[str, dict[str, float]]:

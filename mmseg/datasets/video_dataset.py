@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from mmseg.registry import DATASETS, check_arguments, retired
+from mmseg.registry import DATASETS, check_arguments, retired, standing_at
 from mmseg.utils.errors import ConfigError, DataError
 
 from .clip_sampler import cut_test_clips, frames_needed, sample_training_clip
@@ -178,7 +178,8 @@ class VideoDataset(Dataset):
         if reduce_zero_label is not None:
             self.reduce_zero_label = reduce_zero_label
         if isinstance(layout, Mapping):
-            layout = Layout(**check_arguments(Layout, layout, 'layout'))
+            with standing_at('layout') as where:
+                layout = Layout(**check_arguments(Layout, layout, where))
         self.layout = layout or self.layout
         self.ignore_index = ignore_index
         self.skip_bad_clips = skip_bad_clips
