@@ -12,6 +12,7 @@ Parts:
 * data: a training clip of two frames from decoded images to tensors.
 * post: scores at stride 4 to label maps.
 * linear: linear layers of the model alone, BLAS beside what the model uses.
+* attention: the backbone's attention alone, torch's own beside what the model uses, in float32 and bfloat16.
 
 Both arms compute the same thing (``benchmarks/plain.py``, ``tests/test_plain.py``).  They run in turns in one process,
 so that both meet the same disturbances, and medians are compared.  The peak memory of an arm is measured in a process
@@ -47,6 +48,7 @@ from benchmarks import plain
 from mmseg.core import build_optimizer
 from mmseg.datasets.pipelines.compose import Compose
 from mmseg.models import EncoderDecoder, build_segmentor
+from mmseg.models.attention import attention
 from mmseg.models.linear import linear
 from mmseg.models.losses import THEMaskCriterion
 from mmseg.models.segmentors.label_map import ScoreView, label_map, resize_matrix
@@ -56,7 +58,7 @@ from mmseg.utils.config import load_config
 ARMS = ('plain', 'ours')
 CLASSES = 124
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
-PARTS = ('eval', 'train', 'data', 'post', 'linear')
+PARTS = ('eval', 'train', 'data', 'post', 'linear', 'attention')
 Run = Callable[[], Any]
 
 
@@ -273,9 +275,31 @@ def linear_cases(args: argparse.Namespace) -> Iterator[Case]:
         yield Case(f'linear {tokens} x {width} -> {out}', make)
 
 
+def attention_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """The first three stages of MiT-b1 on a 480x864 frame."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for heads, queries in ((1, 25920), (2, 6480), (5, 1620)):
+
+            def make(arm: str, heads: int = heads, queries: int = queries, dtype: torch.dtype = dtype) -> Run:
+                shapes = [(1, n, heads, 64) for n in (queries, 405, 405)]
+                inputs = [torch.randn(shape, device=args.device, dtype=dtype).transpose(1, 2) for shape in shapes]
+                function = nn.functional.scaled_dot_product_attention if arm == 'plain' else attention
+
+                def run() -> Tensor:
+                    with torch.inference_mode():
+                        return function(*inputs)
+
+                return run
+
+            yield Case(f'attention {heads} x {queries} to 405, {str(dtype).removeprefix("torch.")}', make)
+
+
 def cases_of(args: argparse.Namespace, part: str) -> list[Case]:
     """The rows of one part."""
-    cases = {'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'post': post_cases, 'linear': linear_cases}
+    cases = {
+        'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'post': post_cases, 'linear': linear_cases,
+        'attention': attention_cases,
+    }  # fmt: skip
     return list(cases[part](args))
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmseg.models.attention import attention
 from mmseg.models.init import init_transformer_
 from mmseg.models.linear import Linear
 from mmseg.registry import BACKBONES, register_variant, retired
@@ -77,7 +78,7 @@ class Attention(nn.Module):
         source = self.norm(_convolve(self.sr, x)) if self.sr_ratio > 1 else x
         query = self.q(x).view(n, -1, self.num_heads, channels // self.num_heads).transpose(1, 2)
         key, value = self.kv(source).view(n, -1, 2, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attention(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(x.shape))
 
 
