@@ -255,6 +255,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             features = dict(zip(self.in_features, features))
         projected = [proj(features[name]) for proj, name in zip(self.input_proj, self.coarse_features)]
         maps = self.encoder(projected)
-        lateral = self.lateral(features[self.fine_feature])
-        fine = lateral + F.interpolate(maps[-1], size=lateral.shape[2:], mode='bilinear', align_corners=False)
-        return self.mask_features(F.relu(self.output(fine), inplace=True)), maps
+        fine = self.lateral(features[self.fine_feature])
+        fine += F.interpolate(maps[-1], size=fine.shape[2:], mode='bilinear', align_corners=False)
+        fine = F.relu(self.output(fine), inplace=True)
+        return self.mask_features(fine), maps
