@@ -20,6 +20,7 @@ from mmseg.datasets import build_dataset
 from mmseg.datasets.clip_sampler import cut_test_clips
 from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.utils.errors import ConfigError
+from mmseg.utils.visual import legend
 from tests.tiny_config import write_tiny_config
 from tests.vspw_fixture import write_vspw
 
@@ -211,6 +212,34 @@ def test_class_names_come_from_the_data_set(tiny):
         classes_of(model)
 
 
+def rows_of(*sizes):
+    """A picture of 200 x 160 whose label ``i`` fills ``sizes[i]`` rows."""
+    return np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)[:, None].repeat(160, axis=1)
+
+
+def test_a_legend_without_room_for_all_shows_the_largest_and_counts_the_others():
+    names, palette = [f'class {i}' for i in range(6)], [[40 * i, 255 - 40 * i, 7] for i in range(6)]
+    image = np.zeros((200, 160, 3), np.uint8)
+    view = FrameView(names, palette, 'labels', with_legend=True, fps=4)
+
+    def drawn(*sizes):
+        strip = view(image, rows_of(*sizes))[200:]
+        tiles = np.split(strip, 3)
+        counted = [n for n in range(1, 7) if (tiles[2] == legend([], names, palette, 160, n)).all()]
+        return view._places, counted[0] if counted else 0
+
+    assert drawn(90, 80, 30) == ({0: 0, 1: 1, 2: 2}, 0)
+    assert drawn(85, 15, 95, 5) == ({0: 0, 2: 1}, 2), 'the last place is for the number of the others'
+    assert drawn(40, 0, 40, 0, 0, 120) == ({0: 0, 5: 1}, 3), 'a large class is shown in the frame in which it comes'
+    for _ in range(20):
+        places = drawn(10, 0, 30, 0, 40, 120)
+    assert places == ({5: 1, 4: 0}, 2), 'of the other two the larger one, once the mean of a second knows it'
+    assert drawn(10, 0, 35, 0, 35, 120) == places, 'and none changes places for one frame'
+    for _ in range(5):
+        places = drawn(0, 0, 0, 0, 80, 120)
+    assert places == ({5: 1, 4: 0}, 0)
+
+
 def test_views_and_the_legend_that_keeps_places():
     names, palette = [f'class {i}' for i in range(20)], [[10 * i, 255 - 10 * i, 7] for i in range(20)]
     image = np.full((60, 500, 3), 200, np.uint8)
@@ -236,7 +265,7 @@ def test_views_and_the_legend_that_keeps_places():
     assert view._places == {5: 1, 7: 2, 2: 0}
     many = np.arange(60 * 500).reshape(60, 500) % 20
     view(image, many.astype(np.uint8))
-    assert sorted(view._places.values()) == list(range(9)), 'three rows of three'
+    assert sorted(view._places.values()) == list(range(8)), 'three rows of three, the last one for what is left out'
     narrow = FrameView(names, palette, 'overlay', 0.5, True)(image[:, :50], labels[:, :50])
     assert narrow.shape[1] == 50
     with pytest.raises(ConfigError):

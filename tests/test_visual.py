@@ -36,6 +36,14 @@ def test_legend_holds_every_class_at_any_width():
     assert legend([], NAMES, PALETTE, 100).shape[1] == 100
 
 
+def test_legend_says_how_many_classes_are_left_out():
+    all_three, two, counted = (
+        legend(classes, NAMES, PALETTE, 60, more) for classes, more in (([0, 1, 2], 0), ([0, 1], 0), ([0, 1], 1)))
+    assert counted.shape == all_three.shape and (counted[: len(two) - 6] == two[:-6]).all()
+    assert (counted[len(two) - 2 :] < 128).any() and not (counted == [255, 0, 0]).all(2).any(), 'words without a colour'
+    assert not (legend([0, 1], NAMES, PALETTE, 60, 2) == counted).all()
+
+
 @pytest.mark.parametrize('shape', [(60, 107), (31, 17), (480, 853)])
 def test_compare_shows_what_is_there(shape, tmp_path):
     rng = np.random.default_rng(0)

@@ -269,7 +269,8 @@ class FrameView:
         kind: ``overlay``: colours over the frame; ``side-by-side``: frame and overlay; ``labels``: colours alone.
         opacity: share of the colours in the overlay.
         with_legend: add a strip with the classes in sight below the picture; a class keeps its place while it is in
-            sight and for a second after.
+            sight and for a second after.  Where there is no room for all, the largest are shown (now, or on the mean of
+            about a second) and the others are counted.
         fps: frames per second, for the legend.
 
     Raises:
@@ -294,6 +295,7 @@ class FrameView:
         self._stay = max(1, round(_LEGEND_SECONDS * fps))
         self._places: dict[int, int] = {}  # class -> its place in the legend
         self._seen: dict[int, int] = {}  # class -> number of the frame that showed it last
+        self._shares = np.zeros(len(names))  # moving average of each class's share of the picture
         self._drawn = 0
 
     def __call__(self, image: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -308,21 +310,34 @@ class FrameView:
         return np.vstack([picture, self._legend(labels, picture.shape[1])]) if self._with_legend else picture
 
     def _legend(self, labels: np.ndarray, width: int) -> np.ndarray:
-        """The strip; where not all classes fit, those with the largest area come first."""
+        """The strip, in places of equal size."""
         cell = min(width, _LEGEND_CELL)
         columns = width // cell
-        counts = np.bincount(labels.ravel(), minlength=256)[: len(self._names)]
-        for label in np.argsort(-counts, kind='stable')[: np.count_nonzero(counts)].tolist():
-            self._seen[label] = self._drawn
-        self._places = {c: place for c, place in self._places.items() if self._drawn - self._seen[c] <= self._stay}
-        free = sorted(set(range(_LEGEND_ROWS * columns)) - set(self._places.values()), reverse=True)
-        for label, seen in self._seen.items():
-            if seen == self._drawn and label not in self._places and free:
+        room = _LEGEND_ROWS * columns
+        shown, more = self._chosen(labels, room)
+        if more:
+            room -= 1  # the last place says so
+        self._places = {c: place for c, place in self._places.items() if c in shown and place < room}
+        free = sorted(set(range(room)) - set(self._places.values()), reverse=True)
+        for label in shown:
+            if label not in self._places:
                 self._places[label] = free.pop()
         tiles = {place: legend([label], self._names, self._palette, cell) for label, place in self._places.items()}
+        if more:
+            tiles[room] = legend([], self._names, self._palette, cell, more)
         height = len(legend([0], self._names, self._palette, cell))
         strip = np.full((_LEGEND_ROWS * height, width, 3), 255, np.uint8)
         for place, tile in tiles.items():
             top, left = place // columns * height, place % columns * cell
             strip[top : top + height, left : left + cell] = tile
         return strip
+
+    def _chosen(self, labels: np.ndarray, room: int) -> tuple[list[int], int]:
+        """The classes in sight that are shown in ``room`` places, the largest first, and how many are not."""
+        shares = np.bincount(labels.ravel(), minlength=256)[: len(self._names)] / labels.size
+        self._shares += (shares - self._shares) / min(self._drawn, self._stay)
+        self._seen |= dict.fromkeys(np.flatnonzero(shares).tolist(), self._drawn)
+        in_sight = [label for label, seen in self._seen.items() if self._drawn - seen <= self._stay]
+        in_sight.sort(key=lambda label: -max(shares[label], self._shares[label]))
+        more = 0 if len(in_sight) <= room else len(in_sight) - room + 1
+        return in_sight[: len(in_sight) - more], more

@@ -56,19 +56,31 @@ def overlay(frame: np.ndarray, labels: np.ndarray, palette: Palette, opacity: fl
     return np.where((labels < len(palette))[..., None], blended, frame)
 
 
-def legend(classes: Sequence[int], names: Sequence[str], palette: Palette, width: int) -> np.ndarray:
-    """Colour and name of each of ``classes`` in as many columns as fit, uint8 [h, width, 3] BGR."""
-    sizes = [cv2.getTextSize(names[c], _FONT, 0.42, 1)[0][0] for c in classes]
+def legend(classes: Sequence[int], names: Sequence[str], palette: Palette, width: int, more: int = 0) -> np.ndarray:
+    """Colour and name of each of ``classes`` in as many columns as fit, uint8 [h, width, 3] BGR.
+
+    Args:
+        classes: labels, in the order in which they are to be shown.
+        names: class names.
+        palette: [R, G, B] a class.
+        width: of the picture, in pixels; longer names are cut off.
+        more: number of classes that are left out; a last entry says so.
+    """
+    texts = [names[c] for c in classes] + ([f'+{more} more'] if more else [])
+    sizes = [cv2.getTextSize(text, _FONT, 0.42, 1)[0][0] for text in texts]
     cell = min(width, _LINE + 14 + max(sizes, default=0))
     columns = max(1, width // cell)
-    rows = -(-len(classes) // columns)
+    rows = -(-len(texts) // columns)
     picture = np.full((rows * _LINE + 6, width, 3), _PAPER, np.uint8)
-    for i, c in enumerate(classes):
+    for i, text in enumerate(texts):
         x, y = (i // rows) * cell + 4, (i % rows) * _LINE + 4
-        colour = [int(v) for v in palette[c][::-1]]
-        cv2.rectangle(picture, (x, y), (x + _LINE - 6, y + _LINE - 6), colour, cv2.FILLED)
-        cv2.rectangle(picture, (x, y), (x + _LINE - 6, y + _LINE - 6), _INK)
-        cv2.putText(picture, names[c], (x + _LINE, y + _LINE - 7), _FONT, 0.42, _INK, 1, cv2.LINE_AA)
+        indent = 0
+        if i < len(classes):
+            colour = [int(v) for v in palette[classes[i]][::-1]]
+            cv2.rectangle(picture, (x, y), (x + _LINE - 6, y + _LINE - 6), colour, cv2.FILLED)
+            cv2.rectangle(picture, (x, y), (x + _LINE - 6, y + _LINE - 6), _INK)
+            indent = _LINE
+        cv2.putText(picture, text, (x + indent, y + _LINE - 7), _FONT, 0.42, _INK, 1, cv2.LINE_AA)
     return picture
 
 
