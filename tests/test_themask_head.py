@@ -146,6 +146,25 @@ def test_scores_need_no_host_synchronisation(kind):
 
 
 @BOTH
+def test_losses_wait_for_the_device_once(kind, monkeypatch):
+    """All cost matrices of all stages and clips come to the host together, and nothing else does."""
+    head = tiny(kind, transformer_decoder_cfg__num_frames=2).train()
+    targets = ClipTarget.from_labels(label_maps(2, 2), 5)
+    output = head(features(4), 2)
+    fetched, fetch = [], torch.Tensor.cpu
+
+    def cpu(tensor):
+        if tensor.is_floating_point():  # indices are made on the host
+            fetched.append(tensor.numel())
+        return fetch(tensor)
+
+    monkeypatch.setattr(torch.Tensor, 'cpu', cpu)
+    with NoSynchronisation():
+        head.criterion(output, targets, iteration=20)
+    assert len(fetched) == 1
+
+
+@BOTH
 def test_loss_names_and_the_warm_up_of_the_one_frame_stage(kind):
     head = tiny(kind).train()
     warm, full = (set(head.loss(features(4), label_maps(2, 2), iteration=i)) for i in (9, 10))
