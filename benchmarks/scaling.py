@@ -10,18 +10,22 @@ measured: evaluation (frames to label maps), matching and losses alone (forward 
 ten stages), and a training step (losses, backward, clipping, AdamW; no checkpointing), all in float32.
 
 Each point runs in a process of its own: first two runs for the peak of memory above the loaded model and its input,
-then timed runs, of which the median counts.  Each growth is over the row above, and stands beside that of the input.
-A growth that stays at or below the input's is what a reader looks for; "each more" is the price of what was added to
-the row above, which a constant part does not blur.
+then timed runs, of which the fastest counts (what else a machine does can only add to a time).  Each growth is over the
+row above, and stands beside that of the input.  A growth that stays at or below the input's is what a reader looks for;
+"each more" is the price of what was added to the row above, which a constant part does not blur.
 
-What grows faster than the input by design: MiT's attention, whose keys and values are a map reduced by R = 8, 4, 2, 1
-in its four stages, so N pixels of a stage cost N * N / R^2 products (SegFormer, arXiv 2105.15203).  Its memory does
-not: the attention is fused.  A table of counted operations shows how much of the growth that is.
+Two things may grow faster than the input.  On a CPU, time for new pages: the C library gives large tensors back to the
+system when they die, and the kernel clears new pages for the next ones, so large tensors cost more than their share.
+CPU time in the kernel stands beside the time; with ``MALLOC_MMAP_MAX_=0`` and ``MALLOC_TRIM_THRESHOLD_=20000000000`` in
+the environment it goes, and more memory is held.  And, by design, MiT's attention: its keys and values are a map
+reduced by R = 8, 4, 2, 1 in its four stages, so N pixels of a stage cost N * N / R^2 products (SegFormer, arXiv
+2105.15203), though not as much memory, as no scores are kept.  A table of counted operations shows how much that is.
 
-``--json`` writes a list of rows ``{axis, work, frames, height, width, targets, amount, ms, peak_mib, amount_growth,
-ms_growth, peak_growth, ms_per_unit, mib_per_unit, gflop, attention_gflop}``; amount is frames, megapixels or targets,
-the growths of a first row and the operations outside evaluation are null.  The default takes about ten minutes on two
-cores and 13 GB of memory; a smaller backbone, fewer ``--sizes`` and single ``--work`` take less.
+``--json`` writes a list of rows ``{axis, work, frames, height, width, targets, amount, ms, kernel_ms, peak_mib,
+amount_growth, ms_growth, peak_growth, ms_per_unit, mib_per_unit, gflop, attention_gflop}``; amount is frames,
+megapixels or targets, the growths of a first row and the operations outside evaluation are null.  The default takes
+about ten minutes on two cores and 13 GB of memory; a smaller backbone, fewer ``--sizes`` and single ``--work`` take
+less.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -52,7 +56,7 @@ WORKS = {'eval': 'evaluation', 'losses': 'matching and losses', 'train': 'traini
 AXES = {'frames': 'clip length', 'size': 'image size', 'targets': 'number of targets'}
 UNITS = {'frames': 'frame', 'size': 'Mpixel', 'targets': 'target'}
 TARGETS = 6
-FASTER = 1.1  # a growth counts as faster than the input's beyond this; medians of a few rounds are no better
+FASTER = 1.1  # a growth counts as faster than the input's beyond this; a few rounds are no better
 Row = dict[str, Any]
 
 
@@ -125,21 +129,22 @@ def run_of(args: argparse.Namespace, point: Point) -> speed.Run:
 
 
 def measure(args: argparse.Namespace, point: Point) -> Row:
-    """``ms`` and ``peak_mib`` (``None`` where the system does not tell memory) of one point, in this process."""
+    """``ms``, ``kernel_ms`` and ``peak_mib`` (``None`` where the system does not tell) of a point, in this process."""
     run = run_of(args, point)
     if speed.tells_memory():
         peak = speed.own_peak(run, args.device)
     else:
         run(), run()
         peak = None
-    seconds: list[float] = []
-    while len(seconds) < args.rounds and sum(seconds) < args.seconds:
+    rounds: list[tuple[float, float]] = []  # seconds, and of all threads those in the kernel
+    while len(rounds) < args.rounds and sum(wall for wall, _ in rounds) < args.seconds:
         speed.synchronise(args.device)
-        start = time.perf_counter()
+        start, kernel = time.perf_counter(), os.times().system
         run()
         speed.synchronise(args.device)
-        seconds.append(time.perf_counter() - start)
-    return {'ms': 1000 * statistics.median(seconds), 'peak_mib': peak}
+        rounds.append((time.perf_counter() - start, os.times().system - kernel))
+    wall, kernel = min(rounds)
+    return {'ms': 1000 * wall, 'kernel_ms': 1000 * kernel, 'peak_mib': peak}
 
 
 def measure_apart(args: argparse.Namespace, point: Point) -> Row:
@@ -211,15 +216,15 @@ def table(axis: str, work: str, rows: Sequence[Row]) -> list[str]:
     lines = [
         f'{WORKS[work].capitalize()} against {AXES[axis]} ({fixed}):',
         '',
-        f'| {unit}s | growth | time | growth | a {unit} | each more | peak memory | growth | a {unit} |',
-        '|---|---|---|---|---|---|---|---|---|',
+        f'| {unit}s | growth | time | growth | a {unit} | each more | in the kernel | peak memory | growth | a {unit} |',
+        '|---|---|---|---|---|---|---|---|---|---|',
     ]
     for row, above in zip(rows, [None, *rows]):
         amount = f'{row["amount"]:.3g}' + (f' ({row["height"]}x{row["width"]})' if axis == 'size' else '')
         more = above and (row['ms'] - above['ms']) / (row['amount'] - above['amount'])
         cells = [
             amount, times(row['amount_growth']), f'{row["ms"]:.0f} ms', times(row['ms_growth']),
-            f'{row["ms_per_unit"]:.0f} ms', '' if more is None else f'{more:.0f} ms',
+            f'{row["ms_per_unit"]:.0f} ms', '' if more is None else f'{more:.0f} ms', f'{row["kernel_ms"]:.0f} ms',
             mebibytes(row['peak_mib']), times(row['peak_growth']), mebibytes(row['mib_per_unit']),
         ]  # fmt: skip
         lines.append(f'| {" | ".join(cells)} |')
@@ -342,7 +347,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[(256, 448), (384, 640), (480, 864), (736, 1280), (1088, 1920)],
     )  # fmt: skip
     parser.add_argument('--targets', nargs='+', type=int, default=[1, 4, 15, 60], help='numbers of targets')
-    parser.add_argument('--rounds', type=int, default=3, help='timed runs of a point; the median counts')
+    parser.add_argument('--rounds', type=int, default=5, help='timed runs of a point; the fastest counts')
     parser.add_argument('--seconds', type=float, default=10, help='no further round of a point after so many seconds')
     parser.add_argument('--threads', type=int, help="default: torch's own choice")
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
