@@ -2,7 +2,8 @@
 
     python -m benchmarks.scaling --plot docs/scaling.png
     python -m benchmarks.scaling --axis size --work train --json train.json
-    python -m benchmarks.scaling --from eval.json train.json --plot docs/scaling.png
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 python -m benchmarks.scaling --json kept.json
+    python -m benchmarks.scaling --from train.json kept.json --plot docs/scaling.png
 
 One of the three grows, the others stay: clip length and number of targets (classes that are present in the clip) grow
 at the first of ``--sizes``, image size at one frame; there are 6 targets where their number stays.  Three things are
@@ -21,10 +22,10 @@ the environment it goes, and more memory is held.  And, by design, MiT's attenti
 reduced by R = 8, 4, 2, 1 in its four stages, so N pixels of a stage cost N * N / R^2 products (SegFormer, arXiv
 2105.15203), though not as much memory, as no scores are kept.  A table of counted operations shows how much that is.
 
-``--json`` writes a list of rows ``{axis, work, frames, height, width, targets, amount, ms, kernel_ms, peak_mib,
-amount_growth, ms_growth, peak_growth, ms_per_unit, mib_per_unit, gflop, attention_gflop}``; amount is frames,
+``--json`` writes a list of rows ``{axis, work, allocator, frames, height, width, targets, amount, ms, kernel_ms,
+peak_mib, amount_growth, ms_growth, peak_growth, ms_per_unit, mib_per_unit, gflop, attention_gflop}``; amount is frames,
 megapixels or targets, the growths of a first row and the operations outside evaluation are null.  The default takes
-about ten minutes on two cores and 13 GB of memory; a smaller backbone, fewer ``--sizes`` and single ``--work`` take
+about ten minutes on two cores and 10 GB of memory; a smaller backbone, fewer ``--sizes`` and single ``--work`` take
 less.
 """
 
@@ -58,6 +59,7 @@ UNITS = {'frames': 'frame', 'size': 'Mpixel', 'targets': 'target'}
 TARGETS = 6
 FASTER = 1.1  # a growth counts as faster than the input's beyond this; a few rounds are no better
 Row = dict[str, Any]
+Series = tuple[str, str, str]  # axis, work, allocator
 
 
 @dataclass(frozen=True)
@@ -179,16 +181,16 @@ def attention_flops(mit: MixTransformer, point: Point) -> int:
 def with_growth(rows: Sequence[Row]) -> list[Row]:
     """The rows with growths over the row above in the same series, and figures of one unit."""
     complete: list[Row] = []
-    above: dict[tuple[str, str], Row] = {}
+    above: dict[Series, Row] = {}
     for row in rows:
-        last = above.get((row['axis'], row['work']))
+        last = above.get(series_key(row))
         growths = {
             f'{name}_growth': ratio(row[field], None if last is None else last[field])
             for name, field in (('amount', 'amount'), ('ms', 'ms'), ('peak', 'peak_mib'))
         }
         units = {'ms_per_unit': row['ms'] / row['amount'], 'mib_per_unit': ratio(row['peak_mib'], row['amount'])}
         complete.append({**row, **growths, **units})
-        above[row['axis'], row['work']] = row
+        above[series_key(row)] = row
     return complete
 
 
@@ -197,15 +199,20 @@ def ratio(value: float | None, other: float | None) -> float | None:
     return None if value is None or not other else value / other
 
 
-def series_of(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by (axis, work), in the order of both tables at the top."""
-    series = {
-        (axis, work): [r for r in rows if (r['axis'], r['work']) == (axis, work)] for axis in AXES for work in WORKS
-    }
-    return {key: own for key, own in series.items() if own}
+def series_key(row: Row) -> Series:
+    """What the rows of a series share."""
+    return row['axis'], row['work'], row['allocator']
 
 
-def table(axis: str, work: str, rows: Sequence[Row]) -> list[str]:
+def series_of(rows: Sequence[Row]) -> dict[Series, list[Row]]:
+    """Rows by series, axes and works in the order of the tables at the top, the default allocator first."""
+    keys = {series_key(row) for row in rows}
+    order = {name: place for place, name in enumerate((*AXES, *WORKS, 'default'))}
+    ordered = sorted(keys, key=lambda key: [(order.get(name, len(order)), name) for name in key])
+    return {key: [row for row in rows if series_key(row) == key] for key in ordered}
+
+
+def table(axis: str, work: str, allocator: str, rows: Sequence[Row]) -> list[str]:
     """One series as Markdown."""
     unit, first = UNITS[axis], rows[0]
     fixed = {
@@ -214,9 +221,9 @@ def table(axis: str, work: str, rows: Sequence[Row]) -> list[str]:
         'targets': f'{first["frames"]} frames of {first["height"]}x{first["width"]}',
     }[axis]
     lines = [
-        f'{WORKS[work].capitalize()} against {AXES[axis]} ({fixed}):',
+        f'{WORKS[work].capitalize()} against {AXES[axis]} ({fixed}{told(allocator)}):',
         '',
-        f'| {unit}s | growth | time | growth | a {unit} | each more | in the kernel | peak memory | growth | a {unit} |',
+        f'| {unit}s | growth | time | growth | a {unit} | each more | in kernel | peak memory | growth | a {unit} |',
         '|---|---|---|---|---|---|---|---|---|---|',
     ]
     for row, above in zip(rows, [None, *rows]):
@@ -229,6 +236,11 @@ def table(axis: str, work: str, rows: Sequence[Row]) -> list[str]:
         ]  # fmt: skip
         lines.append(f'| {" | ".join(cells)} |')
     return lines
+
+
+def told(allocator: str) -> str:
+    """The allocator for a title, where it is not the default."""
+    return '' if allocator == 'default' else f'; {allocator}'
 
 
 def times(growth: float | None) -> str:
@@ -259,11 +271,11 @@ def operations_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def summary(axis: str, work: str, rows: Sequence[Row]) -> str:
+def summary(axis: str, work: str, allocator: str, rows: Sequence[Row]) -> str:
     """Growth of one series from its first row to its last."""
     first, last = rows[0], rows[-1]
     grown = ratio(last['amount'], first['amount']) or 1.0
-    text = f'* {WORKS[work]}, {AXES[axis]}: {grown:.3g}x the input'
+    text = f'* {WORKS[work]}, {AXES[axis]}{told(allocator)}: {grown:.3g}x the input'
     for name, field in (('time', 'ms'), ('memory', 'peak_mib')):
         growth = ratio(last[field], first[field])
         if growth is not None:
@@ -275,14 +287,15 @@ def report(rows: Sequence[Row]) -> str:
     """All tables and the summary as Markdown."""
     series = series_of(rows)
     parts = [table(*key, own) for key, own in series.items()]
-    if ('size', 'eval') in series:
-        parts.append(operations_table(series['size', 'eval']))
+    counted = next((own for key, own in series.items() if key[:2] == ('size', 'eval')), None)
+    if counted:
+        parts.append(operations_table(counted))
     parts.append([summary(*key, own) for key, own in series.items()])
     return '\n\n'.join('\n'.join(part) for part in parts)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Time and memory against each of the three, on logarithmic axes; dashed: growing as the input does."""
+    """Time and memory against each of the three, on logarithmic axes; dashed: growing as the input does, dotted: other allocators."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -299,13 +312,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for row, (field, scale, label) in enumerate((('ms', 1e3, 'time, s'), ('peak_mib', 1024, 'peak memory, GiB'))):
             plot = grid[row][column]
             plot.set(xscale='log', yscale='log')
-            for (own_axis, work), points in series.items():
+            for (own_axis, work, allocator), points in series.items():
                 if own_axis != axis or any(not point[field] for point in points):
                     continue
                 x = np.array([point['amount'] for point in points])
                 y = np.array([point[field] / scale for point in points])
-                plot.plot(x, y, 'o-', color=colours[work], label=WORKS[work])
-                plot.plot(x, y[0] * x / x[0], '--', color=colours[work], alpha=0.4, linewidth=1)
+                if allocator == 'default':
+                    plot.plot(x, y, 'o-', color=colours[work], label=WORKS[work])
+                    plot.plot(x, y[0] * x / x[0], '--', color=colours[work], alpha=0.4, linewidth=1)
+                else:
+                    plot.plot(x, y, 'o:', color=colours[work], markerfacecolor='white')
             ticks = sorted({point['amount'] for key, points in series.items() if key[0] == axis for point in points})
             plot.set_xticks(ticks, [f'{tick:.2g}' for tick in ticks])
             plot.minorticks_off()
@@ -318,7 +334,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             if column == 0:
                 plot.set_ylabel(label)
     grid[0][0].legend(fontsize='small')
-    figure.supxlabel('dashed: in proportion to the input, from the first point on', fontsize='small', color='0.4')
+    others = sorted({key[2] for key in series} - {'default'})
+    text = 'dashed: in proportion to the input, from the first point on' + ''.join(
+        f'; dotted: {name}' for name in others
+    )
+    figure.supxlabel(text, fontsize='small', color='0.4')
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -385,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
             counted = {'gflop': None, 'attention_gflop': None}
             if point.work == 'eval':
                 counted = operations(args.backbone, point)
-            rows.append({**asdict(point), 'amount': point.amount, **figures, **counted})
+            rows.append({**asdict(point), 'allocator': speed.allocator(), 'amount': point.amount, **figures, **counted})
             print(
                 f'{number}/{len(points)}  {point}: {figures["ms"]:.0f} ms, {mebibytes(figures["peak_mib"])}', flush=True
             )

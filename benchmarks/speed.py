@@ -374,15 +374,17 @@ def describe(args: argparse.Namespace) -> str:
         names = re.findall(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
         if args.device == 'cpu' and names:
             device = names[0]
-    allocator = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(('MALLOC_', 'LD_PRELOAD', 'PYTORCH_CUDA_ALLOC', 'PYTORCH_ALLOC'))
-    }
     return (
         f'{device}; torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), '
-        f'{torch.get_num_threads()} threads of {os.cpu_count()} cores; allocator {allocator or "default"}'
+        f'{torch.get_num_threads()} threads of {os.cpu_count()} cores; allocator {allocator()}'
     )
+
+
+def allocator() -> str:
+    """What the environment says about the allocation of memory, ``default`` if nothing."""
+    names = ('MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD', 'THP_MEM_ALLOC', 'PYTORCH_CUDA_ALLOC', 'PYTORCH_ALLOC')
+    settings = sorted(f'{name}={value}' for name, value in os.environ.items() if name.startswith(names))
+    return ' '.join(settings) or 'default'
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

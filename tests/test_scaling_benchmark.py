@@ -13,7 +13,8 @@ from benchmarks import scaling, speed
 
 SMALL = ['--backbone', 'mit_b0', '--sizes', '64x64', '64x96', '--frames', '1', '2', '--targets', '1', '3']
 FIELDS = {
-    'axis', 'work', 'frames', 'height', 'width', 'targets', 'amount', 'ms', 'kernel_ms', 'peak_mib', 'amount_growth',
+    'axis', 'work', 'allocator',
+    'frames', 'height', 'width', 'targets', 'amount', 'ms', 'kernel_ms', 'peak_mib', 'amount_growth',
     'ms_growth', 'peak_growth', 'ms_per_unit', 'mib_per_unit', 'gflop', 'attention_gflop',
 }  # fmt: skip
 
@@ -41,13 +42,20 @@ def test_one_of_the_three_grows_at_a_time():
 
 def test_growths_are_over_the_row_above_in_the_same_series():
     def row(work, frames, ms, peak):
-        return {'axis': 'frames', 'work': work, 'amount': frames, 'ms': ms, 'peak_mib': peak}
+        return {'axis': 'frames', 'work': work, 'allocator': 'default', 'amount': frames, 'ms': ms, 'peak_mib': peak}
 
     rows = scaling.with_growth([row('eval', 1, 10, 4), row('train', 1, 50, None), row('eval', 4, 30, 20)])
     assert rows[0]['ms_growth'] is None and rows[1]['peak_growth'] is None
     assert (rows[2]['amount_growth'], rows[2]['ms_growth'], rows[2]['peak_growth']) == (4, 3, 5)
     assert (rows[2]['ms_per_unit'], rows[2]['mib_per_unit']) == (7.5, 5)
-    text = scaling.summary('frames', 'eval', [rows[0], rows[2]])
+    other = {**rows[2], 'allocator': 'MALLOC_ARENA_MAX=1'}
+    rows = scaling.with_growth([rows[0], other, rows[2]])
+    assert rows[1]['ms_growth'] is None and rows[2]['ms_growth'] == 3
+    assert list(scaling.series_of(rows[::-1])) == [
+        ('frames', 'eval', 'default'),
+        ('frames', 'eval', other['allocator']),
+    ]
+    text = scaling.summary('frames', 'eval', 'default', [rows[0], rows[2]])
     assert text.endswith('4x the input, 3x the time, 5x the memory (**faster than the input**)')
 
 
