@@ -335,10 +335,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 plot.set_ylabel(label)
     grid[0][0].legend(fontsize='small')
     others = sorted({key[2] for key in series} - {'default'})
-    text = 'dashed: in proportion to the input, from the first point on' + ''.join(
-        f'; dotted: {name}' for name in others
-    )
-    figure.supxlabel(text, fontsize='small', color='0.4')
+    notes = ['dashed: in proportion to the input, from the first point on', *(f'dotted: {name}' for name in others)]
+    figure.supxlabel('; '.join(notes), fontsize='small', color='0.4')
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
