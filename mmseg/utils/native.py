@@ -1,7 +1,8 @@
 """Native libraries that are built on first use by plain compiler calls, and kept in a cache.
 
 The file name of a library holds what it was built for, the compiler and a hash of sources and flags, so a change of
-any of them builds anew and nothing stale is ever loaded. Environment:
+any of them builds anew and nothing stale is ever loaded. ``python -m mmseg.utils.native MODULE ...`` builds those of
+some modules ahead of time. Environment:
 
 * ``THEMASK_OPS_CACHE``: where libraries are kept (default ``$XDG_CACHE_HOME/themask/ops`` or ``~/.cache/themask/ops``);
 * ``THEMASK_OPS_BUILD=0``: never compile, use what was built ahead of time;
@@ -10,8 +11,11 @@ any of them builds anew and nothing stale is ever loaded. Environment:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import ctypes
 import hashlib
+import importlib
 import os
 import platform
 import shlex
@@ -20,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +185,35 @@ def cached_library(library: Library, compiler: Sequence[str] | None, allow_build
     return target
 
 
+def loaded(made_of: Callable[[], Library], load: Callable[[Path], ctypes.CDLL]) -> ctypes.CDLL | BuildError:
+    """A library for ctypes, built where it is missing; what went wrong where that fails.
+
+    Args:
+        made_of: says what it is made of.
+        load: loads the built file and declares its functions.
+    """
+    try:
+        return load(cached_library(made_of(), find_cxx(), building_allowed()))
+    except (RuntimeError, OSError) as error:  # no compiler; a file that cannot be read or loaded
+        return BuildError(str(error))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Builds the libraries of some modules and says where they are; the exit status is 1 if one could not be built."""
+    parser = argparse.ArgumentParser(description='Builds native libraries ahead of time.')
+    parser.add_argument('modules', metavar='MODULE', nargs='+', help='has a function made_of() -> Library')
+    status = 0
+    for name in parser.parse_args(arguments).modules:
+        started = time.perf_counter()
+        try:
+            path = cached_library(importlib.import_module(name).made_of(), find_cxx())
+            print(f'{name}: {path} ({time.perf_counter() - started:.1f} s)')
+        except BuildError as error:
+            print(f'{name}: not built: {error}', file=sys.stderr)
+            status = 1
+    return status
+
+
 def _digest(parts: Iterable[str | bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
@@ -207,3 +240,7 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+if __name__ == '__main__':
+    sys.exit(main())

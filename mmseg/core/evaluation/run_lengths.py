@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmseg.utils.native import BuildError, Library, Unit, building_allowed, cached_library, find_cxx
+from mmseg.utils.native import BuildError, Library, Unit, loaded
 
 from .confusion import as_label_map
 
@@ -24,7 +24,7 @@ FLAGS = ('-std=c++17', '-O3', '-fPIC', '-fvisibility=hidden', '-Wno-psabi')
 def made_of() -> Library:
     """What the compiler is given."""
     unit = Unit(SOURCE, FLAGS, 'run_lengths')
-    return Library('run_lengths', (SOURCE,), (unit,), ahead='start once without it')
+    return Library('run_lengths', (SOURCE,), (unit,), ahead='run make.sh')
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -44,10 +44,7 @@ def load(path: Path) -> ctypes.CDLL:
 @functools.cache
 def native() -> ctypes.CDLL | BuildError:
     """The library, built and loaded on the first call; what went wrong where that fails."""
-    try:
-        return load(cached_library(made_of(), find_cxx(), building_allowed()))
-    except (RuntimeError, OSError) as error:  # no compiler; a file that cannot be read or loaded
-        return BuildError(str(error))
+    return loaded(made_of, load)
 
 
 def _library() -> ctypes.CDLL:
