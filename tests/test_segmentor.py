@@ -5,13 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmseg.models import build_segmentor
-from mmseg.models.segmentors.label_map import ScoreView, _Tiles, label_map, resize_matrix, window_matrix, window_starts
 from mmseg.utils.config import load_config
 from mmseg.utils.errors import CheckpointError, ConfigError
 from tests.reference import recipe
@@ -230,75 +226,6 @@ def test_windows_are_summed_and_divided_by_their_number(tiny, crop, stride):
     assert (sliding.predict([clip], [None], size) == expected).float().mean() > 0.999
 
 
-@given(
-    source=st.tuples(st.integers(1, 20), st.integers(1, 40)), middle=st.tuples(st.integers(1, 50), st.integers(1, 300)),
-    target=st.tuples(st.integers(1, 60), st.integers(1, 300)), classes=st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
-def test_label_map_equals_two_resizes_and_argmax(source, middle, target, classes):
-    scores = torch.from_numpy(recipe.image(1, 2, classes, *source))
-    rows, columns = (resize_matrix(*sizes) for sizes in zip(source, middle, target))
-    full = scores
-    for size in (middle, target):
-        full = F.interpolate(full, size=size, mode='bilinear', align_corners=False)
-    labels = label_map([ScoreView(scores, rows, columns)])
-    chosen = full.gather(1, labels.long()[:, None])[:, 0]
-    assert (full.amax(1) - chosen).max() <= 1e-5  # equal, or a tie up to rounding
-
-
-def test_label_map_leaves_out_classes_that_cannot_win():
-    regions = F.interpolate(torch.randn(1, 6, 4, 5), (30, 44), mode='bicubic') * 8
-    scores = torch.rand(1, 40, 30, 44) * 0.03 - 0.5
-    scores[:, 3:33:5] += regions.softmax(1)
-    view = ScoreView(scores, resize_matrix(30, 120, 113), resize_matrix(44, 176, 201))
-    tiles = _Tiles(view)
-    tiles.start(0)
-    kept = tiles.candidates(0)
-    assert kept is not None and set(kept.tolist()) <= set(range(3, 33, 5))
-    full = F.interpolate(F.interpolate(scores, (120, 176), mode='bilinear'), (113, 201), mode='bilinear')
-    assert torch.equal(label_map([view]), full.argmax(1))
-    # Two classes of 1 side by side, one of 0.4 under both: it wins nowhere, but 0.6 under both would win between them.
-    for level, classes in ((0.4, {0, 1}), (0.6, {0, 1, 2})):
-        between = torch.zeros(1, 3, 1, 2)
-        between[0, 0, 0, 0] = between[0, 1, 0, 1] = 1
-        between[0, 2] = level
-        labels = label_map([ScoreView(between, resize_matrix(1, 1), resize_matrix(2, 21))])
-        assert set(labels.unique().tolist()) == classes
-    broken = torch.full((1, 3, 2, 2), float('nan'))
-    assert label_map([ScoreView(broken, resize_matrix(2, 8), resize_matrix(2, 8))]).shape == (1, 8, 8)
-
-
-def test_label_map_takes_the_first_of_equal_scores():
-    scores = torch.zeros(1, 7, 4, 4)
-    scores[:, 3:5, :, 2:] = 1
-    labels = label_map([ScoreView(scores, resize_matrix(4, 16), resize_matrix(4, 16))])[0]
-    assert labels[:, 0].eq(0).all() and labels[:, -1].eq(3).all()
-
-
-def test_label_map_ignores_autocast_and_takes_bfloat16():
-    scores = torch.rand(1, 30, 12, 20)
-    views = [ScoreView(scores, resize_matrix(12, 48), resize_matrix(20, 80))]
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert torch.equal(label_map(views), F.interpolate(scores, (48, 80), mode='bilinear').argmax(1))
-    low = ScoreView(scores.bfloat16(), views[0].rows, views[0].columns)
-    full = F.interpolate(scores.bfloat16().float(), (48, 80), mode='bilinear')
-    assert torch.equal(label_map([low]), full.argmax(1))
-
-
-def test_label_map_rejects_more_classes_than_labels():
-    with pytest.raises(ValueError, match='255 classes'):
-        label_map([ScoreView(torch.zeros(1, 256, 2, 2), resize_matrix(2, 4), resize_matrix(2, 4))])
-
-
-@given(size=st.integers(1, 60), crop=st.integers(1, 70), stride=st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
-def test_windows_cover_every_pixel_and_their_weights_sum_to_one(size, crop, stride):
-    stride = min(stride, crop)
-    starts = window_starts(size, crop, stride)
-    assert starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] + min(crop, size) == size
-    length = -(-min(crop, size) // 4)
-    torch.testing.assert_close(window_matrix(size, crop, starts, length).sum(0), torch.ones(size))
-
-
 def test_pretrained_weights(tmp_path):
     cfg = tiny_model('1f', pretrained=str(tmp_path / 'mit.pth'))
     model = build_segmentor(cfg)
@@ -356,3 +283,16 @@ def test_wrong_shapes_are_named(tiny):
         tiny.predict([torch.zeros(1, 1, 3, 64, 64)], [], (64, 64))
     with pytest.raises(ValueError, match="'diagonal'"):
         tiny.predict([torch.zeros(1, 1, 3, 64, 64)], ['diagonal'], (64, 64))
+
+
+@pytest.mark.parametrize('kind', ['1f', 'video'])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float64, 1e-4)])
+@torch.no_grad()
+def test_a_model_of_another_dtype_takes_the_same_frames(kind, dtype, tolerance):
+    torch.manual_seed(0)
+    model = build_segmentor(tiny_model(kind)).eval()
+    clip = torch.randn(1, 2, 3, 64, 96)
+    expected = model.scores(clip)
+    scores = model.to(dtype).scores(clip)
+    assert scores.dtype == dtype
+    assert (scores - expected).abs().max() < tolerance * expected.std()

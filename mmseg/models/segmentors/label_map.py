@@ -14,7 +14,7 @@ below -1e38 for -1e38, so that they spoil no pixel but their own, where a NaN wi
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,18 +126,13 @@ def _label_map(views: Sequence[ScoreView]) -> Tensor:
 
 
 def _label_frame(views: Sequence[_Tiles], out: Tensor) -> None:
+    width = views[0].width
     for i, band in enumerate(out.split(views[0].height)):
-        sources = [view.band(i) for view in views]
-        for left, tile in _strips(band, views[0].width(sources[0])):
-            parts = [view.values(source, i, left, tile.shape[1]) for view, source in zip(views, sources)]
+        for left, tile in zip(range(0, band.shape[1], width), band.split(width, dim=1)):
+            parts = [view.values(i, left, tile.shape[1]) for view in views]
             if len(parts) > 1:
                 parts = [torch.stack([part.softmax(dim=1) for part in parts]).sum(dim=0)]
             tile.copy_(_argmax(parts[0]))
-
-
-def _strips(band: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
-    """``band`` in pieces of ``width`` columns, each with its first column."""
-    return zip(range(0, band.shape[1], width), band.split(width, dim=1))
 
 
 class _Tiles:
@@ -146,7 +141,8 @@ class _Tiles:
     def __init__(self, view: ScoreView) -> None:
         device = view.scores.device
         self.view = view
-        self.height, self.budget = _CPU_TILE if device.type == 'cpu' else _GPU_TILE
+        self.height, budget = _CPU_TILE if device.type == 'cpu' else _GPU_TILE
+        self.width = max(budget // (self.height * view.scores.shape[1]) // _MIN_COLUMNS, 1) * _MIN_COLUMNS
         self.bands = [_used(rows) for rows in view.rows.split(self.height, dim=1)]
         self.strips: dict[tuple[int, int], tuple[int, int]] = {}
         self.rows, self.columns = view.rows.T.contiguous().to(device), view.columns.to(device)
@@ -155,19 +151,10 @@ class _Tiles:
     def start(self, frame: int) -> None:
         """Goes to the first tile of a frame."""
         scores = self.view.scores[frame].transpose(0, 1)  # [h, K, w]: a band of rows is one block of memory
-        copy = torch.empty(scores.shape, device=scores.device).copy_(scores)
+        copy = torch.empty(scores.shape, dtype=torch.float32, device=scores.device).copy_(scores)
         self.scores = copy.nan_to_num_(_LIMIT).clamp_(-_LIMIT, _LIMIT)
 
-    def band(self, i: int) -> Tensor:
-        """Source rows of band ``i``: ``[h', K, w]``."""
-        top, bottom = self.bands[i]
-        return self.scores[top:bottom]
-
-    def width(self, source: Tensor) -> int:
-        """Columns of a tile that stays in the cache."""
-        return max(self.budget // (self.height * source.shape[1]) // _MIN_COLUMNS, 1) * _MIN_COLUMNS
-
-    def values(self, source: Tensor, i: int, start: int, width: int) -> Tensor:
+    def values(self, i: int, start: int, width: int) -> Tensor:
         """Scores of ``width`` columns from ``start`` on in band ``i``, ``[rows, K, width]``, until the next call."""
         top, bottom = self.bands[i]
         if (start, width) not in self.strips:
@@ -175,11 +162,11 @@ class _Tiles:
         left, right = self.strips[start, width]
         columns = self.columns[left:right, start : start + width]
         rows = self.rows[i * self.height : (i + 1) * self.height, top:bottom]
-        length, classes = source.shape[:2]
+        source = self.scores[top:bottom, :, left:right]
         # An emptied ``out`` keeps its memory; new pages for every tile would cost as much as the products.
-        torch.mm(source.flatten(0, 1)[:, left:right], columns, out=self.wide.resize_(0))
-        torch.mm(rows, self.wide.view(length, -1), out=self.full.resize_(0))
-        return self.full.view(len(rows), classes, width)
+        torch.mm(source.flatten(0, 1), columns, out=self.wide.resize_(0))
+        torch.mm(rows, self.wide.view(len(source), -1), out=self.full.resize_(0))
+        return self.full.view(len(rows), -1, width)
 
 
 def _used(weights: Tensor) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Builds the native op into the user's cache (THEMASK_OPS_CACHE chooses another folder). Any shell, any directory:
-#   sh make.sh          what this torch can use: the CPU library, and the CUDA one beside a CUDA torch
+# Builds the native op, and the small libraries of label maps and metrics, into the user's cache (THEMASK_OPS_CACHE
+# chooses another folder). Any shell, any directory:
+#   sh make.sh          what this torch can use: the CPU libraries, and the CUDA one beside a CUDA torch
 #   sh make.sh --cuda   the CUDA library too, whatever torch is installed (it compiles without a GPU)
 set -e
 here=$(dirname -- "$0")
@@ -8,4 +9,7 @@ if [ -z "$PYTHON" ]; then
     if command -v python >/dev/null 2>&1; then PYTHON=python; else PYTHON=python3; fi
 fi
 export PYTHONPATH="$here/../../../../../..${PYTHONPATH:+:$PYTHONPATH}"  # the package need not be installed
-exec "$PYTHON" "$here/build.py" "$@"
+status=0
+"$PYTHON" "$here/build.py" "$@" || status=$?
+"$PYTHON" -m mmseg.utils.native mmseg.core.evaluation.run_lengths mmseg.models.segmentors.label_map_native || status=$?
+exit $status
