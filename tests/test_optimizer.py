@@ -219,3 +219,28 @@ def test_a_fixed_scale_stays_and_an_overflow_leaves_the_weights():
 def test_unknown_precision_is_refused(section):
     with pytest.raises(ConfigError, match='fp16'):
         Precision(torch.device('cpu'), **section)
+
+
+@pytest.mark.parametrize('name', ['AdamW', 'SGD'])
+def test_the_fused_form_takes_the_steps_of_the_plain_one(name):
+    models = [Model(), Model()]
+    models[1].load_state_dict(models[0].state_dict())
+    fused, plain = (
+        build_optimizer(model, dict(type=name, lr=0.1, weight_decay=0.05, **more))
+        for model, more in zip(models, ({}, {'foreach': False}))
+    )
+    assert fused.defaults['fused'] and not plain.defaults['fused']
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for pair in zip(*(model.parameters() for model in models), strict=True):
+            gradient = torch.randn(pair[0].shape, generator=generator)
+            for parameter in pair:
+                parameter.grad = gradient.clone()
+        fused.step()
+        plain.step()
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_an_optimizer_without_a_fused_form():
+    assert 'fused' not in build_optimizer(Model(), dict(type='NAdam', lr=0.1)).defaults

@@ -78,3 +78,14 @@ def test_all_uncertain_or_none():
     logits = torch.from_numpy(recipe.image(6, 2, 8, 9))
     assert point_sampling.uncertain_points(logits, 10, 2.0, 1.0).shape == (2, 10, 2)
     assert point_sampling.uncertain_points(logits, 10, 2.0, 0.0).shape == (2, 10, 2)
+
+
+@given(rows=st.integers(1, 4), length=st.integers(1, 200), share=st.floats(0, 1), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_the_smallest_values_are_those_of_topk(rows, length, share, seed):
+    values = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
+    n = int(share * length)
+    chosen = point_sampling._smallest(values, n)
+    assert chosen.shape == (rows, n) and chosen.dtype == torch.int64
+    expected = values.topk(n, dim=1, largest=False).values
+    assert torch.equal(values.gather(1, chosen).sort(dim=1).values, expected)

@@ -182,7 +182,7 @@ class MixTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """``[N, C, H, W]`` -> four channels-last maps ``[N, C_i, ceil(H / s), ceil(W / s)]``, s = 4, 8, 16, 32."""
-        x = images.permute(0, 2, 3, 1).contiguous()
+        x = images.to(next(self.parameters()).dtype).permute(0, 2, 3, 1).contiguous()
         maps = []
         for stage in range(1, 5):
             x = getattr(self, f'patch_embed{stage}')(x)

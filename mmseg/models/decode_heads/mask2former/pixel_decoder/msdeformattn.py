@@ -152,7 +152,7 @@ class MSDeformAttnEncoder(nn.Module):
         shapes = [(x.shape[2], x.shape[3]) for x in maps]
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
         position = torch.cat([
-            sine_position_2d(h, w, tokens.shape[2], tokens.device).flatten(1).T + embed
+            sine_position_2d(h, w, tokens.shape[2], tokens.device, tokens.dtype).flatten(1).T + embed
             for (h, w), embed in zip(shapes, self.level_embed)
         ])[None]
         points = self.pixel_centres(shapes, tokens.device)
