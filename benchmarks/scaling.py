@@ -295,7 +295,7 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Time and memory against each of the three, on logarithmic axes; dashed: growing as the input does, dotted: other allocators."""
+    """Time and memory against each of the three; dashed: growing as the input does, dotted: other allocators."""
     import matplotlib
 
     matplotlib.use('Agg')
