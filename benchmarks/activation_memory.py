@@ -10,10 +10,10 @@ under the part of the step that made it.  The step is the second one, so that Ad
 is what the forward pass keeps for the backward pass, by autograd's own hooks.
 
 As on a GPU are: float32 weights and their bfloat16 copies; norms, which CUDA's autocast runs in float32 and a CPU's
-does not; fused attention, which keeps neither scores nor dropout masks; AdamW and clipping over all tensors together
-(`foreach`).  Not as on a GPU: what stands under `device.type == 'cpu'` in the model runs piece by piece, and a dropout
-keeps a mask of the type of its input instead of bool (both only for queries and masks).  Costs have no values, so the
-matching takes zeros: every target gets its two queries, as always.
+does not; fused attention, which keeps neither scores nor dropout masks; AdamW in its fused form, and clipping over all
+tensors together.  Not as on a GPU: what stands under `device.type == 'cpu'` in the model runs piece by piece, and a
+dropout keeps a mask of the type of its input instead of bool (both only for queries and masks).  Costs have no values,
+so the matching takes zeros: every target gets its two queries, as always.
 
 What kernels allocate inside is not seen.  The sum adds allowances, which are assumptions: 0.6 GiB for the CUDA context
 and its libraries, 1 GiB for workspaces of cuDNN and cuBLAS, and 15 % of the tensors for what the caching allocator
@@ -267,7 +267,7 @@ def count(args: argparse.Namespace, variant: Variant) -> Count:
     schedule = load_config(speed.CONFIGS / f'video_themask_{args.backbone}.py').optimizer
     with FakeTensorMode(allow_non_fake_inputs=True), hostless():
         model = model.to_empty(device='cpu')
-        optimizer = build_optimizer(model, {**schedule, 'foreach': True})
+        optimizer = build_optimizer(model, schedule)
         with LiveTensors() as live:
             for tensor in (*model.parameters(), *model.buffers()):
                 live.tally.add(tensor, WEIGHTS)
