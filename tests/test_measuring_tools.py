@@ -45,8 +45,8 @@ def test_flops_of_parts_that_are_known(config):
     tokens = sum((64 // s) * (96 // s) for s in (32, 16, 8))
     samples_and_channels = 32 * 3 * 4  # all heads together have 32 channels; 3 levels, 4 points
     assert one['deformable attention']['flops'] == tokens * samples_and_channels * 8
-    pixels, queries, classes = 16 * 24, 8, 124
-    assert one['scores']['flops'] == 2 * 2 * pixels * queries * classes  # clip and frame level
+    pixels, queries, channels, classes = 16 * 24, 8, 32, 124
+    assert one['scores']['flops'] == 2 * 2 * pixels * queries * (channels + classes)  # clip and frame level
 
 
 def test_flops_equal_those_of_a_real_pass(config, monkeypatch):
