@@ -43,6 +43,7 @@ def test_curves_of_two_runs(runs):
 
 
 def test_a_resumed_run_counts_once(runs, capsys):
+    (runs / 'a/20991231_235959.log.json').write_text('{"exp_name": "a"}\n')  # the last time nothing was left to train
     run = analyze_logs.read_run(runs / 'a', 'a')
     assert run.evaluated == {'mIoU'}
     assert run.curves['loss'][0] == [*range(1, 41)]

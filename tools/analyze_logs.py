@@ -63,7 +63,9 @@ def read_run(path: Path, name: str) -> Run:
     run = Run(name)
     for file in files:
         records = [r for r in _read_records(file) if 'iter' in r]
-        first = min((r['iter'] for r in records), default=0)
+        if not records:  # of a training that had nothing left to do
+            continue
+        first = min(r['iter'] for r in records)
         for values in points.values():
             for iteration in [i for i in values if i >= first]:
                 del values[iteration]
