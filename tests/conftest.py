@@ -1,4 +1,4 @@
-"""Shared fixtures: reference tensors, deterministic weights, quiet threads."""
+"""Shared fixtures: reference tensors, deterministic weights, the backends of the op."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import backend as backends
+from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.backend import Native, native
+
 REFERENCE = Path(__file__).parent / 'reference'
 CAMVID = Path(__file__).parents[2] / 'shared' / 'camvid_vspw'
+INSTRUCTION_SETS = ('avx512', 'avx2', 'portable')
 
 
 @pytest.fixture(scope='session')
@@ -28,3 +32,28 @@ def reference():
 def _seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+def cpu_library() -> Native:
+    loaded = native('cpu')
+    if not isinstance(loaded, Native):
+        pytest.skip(f'no native op here: {loaded}')
+    return loaded
+
+
+@pytest.fixture(params=['pytorch', *INSTRUCTION_SETS])
+def backend(request, monkeypatch):
+    """Runs a test with the PyTorch form and with each instruction set that this processor has."""
+    if request.param == 'pytorch':
+        monkeypatch.setenv('THEMASK_OPS_BACKEND', 'pytorch')
+        yield request.param
+        return
+    library = cpu_library()
+    before = backends.instruction_set(library)
+    monkeypatch.setenv('THEMASK_OPS_BACKEND', 'cpu')
+    try:
+        backends.choose_instruction_set(library, request.param)
+    except backends.BackendError as error:
+        pytest.skip(str(error))
+    yield request.param
+    backends.choose_instruction_set(library, before)

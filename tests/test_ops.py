@@ -12,40 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import backend as backends
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import ms_deform_attn, ms_deform_attn_fused
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.backend import Native, native
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.pytorch import (
     ms_deform_attn_fused_pytorch,
     ms_deform_attn_pytorch,
 )
+from tests.conftest import INSTRUCTION_SETS, cpu_library
 from tests.reference import recipe
 
 LEVELS = [(3, 5), (6, 10), (12, 20)]
-INSTRUCTION_SETS = ('avx512', 'avx2', 'portable')
-
-
-def cpu_library() -> Native:
-    loaded = native('cpu')
-    if not isinstance(loaded, Native):
-        pytest.skip(f'no native op here: {loaded}')
-    return loaded
-
-
-@pytest.fixture(params=['pytorch', *INSTRUCTION_SETS])
-def backend(request, monkeypatch):
-    """Runs a test with the PyTorch form and with each instruction set that this processor has."""
-    if request.param == 'pytorch':
-        monkeypatch.setenv('THEMASK_OPS_BACKEND', 'pytorch')
-        yield request.param
-        return
-    library = cpu_library()
-    before = backends.instruction_set(library)
-    monkeypatch.setenv('THEMASK_OPS_BACKEND', 'cpu')
-    try:
-        backends.choose_instruction_set(library, request.param)
-    except backends.BackendError as error:
-        pytest.skip(str(error))
-    yield request.param
-    backends.choose_instruction_set(library, before)
 
 
 def problem(

@@ -68,6 +68,7 @@ def test_attention_module_equals_the_reference(reference):
 
 
 @pytest.mark.parametrize('seed, size', [(31, (96, 160)), (41, (100, 150))])
+@pytest.mark.usefixtures('backend')
 def test_pixel_decoder_equals_the_reference(reference, seed, size):
     gold = reference('pixel_decoder_b0.npz')
     module = filled(MSDeformAttnPixelDecoder(B0_SHAPE), 'decode_head.pixel_decoder')

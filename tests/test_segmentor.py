@@ -44,6 +44,7 @@ def share_equal(gold, name, labels):
 
 
 @pytest.mark.parametrize('length', [1, 2, 4])
+@pytest.mark.usefixtures('backend')
 def test_whole_inference_equals_the_reference(reference, reference_model, length):
     stage, model = reference_model
     gold = reference(f'segmentor_{stage}_b0.npz')
