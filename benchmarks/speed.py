@@ -11,7 +11,7 @@ Parts:
   checkpointing, and matching and losses alone, forward and backward.
 * data: a training clip of two frames from decoded images to tensors.
 * post: scores at stride 4 to label maps.
-* linear: linear layers of the model alone, BLAS beside what the model uses.
+* linear: linear layers of the model alone, BLAS beside what the model uses, in float32 and bfloat16.
 * attention: the backbone's attention alone, torch's own beside what the model uses, in float32 and bfloat16.
 
 Both arms compute the same thing (``benchmarks/plain.py``, ``tests/test_plain.py``).  They run in turns in one process,
@@ -259,20 +259,24 @@ def post_cases(args: argparse.Namespace) -> Iterator[Case]:
 
 def linear_cases(args: argparse.Namespace) -> Iterator[Case]:
     """The encoder's feed-forward layers and projections, and the first stage's Mix-FFN, for a 480x864 frame."""
-    for tokens, width, out in ((8505, 256, 1024), (8505, 1024, 256), (8505, 256, 256), (25920, 256, 64)):
+    sizes = ((8505, 256, 1024), (8505, 1024, 256), (8505, 256, 256), (25920, 256, 64))
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens, width, out in sizes:
 
-        def make(arm: str, tokens: int = tokens, width: int = width, out: int = out) -> Run:
-            shapes = (1, tokens, width), (out, width), (out,)
-            x, weight, bias = (torch.randn(shape, device=args.device) for shape in shapes)
-            function = nn.functional.linear if arm == 'plain' else linear
+            def make(
+                arm: str, tokens: int = tokens, width: int = width, out: int = out, dtype: torch.dtype = dtype
+            ) -> Run:
+                shapes = (1, tokens, width), (out, width), (out,)
+                x, weight, bias = (torch.randn(shape, device=args.device, dtype=dtype) for shape in shapes)
+                function = nn.functional.linear if arm == 'plain' else linear
 
-            def run() -> Tensor:
-                with torch.inference_mode():
-                    return function(x, weight, bias)
+                def run() -> Tensor:
+                    with torch.inference_mode():
+                        return function(x, weight, bias)
 
-            return run
+                return run
 
-        yield Case(f'linear {tokens} x {width} -> {out}', make)
+            yield Case(f'linear {tokens} x {width} -> {out}, {str(dtype).removeprefix("torch.")}', make)
 
 
 def attention_cases(args: argparse.Namespace) -> Iterator[Case]:

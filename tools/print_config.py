@@ -10,7 +10,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.errors import ConfigError
 

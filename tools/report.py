@@ -15,7 +15,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from mmseg.apis.report import read_predictions, read_report, run_of_predictions, write_report
 from mmseg.apis.sinks import load_results
 from mmseg.datasets import VideoDataset, build_dataset
