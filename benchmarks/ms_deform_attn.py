@@ -4,6 +4,11 @@ One table a run: milliseconds (the fastest of all repeats, taken in turns so tha
 ratio to the PyTorch form, the bytes that must move at least once, and the share of the copy bandwidth measured in the
 same run that this means. Sizes: a 480x864 test image (N = 1, 2 frames) and a 480x480 training clip (N = 4).
 
+On a GPU the time is that of the device: calls are recorded as CUDA graphs and replayed, so that launches do not count.
+There "gather" is what the corners of all samples read (the backward pass: read, and add to the gradient), which the
+cache answers, and its share is that of the bandwidth of a copy that stays in the cache; the larger of the two shares
+tells how near to its floor a kernel is. Rows in bfloat16 hold ours alone, with float32 locations and weights.
+
     python -m benchmarks.ms_deform_attn [--json FILE] [--device cuda] [--repeats 15] [--threads N]
 """
 
@@ -11,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib.util
 import json
 import os
@@ -64,6 +70,13 @@ def bytes_to_move(arguments: Arguments, backward: bool) -> int:
     out = value.numel() * value.element_size()  # one query a pixel
     gradients = read - reference.numel() * reference.element_size()
     return read + out + ((read + out + gradients) if backward else 0)
+
+
+def bytes_to_gather(arguments: Arguments, backward: bool) -> int:
+    """Four corners of every sample; the backward pass reads them again and adds to the gradient of each in float32."""
+    value, _, _, offsets, _ = arguments
+    corners = offsets.numel() // 2 * 4 * value.shape[3]
+    return corners * value.element_size() + (corners * (value.element_size() + 4) if backward else 0)
 
 
 def autograd_runner(function: Callable[..., Tensor], arguments: Arguments, grad_out: Tensor) -> Runner:
@@ -181,27 +194,53 @@ def runners(arguments: Arguments, device: str, folder: str) -> dict[str, Runner]
             found[f'native {name}'] = native_runner(arguments, grad_out, name)
     elif isinstance(backend.native('cuda'), backend.Native):
         found['native cuda'] = native_runner(arguments, grad_out, None)
+        low = (arguments[0].bfloat16(), *arguments[1:])
+        found['native cuda, bf16'] = native_runner(low, grad_out.bfloat16(), None)
     found['torch-ms-deform-attn'] = package_runner(arguments, grad_out)
     return {name: runner for name, runner in found.items() if runner}
 
 
-def milliseconds(device: str, function: Callable[..., object], *arguments: object) -> float:
+def milliseconds(function: Callable[[], object]) -> float:
     """Wall time of one call."""
-    if device == 'cuda':
-        torch.cuda.synchronize()
     started = time.perf_counter()
-    function(*arguments)
-    if device == 'cuda':
-        torch.cuda.synchronize()
+    function()
     return (time.perf_counter() - started) * 1e3
 
 
-def bandwidth(device: str) -> float:
-    """Bytes a second of a large copy (read and written), the best of ten."""
-    source = torch.ones(64 * 2**20, device=device)
+def on_device(function: Callable[[], object], calls: int = 10) -> Callable[[], float]:
+    """A measurement of the GPU's own milliseconds for one call, from replays of a CUDA graph of ``calls`` of them."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            function()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def measure() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls
+
+    return measure
+
+
+def timer(device: str, function: Callable[[], object]) -> Callable[[], float]:
+    """Measures one call each time it is called."""
+    return on_device(function) if device == 'cuda' else functools.partial(milliseconds, function)
+
+
+def bandwidth(device: str, mebibytes: int = 256) -> float:
+    """Bytes a second of a copy (read and written) of so many MiB, the best of ten."""
+    source = torch.ones(mebibytes * 2**18, device=device)
     target = torch.empty_like(source)
-    best = min(milliseconds(device, target.copy_, source) for _ in range(10))
-    return 2 * source.numel() * source.element_size() / best * 1e3
+    measure = timer(device, functools.partial(target.copy_, source))
+    return 2 * source.numel() * source.element_size() / min(measure() for _ in range(10)) * 1e3
 
 
 def measure(size: str, device: str, repeats: int, folder: str) -> list[dict]:
@@ -211,15 +250,18 @@ def measure(size: str, device: str, repeats: int, folder: str) -> list[dict]:
     rows = []
     for backward, label in ((False, 'forward'), (True, 'forward+backward')):
         best = dict.fromkeys(candidates, float('inf'))
+        timers = {name: timer(device, functools.partial(run, backward)) for name, run in candidates.items()}
         for repeat in range(repeats + 1):  # the first warms up
-            for name, run in candidates.items():
-                elapsed = milliseconds(device, run, backward)
+            for name, elapsed in timers.items():
+                ms = elapsed()
                 if repeat:
-                    best[name] = min(best[name], elapsed)
-        moved = bytes_to_move(arguments, backward)
+                    best[name] = min(best[name], ms)
+        low = (arguments[0].bfloat16(), *arguments[1:])
         for name, ms in best.items():
-            ratio = best['PyTorch form'] / ms
-            rows.append({'name': name, 'size': size, 'pass': label, 'ms': ms, 'ratio': ratio, 'bytes': moved})
+            own = low if name.endswith('bf16') else arguments
+            moved, gathered = (count(own, backward) for count in (bytes_to_move, bytes_to_gather))
+            row = {'name': name, 'size': size, 'pass': label, 'ms': ms, 'ratio': best['PyTorch form'] / ms}
+            rows.append(row | {'bytes': moved, 'gathered': gathered})
     return rows
 
 
@@ -247,22 +289,31 @@ def main() -> None:
 
     where = processor() if arguments.device == 'cpu' else torch.cuda.get_device_name()
     allocator = {k: v for k, v in os.environ.items() if k.startswith(('MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD'))}
-    print(f'{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32')
+    print(f'{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32 unless named otherwise')
     print(f'allocator settings: {allocator or "none"}')
+    gpu = arguments.device == 'cuda'
     speed = bandwidth(arguments.device)
-    print(f'copy bandwidth {speed / 1e9:.1f} GB/s; best of {arguments.repeats}, forms in turns')
-    print(f'{"size":<12} {"pass":<17} {"form":<21} {"ms":>8} {"ratio":>7} {"MB":>7} {"of bandwidth":>13}')
+    cache = bandwidth(arguments.device, 8) if gpu else 0
+    print(
+        f'copy bandwidth {speed / 1e9:.1f} GB/s{f", in the cache {cache / 1e9:.1f} GB/s" if gpu else ""}; '
+        f'best of {arguments.repeats}, forms in turns'
+    )
+    columns = f'{"size":<12} {"pass":<17} {"form":<21} {"ms":>9} {"ratio":>7} {"MB":>7} {"of bandwidth":>13}'
+    print(columns + (f'{"gather MB":>10} {"of cache":>9}' if gpu else ''))
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         for size in arguments.size:
             for row in measure(size, arguments.device, arguments.repeats, folder):
                 row['bandwidth_share'] = row['bytes'] / (row['ms'] / 1e3) / speed
-                rows.append(row)
-                print(
-                    f'{row["size"]:<12} {row["pass"]:<17} {row["name"]:<21} {row["ms"]:>8.2f} {row["ratio"]:>6.1f}x '
-                    f'{row["bytes"] / 1e6:>7.1f} {row["bandwidth_share"]:>12.1%}',
-                    flush=True,
+                line = (
+                    f'{row["size"]:<12} {row["pass"]:<17} {row["name"]:<21} {row["ms"]:>9.3f} {row["ratio"]:>6.1f}x '
+                    f'{row["bytes"] / 1e6:>7.1f} {row["bandwidth_share"]:>12.1%}'
                 )
+                if gpu:
+                    row['cache_share'] = row['gathered'] / (row['ms'] / 1e3) / cache
+                    line += f'{row["gathered"] / 1e6:>11.1f} {row["cache_share"]:>9.1%}'
+                rows.append(row)
+                print(line, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + '\n')
 

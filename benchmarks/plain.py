@@ -137,24 +137,25 @@ def mit(x: Tensor, w: Weights, max_drop_path: float = 0.0) -> list[Tensor]:
 # Positions
 
 
-def sine(length: int, channels: int) -> Tensor:
+def sine(length: int, channels: int, device: torch.device) -> Tensor:
     """Sine embedding of positions 1..length, normalised to 2 pi: ``[length, channels]``."""
-    position = torch.arange(1, length + 1, dtype=torch.float32) / (length + 1e-6) * 2 * math.pi
-    frequency = 10000 ** (2 * torch.div(torch.arange(channels), 2, rounding_mode='floor') / channels)
+    position = torch.arange(1, length + 1, dtype=torch.float32, device=device) / (length + 1e-6) * 2 * math.pi
+    pair = torch.div(torch.arange(channels, device=device), 2, rounding_mode='floor')
+    frequency = 10000 ** (2 * pair / channels)
     angle = position[:, None] / frequency
     return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], 2).flatten(1)
 
 
-def position_2d(h: int, w: int, channels: int) -> Tensor:
+def position_2d(h: int, w: int, channels: int, device: torch.device) -> Tensor:
     """``[channels, h, w]``: the first half from the row, the second from the column."""
-    rows = sine(h, channels // 2)[:, None].expand(-1, w, -1)
-    columns = sine(w, channels // 2)[None].expand(h, -1, -1)
+    rows = sine(h, channels // 2, device)[:, None].expand(-1, w, -1)
+    columns = sine(w, channels // 2, device)[None].expand(h, -1, -1)
     return torch.cat([rows, columns], 2).permute(2, 0, 1)
 
 
-def position_3d(frames: int, h: int, w: int, channels: int) -> Tensor:
+def position_3d(frames: int, h: int, w: int, channels: int, device: torch.device) -> Tensor:
     """``[frames, channels, h, w]``: the position in the frame plus that of the frame."""
-    return position_2d(h, w, channels) + sine(frames, channels)[:, :, None, None]
+    return position_2d(h, w, channels, device) + sine(frames, channels, device)[:, :, None, None]
 
 
 # Pixel decoder
@@ -208,10 +209,9 @@ def pixel_decoder(maps: list[Tensor], w: Weights, heads: int = 8) -> tuple[Tenso
     channels = levels[0].shape[1]
     tokens = torch.cat([to_tokens(x) for x in levels], 1)
     embed = (w / 'transformer')['level_embed']
-    position = torch.cat(
-        [position_2d(*shape, channels).flatten(1).t().to(tokens) + embed[i] for i, shape in enumerate(shapes)]
-    )
-    references = torch.cat([pixel_centres(*shape) for shape in shapes]).to(tokens)
+    positions = [position_2d(*shape, channels, tokens.device).flatten(1).t().to(tokens) for shape in shapes]
+    position = torch.cat([x + embed[i] for i, x in enumerate(positions)])
+    references = torch.cat([pixel_centres(*shape, tokens.device) for shape in shapes]).to(tokens)
     layers = w / 'transformer' / 'encoder' / 'layers'
     for i in range(layers.count()):
         layer = layers / i
@@ -227,9 +227,10 @@ def pixel_decoder(maps: list[Tensor], w: Weights, heads: int = 8) -> tuple[Tenso
     return conv(features, w / 'mask_features'), out
 
 
-def pixel_centres(h: int, w: int) -> Tensor:
+def pixel_centres(h: int, w: int, device: torch.device) -> Tensor:
     """(x, y) of the pixel centres of a map, relative to its size: ``[h * w, 2]``."""
-    y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing='ij')
+    rows, columns = ((torch.arange(size, device=device) + 0.5) / size for size in (h, w))
+    y, x = torch.meshgrid(rows, columns, indexing='ij')
     return torch.stack([x, y], 2).flatten(0, 1)
 
 
@@ -377,7 +378,7 @@ def memory(maps: list[Tensor], frames: int, w: Weights) -> tuple[list[Tensor], l
     values, keys = [], []
     for level, x in enumerate(maps):
         value = to_tokens(x) + (w / 'level_embed')['weight'][level]
-        position = position_3d(frames, x.shape[2], x.shape[3], x.shape[1]).flatten(2).transpose(1, 2).to(x)
+        position = position_3d(frames, x.shape[2], x.shape[3], x.shape[1], x.device).flatten(2).transpose(1, 2).to(x)
         values.append(value)
         keys.append((value.unflatten(0, (-1, frames)) + position).flatten(0, 1))
     return values, keys

@@ -88,9 +88,13 @@ def labels_of(frames: int, height: int, width: int, classes: int = 6) -> Tensor:
     return torch.from_numpy(labels)
 
 
-def model_of(args: argparse.Namespace, stage: str, num_frames: int, checkpointing: bool = False) -> EncoderDecoder:
+def model_of(
+    args: argparse.Namespace, stage: str, num_frames: int, checkpointing: bool = False, compile_mode: str | None = None
+) -> EncoderDecoder:
     """A model of the package with random weights."""
     options: dict[str, Any] = {'model.pretrained': None}
+    if compile_mode is not None:
+        options['model.compile_cfg'] = dict(mode=compile_mode)
     options['model.decode_head.transformer_decoder_cfg.num_frames'] = num_frames
     if checkpointing:
         options['model.backbone.with_cp'] = True
@@ -116,15 +120,12 @@ def eval_cases(args: argparse.Namespace) -> Iterator[Case]:
         for precision, compiled in variants:
 
             def make(arm: str, frames: int = frames, precision: str = precision, compiled: bool = compiled) -> Run:
-                model = model_of(args, 'video', frames).eval()
+                model = model_of(args, 'video', frames, compile_mode='default' if compiled else None).eval()
                 clip = clip_of(args, frames, height, width)
                 if arm == 'plain':
                     yardstick = plain.PlainModel(model.state_dict())
                     del model
                     return lambda: yardstick.predict(clip, size)
-                if compiled:
-                    for part in (model.backbone, model.decode_head.pixel_decoder, model.decode_head.predictor):
-                        part.compile()
                 return eval_run(model, clip, size, precision == 'bf16')
 
             end = ' compiled' if compiled else ''
@@ -132,8 +133,14 @@ def eval_cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def eval_run(model: EncoderDecoder, clip: Tensor, size: tuple[int, int], low: bool = False) -> Run:
-    """Frames to label maps of ``size``, in bfloat16 where ``low``."""
+    """Frames to label maps of ``size``, in bfloat16 where ``low``.
+
+    Autocast is on during a call alone, so that arms can take turns, but keeps the cast weights from call to call, as in
+    a test, which runs all its clips inside one autocast.
+    """
     precision = torch.autocast(clip.device.type, torch.bfloat16, enabled=low)
+    if low:
+        torch.autocast_increment_nesting()  # the cache is emptied when the outermost autocast ends, and none will
 
     def run() -> Tensor:
         with torch.inference_mode(), precision:

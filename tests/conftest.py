@@ -1,9 +1,17 @@
-"""Shared fixtures: reference tensors, deterministic weights, the backends of the op."""
+"""Shared fixtures: reference tensors, deterministic weights, the backends of the op.
+
+A GPU is hidden from tests and from the processes that they start, so that they test the same on every machine; those in
+``test_gpu.py`` want it, and ``make test-gpu`` lets them have it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+if not os.environ.get('THEMASK_TEST_GPU'):
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 import numpy as np
 import pytest

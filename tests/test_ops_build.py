@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -69,6 +71,28 @@ def test_a_library_is_built_once(fake_compiler):
     assert built == len(build.cpu_units()) + 1
     assert build.library('cpu') == first
     assert calls(fake_compiler) == built
+
+
+def test_a_compiler_with_a_static_runtime_gives_no_second_one(tmp_path, monkeypatch):
+    """Two C++ runtimes in a process: the error of a wrong call ended in a crash (seen with one such compiler)."""
+    compiler = build.find_compiler('cpu')
+    if compiler is None or 'g++' not in Path(compiler[0]).name or not shutil.which('nm'):
+        pytest.skip('needs g++ and nm')
+    script = tmp_path / 'g++'
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@" -static-libstdc++\n')
+    script.chmod(0o755)
+    code = (
+        f'import torch, {OPS}.backend as backend; from tests.test_ops import problem\n'
+        "print(backend.native('cpu').path)\n"
+        'value, _, *others = problem()\n'
+        'try: torch.ops.themask.ms_deform_attn_fused(value[0], [3, 4, 2, 2], *others)\n'
+        'except RuntimeError as error: print(error)\n'
+    )
+    result = run(code, CXX=str(script), THEMASK_OPS_CACHE=str(tmp_path / 'cache'))
+    path, *error = result.stdout.splitlines()
+    assert 'value is not [N, S, M, D]' in '\n'.join(error), result.stderr
+    defined = subprocess.run(['nm', '-D', '--defined-only', path], capture_output=True, text=True, check=True).stdout
+    assert 'themask_instruction_set' in defined and '__cxa' not in defined and '__gxx' not in defined
 
 
 def test_another_torch_compiler_flag_or_source_means_another_library(fake_compiler, monkeypatch, tmp_path):

@@ -29,6 +29,7 @@ class Recorder:
     """A model whose frames are numbers; writes down the clips it is asked for and which frames it encodes."""
 
     num_classes = 4
+    compiled = False
 
     def __init__(self, test_size=1):
         self.clips, self.encoded = [], []
@@ -47,6 +48,9 @@ class Recorder:
 
     def parameters(self):
         return iter([torch.zeros(1)])
+
+    def begin_step(self):
+        pass
 
     def backbone(self, images):
         self.encoded += images[:, 0, 0, 0].int().tolist()

@@ -145,7 +145,7 @@ def stream_test(
         metrics: what counts the frames; default :func:`metrics_for`.
         evaluate: whether to count at all; a split without masks is never counted.
         sinks: where predictions go.
-        autocast: makes the context of a forward pass (mixed precision).
+        autocast: makes the context of the forward passes (mixed precision).
         gather: collects a value from all ranks on every rank.
         progress: show rate and remaining time on rank 0.
 
@@ -164,7 +164,8 @@ def stream_test(
     training = segmentor.training
     segmentor.eval()
     try:
-        with _closing(sinks), torch.no_grad(), _Progress(loader, progress) as show:
+        # One context for all clips: autocast keeps the cast weights as long as it lasts.
+        with _closing(sinks), torch.no_grad(), autocast(), _Progress(loader, progress) as show:
             video = None
             for item in loader:
                 if video is not None and item['video'] != video:
@@ -176,8 +177,7 @@ def stream_test(
                         for frame in item['frames']:
                             metrics.skip(video, frame)
                 else:
-                    with autocast():
-                        labels = predict_item(segmentor, item, device)
+                    labels = predict_item(segmentor, item, device)
                     if metrics is not None:
                         _count(metrics, dataset, item, labels)
                     for sink in sinks:

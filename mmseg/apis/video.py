@@ -216,6 +216,7 @@ class VideoSegmenter:
                 views = [torch.stack(view).to(self._device)[None] for view in zip(*(slot.views for slot in clip))]
                 return [self.model.scores(view)[0] for view in views]
             self._encode([slot for slot in clip if slot.encoded is None])
+            self.model.begin_step()
             encoded = [[torch.cat(maps) for maps in zip(*view)] for view in zip(*(slot.encoded or [] for slot in clip))]
             return [self.model.decode_head.encoded_scores(view[0], view[1:], len(clip))[0] for view in encoded]
 
@@ -226,8 +227,10 @@ class VideoSegmenter:
         views = [torch.stack(view).to(self._device) for view in zip(*(slot.views for slot in slots))]
         encoded = []
         for view in views:
+            self.model.begin_step()
             mask_features, maps = self.model.decode_head.encode(self.model.backbone(view))
-            encoded.append([mask_features, *maps])
+            parts = [mask_features, *maps]
+            encoded.append([part.clone() for part in parts] if self.model.compiled else parts)
         for i, slot in enumerate(slots):
             slot.encoded = [[tensor[i : i + 1] for tensor in view] for view in encoded]
 

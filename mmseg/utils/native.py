@@ -135,8 +135,22 @@ def compile_library(library: Library, compiler: Sequence[str], target: Path, fla
         with ThreadPoolExecutor() as pool:
             list(pool.map(_run, commands))
         result = f'{folder}/{target.name}'
-        _run([*compiler, *flags, *objects, '-shared', *library.link, '-o', result])
+        _run([*compiler, *flags, *objects, '-shared', *library.link, *_own_runtime(), '-o', result])
         os.replace(result, target)
+
+
+def _own_runtime() -> list[str]:
+    """Linker flags that name the C++ runtime of this process (Linux), before the compiler adds its own.
+
+    Some compilers bring a static one.  A second runtime in the process is where an exception that leaves the library
+    ends in a crash.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/self/maps').read_text().splitlines():
+            path = line.split(maxsplit=5)[-1]
+            if Path(path).name.startswith('libstdc++.so') and Path(path).is_file():
+                return ['-Xlinker', path]
+    return []
 
 
 def cached_library(library: Library, compiler: Sequence[str] | None, allow_build: bool = True) -> Path:

@@ -51,8 +51,10 @@ void emulate(const int64_t* sizes, const void* value, const void* points, const 
     p.level[l] = {int(sizes[8 + 2 * l]), int(sizes[9 + 2 * l]), start};
     start += p.level[l].height * p.level[l].width;
   }
-  constexpr int N = 16 / sizeof(T);
-  const auto function = p.width % N ? run<T, A, 1> : run<T, A, N>;
+  constexpr int forward_n = 16 / sizeof(T), backward_n = themask::backward_channels<T>;
+  const auto forward = p.width % forward_n ? run<T, A, 1> : run<T, A, forward_n>;
+  const auto backward = p.width % backward_n ? run<T, A, 1> : run<T, A, backward_n>;
+  const auto function = grad_out ? backward : forward;
   function(p, static_cast<const T*>(grad_out), deterministic, sizes[0] * p.pixels * p.heads * p.width,
            static_cast<T*>(out), static_cast<A*>(grad_value), static_cast<A*>(grad_points),
            static_cast<A*>(grad_weights));

@@ -275,9 +275,8 @@ class THEMaskCriterion(nn.Module):
         right = (logits.flatten(0, 1).index_select(0, query)[:, :-1].argmax(1) == wanted).float()
 
         def share(count: Tensor | int, whole: int) -> Tensor:
-            pair = right.new_full((2,), whole)
-            pair[0] = count
-            return pair
+            parts = (count, whole)  # filled in on the device: a number that is copied there makes the host wait
+            return torch.stack([x if isinstance(x, Tensor) else right.new_full((), x) for x in parts])
 
         primary, secondary = right[:num_primary], right[num_primary:]
         queries = logits.shape[0] * logits.shape[1]

@@ -79,6 +79,7 @@ class EncoderDecoder(nn.Module):
         cfg: the whole config, where :func:`mmseg.apis.init_segmentor` made the model.
         CLASSES: names of the classes, likewise.
         PALETTE: [R, G, B] of each class, likewise.
+        compiled: whether there is a ``compile_cfg``.
 
     Raises:
         ConfigError: parts, or arguments of parts, that do not exist or do not fit.
@@ -106,6 +107,7 @@ class EncoderDecoder(nn.Module):
         self.backbone = build(BACKBONES, backbone, 'backbone')
         shape = _input_shape(self.backbone, decode_head)
         self.decode_head = build(HEADS, decode_head, 'decode_head', input_shape=shape)
+        self.compiled = compile_cfg is not None
         if compile_cfg is not None:
             with standing_at('compile_cfg') as where:
                 options = check_arguments(torch.compile, compile_cfg, where)
@@ -155,6 +157,7 @@ class EncoderDecoder(nn.Module):
         self._check_clip(clip)
         if label.shape != (*clip.shape[:2], *clip.shape[3:]):
             raise ValueError(f'label: expected [B, T, H, W] of clip {list(clip.shape)}, got {list(label.shape)}')
+        self.begin_step()
         return self.decode_head.loss(self.backbone(clip.flatten(0, 1)), label, iteration)
 
     def statistics(self) -> dict[str, Tensor]:
@@ -223,6 +226,7 @@ class EncoderDecoder(nn.Module):
 
     def _whole_scores(self, clip: Tensor) -> Tensor:
         """``[B, T, K, h, w]`` at stride 4."""
+        self.begin_step()
         return self.decode_head.scores(self.backbone(clip.flatten(0, 1)), clip.shape[1])
 
     def _slide_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,6 +249,15 @@ class EncoderDecoder(nn.Module):
         rows = window_matrix(height, crop_height, tops, scores.shape[3] // len(tops))
         columns = window_matrix(width, crop_width, lefts, scores.shape[4] // len(lefts))
         return scores, rows, columns
+
+    def begin_step(self) -> None:
+        """Tells CUDA graphs of compiled parts (mode ``reduce-overhead``) that results of the last call are done with.
+
+        Without it the backbone's maps would count as needed still when the next clip overwrites them.  Who calls parts
+        by themselves calls this first, and copies what is to outlive the next call.
+        """
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
 
     @staticmethod
     def _check_clip(clip: Tensor) -> None:

@@ -145,7 +145,7 @@ class _Tiles:
         self.width = max(budget // (self.height * view.scores.shape[1]) // _MIN_COLUMNS, 1) * _MIN_COLUMNS
         self.bands = [_used(rows) for rows in view.rows.split(self.height, dim=1)]
         self.strips: dict[tuple[int, int], tuple[int, int]] = {}
-        self.rows, self.columns = view.rows.T.contiguous().to(device), view.columns.to(device)
+        self.rows, self.columns = _on_device(view.rows, device).T, _on_device(view.columns, device)
         self.wide, self.full = torch.empty(0, device=device), torch.empty(0, device=device)
 
     def start(self, frame: int) -> None:
@@ -167,6 +167,17 @@ class _Tiles:
         torch.mm(source.flatten(0, 1), columns, out=self.wide.resize_(0))
         torch.mm(rows, self.wide.view(len(source), -1), out=self.full.resize_(0))
         return self.full.view(len(rows), -1, width)
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _on_device(matrix: Tensor, device: torch.device) -> Tensor:
+    """The matrix on the model's device.
+
+    Those of :func:`resize_matrix` are the same tensors in every call (tensors are told apart by identity), so a GPU
+    gets them once: a copy in every call would make the host wait, and could not be part of a CUDA graph.
+    """
+    return matrix.to(device)
 
 
 def _used(weights: Tensor) -> tuple[int, int]:

@@ -185,7 +185,9 @@ class MaskDecoder(nn.Module):
         if all_layers is None:
             all_layers = self.training
         features = mask_features.unflatten(0, (-1, num_frames))
-        memory = [self._memory(level, x, features) for level, x in enumerate(maps)]
+        # Channels last (on a CPU they are): a GPU's resize of other layouts is as slow as all attention together.
+        source = mask_features.detach().contiguous(memory_format=torch.channels_last)
+        memory = [self._memory(level, x, source, num_frames) for level, x in enumerate(maps)]
         position = self.query_embed.weight
         clip = self.query_feat.weight.expand(features.shape[0], -1, -1)
         queries = clip
@@ -222,11 +224,11 @@ class MaskDecoder(nn.Module):
                 f'data.train.dataset.dilation so that a clip has {self.num_frames}'
             )
 
-    def _memory(self, level: int, x: Tensor, features: Tensor) -> Memory:
+    def _memory(self, level: int, x: Tensor, mask_features: Tensor, num_frames: int) -> Memory:
         """Keys, values and mask features of one level, in the grouping that the cross-attention needs."""
         if self.input_proj:
             x = self.input_proj[level](x)
-        batch, num_frames = features.shape[:2]
+        batch = len(x) // num_frames
         channels, height, width = x.shape[1:]
         values = (x.flatten(2).transpose(1, 2) + self.level_embed.weight[level]).contiguous()
         if self.temporal is None:
@@ -236,8 +238,7 @@ class MaskDecoder(nn.Module):
         else:
             # Within one frame the frame part of the position adds the same to every score: softmax does not see it.
             position = sine_position_2d(height, width, channels, x.device, values.dtype).flatten(1).T
-        with torch.no_grad():
-            resized = F.interpolate(features.flatten(0, 1), (height, width), mode='bilinear', align_corners=False)
+        resized = F.interpolate(mask_features, (height, width), mode='bilinear', align_corners=False)
         return Memory(values + position, values, resized.unflatten(0, (batch, num_frames)))
 
     @torch.no_grad()

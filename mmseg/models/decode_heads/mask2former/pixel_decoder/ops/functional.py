@@ -58,11 +58,17 @@ def _check_points(name: str, points: Tensor, value: Tensor, levels: int) -> None
     _check(name, points, value, (n, points.shape[1], heads, levels, points.shape[4], 2), '[N, Q, M, L, P, 2]')
 
 
+@torch.compiler.assume_constant_result
+def _knows_autocast(device_type: str) -> bool:
+    """Whether a device has autocast; a constant for the compiler, which could not trace the question in torch 2.11."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _autocast(value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The native ops' autocast rule for the PyTorch form: float32 inside an autocast region."""
     tensors = (value, *others)
     device = value.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (_knows_autocast(device) and torch.is_autocast_enabled(device)):
         return tensors
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors)
 

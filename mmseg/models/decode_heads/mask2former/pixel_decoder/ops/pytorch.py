@@ -53,7 +53,9 @@ def ms_deform_attn_fused_pytorch(
 ) -> Tensor:
     """Softmax and location arithmetic, then `ms_deform_attn_pytorch`; shapes as in `ms_deform_attn_fused`."""
     dtype = arithmetic_dtype(value.dtype)
-    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=dtype, device=value.device)
+    # Filled on the device: a copy from the host would wait for it, and a CUDA graph could not hold it.
+    sizes = torch.cat([value.new_full((1, 1), size, dtype=dtype) for h, w in spatial_shapes for size in (w, h)])
+    sizes = sizes.view(-1, 2)
     locations = reference_points.to(dtype)[:, :, None, :, None] + sampling_offsets.to(dtype) / sizes[:, None]
     weights = attention_logits.to(dtype).softmax(-1).view(sampling_offsets.shape[:-1])
     return ms_deform_attn_pytorch(value, spatial_shapes, locations, weights)

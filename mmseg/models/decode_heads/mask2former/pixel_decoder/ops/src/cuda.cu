@@ -1,6 +1,7 @@
 // Binds the GPU kernels to torch's dispatcher through the stable ABI. Compiles beside a CPU-only torch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "binding.h"
 
@@ -18,7 +19,7 @@ namespace {
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -129,7 +130,7 @@ Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& s
     with_types(value.scalar_type(), [&](auto t, auto arithmetic_type) {
       using T = decltype(t);
       using A = decltype(arithmetic_type);
-      constexpr int N = 16 / sizeof(T);
+      constexpr int N = backward_channels<T>;
       auto p = in.problem<T, A>();
       const T* from = static_cast<const T*>(grad_out.const_data_ptr());
       A* to_value = static_cast<A*>(grad_value.mutable_data_ptr());

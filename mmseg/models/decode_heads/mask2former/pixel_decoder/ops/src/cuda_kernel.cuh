@@ -43,9 +43,10 @@ __device__ inline void narrow(double x, double& to) { to = x; }
 __device__ inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
 __device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
-// A sample in shared memory. Forward: the corners' weights. Backward: weight, position in the pixel; later gradients.
+// A sample in shared memory, read with 16-byte loads. Forward: the corners' weights. Backward: weight, position in the
+// pixel; later gradients.
 template <class A>
-struct Sample {
+struct alignas(16) Sample {
   union {
     A corner_weight[4];
     struct {
@@ -70,12 +71,28 @@ __device__ A group_sum(A x, int group) {
   return x;
 }
 
+// Which item, query and head a pair is.
+struct Place {
+  int64_t item, query;
+  int head;
+};
+
+// Division of 64-bit integers takes about as long as all the sampling of a pair, so it is left to huge problems.
+template <class T, class A>
+__device__ Place place_of(const Problem<T, A>& p, int64_t pair) {
+  if (p.pairs <= UINT32_MAX) {
+    const uint32_t i = pair, heads = p.heads, queries = p.queries, q = i / heads, item = q / queries;
+    return {item, q - item * queries, static_cast<int>(i - q * heads)};
+  }
+  const int64_t q = pair / p.heads, item = q / p.queries;
+  return {item, q - item * p.queries, static_cast<int>(pair - q * p.heads)};
+}
+
 // All lanes of the warp call this, those past the last pair with the last pair.
 template <bool Backward, class T, class A>
-__device__ void prepare(const Problem<T, A>& p, int64_t pair, int lane, Sample<A>* samples) {
+__device__ void prepare(const Problem<T, A>& p, int64_t pair, const Place& place, int lane, Sample<A>* samples) {
   const int count = p.levels * p.samples;
   const A* weights = p.weights + pair * count;
-  const int64_t q = pair / p.heads;
   A largest = 0, scale = 1;
   if (p.reference) {
     largest = -INFINITY;
@@ -91,7 +108,7 @@ __device__ void prepare(const Problem<T, A>& p, int64_t pair, int lane, Sample<A
     const A* point = p.points + (pair * count + k) * 2;
     A x, y, weight = weights[k];
     if (p.reference) {
-      const A* reference = p.reference + (q / p.queries) * p.reference_stride + (q % p.queries * p.levels + l) * 2;
+      const A* reference = p.reference + place.item * p.reference_stride + (place.query * p.levels + l) * 2;
       x = reference[0] * level.width - A(0.5) + point[0];
       y = reference[1] * level.height - A(0.5) + point[1];
       weight = exp(weight - largest) * scale;
@@ -124,9 +141,10 @@ __device__ void prepare(const Problem<T, A>& p, int64_t pair, int lane, Sample<A
   __syncwarp();
 }
 
+// The first channel of a head in the first pixel of an item; `heads * width` further on begins the next pixel.
 template <class T, class A>
-__device__ int64_t row_offset(const Problem<T, A>& p, int64_t pair, int row) {
-  return ((pair / p.heads / p.queries * p.pixels + row) * p.heads + pair % p.heads) * p.width;
+__device__ int64_t origin_of(const Problem<T, A>& p, const Place& place) {
+  return (place.item * p.pixels * p.heads + place.head) * p.width;
 }
 
 template <int N, class T, class A>
@@ -136,20 +154,23 @@ __global__ void forward_kernel(const Problem<T, A> p, T* out) {
   const int64_t pair = wanted < p.pairs ? wanted : p.pairs - 1;
   const int count = p.levels * p.samples;
   Sample<A>* samples = static_cast<Sample<A>*>(shared_memory()) + threadIdx.x / p.group * count;
-  prepare<false>(p, pair, lane, samples);
+  const Place place = place_of(p, pair);
+  prepare<false>(p, pair, place, lane, samples);
   if (wanted >= p.pairs) return;
 
+  const int stride = p.heads * p.width;
   for (int c = lane * N; c < p.width; c += p.group * N) {
-    const T* value = p.value + row_offset(p, pair, 0) + c;
+    const T* value = p.value + origin_of(p, place) + c;
     A sum[N] = {};
+#pragma unroll 4
     for (int k = 0; k < count; ++k) {
+      const Sample<A> s = samples[k];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = samples[k].row[i];
-        if (row < 0) continue;
-        const auto pack = *reinterpret_cast<const Pack<T, N>*>(value + row * p.heads * p.width);
+        if (s.row[i] < 0) continue;
+        const auto pack = *reinterpret_cast<const Pack<T, N>*>(value + static_cast<int64_t>(s.row[i]) * stride);
 #pragma unroll
-        for (int n = 0; n < N; ++n) sum[n] += samples[k].corner_weight[i] * widen(pack.v[n]);
+        for (int n = 0; n < N; ++n) sum[n] += s.corner_weight[i] * widen(pack.v[n]);
       }
     }
     Pack<T, N> result;
@@ -231,19 +252,24 @@ __global__ void backward_kernel(const Problem<T, A> p, const T* grad_out, Sum gr
   const int64_t pair = active ? wanted : p.pairs - 1;
   const int count = p.levels * p.samples;
   Sample<A>* samples = static_cast<Sample<A>*>(shared_memory()) + threadIdx.x / p.group * count;
-  prepare<true>(p, pair, lane, samples);
+  const Place place = place_of(p, pair);
+  prepare<true>(p, pair, place, lane, samples);
 
-  const int64_t origin = row_offset(p, pair, 0);
+  const int stride = p.heads * p.width;
+  const int64_t origin = origin_of(p, place);
+  const bool many = p.width > p.group * N;  // channels for the lanes of a group
+  Pack<T, N> grads{};
+  if (lane * N < p.width) grads = *reinterpret_cast<const Pack<T, N>*>(grad_out + pair * p.width + lane * N);
   for (int k = 0; k < count; ++k) {
     const Sample<A> s = samples[k];
     const A corner_x[4] = {1 - s.fx, s.fx, 1 - s.fx, s.fx}, corner_y[4] = {1 - s.fy, 1 - s.fy, s.fy, s.fy};
     A dot[4] = {};
     for (int c = lane * N; c < p.width; c += p.group * N) {
-      const auto grads = *reinterpret_cast<const Pack<T, N>*>(grad_out + pair * p.width + c);
+      if (many) grads = *reinterpret_cast<const Pack<T, N>*>(grad_out + pair * p.width + c);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (s.row[i] < 0) continue;
-        const int64_t at = origin + static_cast<int64_t>(s.row[i]) * p.heads * p.width + c;
+        const int64_t at = origin + static_cast<int64_t>(s.row[i]) * stride + c;
         const auto pack = *reinterpret_cast<const Pack<T, N>*>(p.value + at);
         A share[N];
 #pragma unroll
@@ -259,6 +285,7 @@ __global__ void backward_kernel(const Problem<T, A> p, const T* grad_out, Sum gr
     const A grad_x = group_sum(across_top + s.fy * (across_bottom - across_top), p.group);
     const A grad_y = group_sum(bottom - top, p.group);
     const A grad_weight = group_sum(top + s.fy * (bottom - top), p.group);
+    __syncwarp();  // every lane has read the sample
     if (lane == 0) samples[k].fx = grad_x, samples[k].fy = grad_y, samples[k].grad_weight = grad_weight;
   }
   __syncwarp();
@@ -283,6 +310,11 @@ struct Launch {
   int64_t blocks, shared;
   int threads;
 };
+
+// Channels of a lane in the backward pass: with more, the lanes of a group would not add to neighbouring 16 bytes of the
+// float32 gradient.
+template <class T>
+constexpr int backward_channels = 16 / sizeof(T) < 4 ? 16 / sizeof(T) : 4;
 
 constexpr int max_threads = 256, warp = 32;
 constexpr int64_t max_shared = 48 * 1024;  // what every GPU gives without asking
