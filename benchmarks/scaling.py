@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling --plot docs/scaling.png
     python -m benchmarks.scaling --axis size --work train --json train.json
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 python -m benchmarks.scaling --json kept.json
-    python -m benchmarks.scaling --from train.json kept.json --plot docs/scaling.png
+    python -m benchmarks.scaling --as-tools --json tools.json
+    python -m benchmarks.scaling --from train.json tools.json --plot docs/scaling.png
 
 One of the three grows, the others stay: clip length and number of targets (classes that are present in the clip) grow
 at the first of ``--sizes``, image size at one frame; there are 6 targets where their number stays.  Three things are
@@ -17,10 +17,11 @@ row above, and stands beside that of the input.  A growth that stays at or below
 
 Two things may grow faster than the input.  On a CPU, time for new pages: the C library gives large tensors back to the
 system when they die, and the kernel clears new pages for the next ones, so large tensors cost more than their share.
-CPU time in the kernel stands beside the time; with ``MALLOC_MMAP_MAX_=0`` and ``MALLOC_TRIM_THRESHOLD_=20000000000`` in
-the environment it goes, and more memory is held.  And, by design, MiT's attention: its keys and values are a map
-reduced by R = 8, 4, 2, 1 in its four stages, so N pixels of a stage cost N * N / R^2 products (SegFormer, arXiv
-2105.15203), though not as much memory, as no scores are kept.  A table of counted operations shows how much that is.
+CPU time in the kernel stands beside the time; with ``--as-tools``, which sets the allocator as ``tools/test.py`` and
+``tools/train.py`` do (:mod:`mmseg.utils.allocator`), most of it goes.  And, by design, MiT's attention: its keys and
+values are a map reduced by R = 8, 4, 2, 1 in its four stages, so N pixels of a stage cost N * N / R^2 products
+(SegFormer, arXiv 2105.15203), though not as much memory, as no scores are kept.  A table of counted operations shows
+how much that is.
 
 ``--json`` writes a list of rows ``{axis, work, allocator, frames, height, width, targets, amount, ms, kernel_ms,
 peak_mib, amount_growth, ms_growth, peak_growth, ms_per_unit, mib_per_unit, gflop, attention_gflop}``; amount is frames,
@@ -50,6 +51,7 @@ from torch import Tensor
 
 from benchmarks import speed
 from mmseg.models.backbones import MixTransformer
+from mmseg.utils import allocator
 from mmseg.utils.config import load_config
 from tools.get_flops import count
 
@@ -155,6 +157,8 @@ def measure_apart(args: argparse.Namespace, point: Point) -> Row:
     options += ['--rounds', str(args.rounds), '--seconds', str(args.seconds)]
     if args.threads:
         options += ['--threads', str(args.threads)]
+    if args.as_tools:
+        options.append('--as-tools')
     return json.loads(speed.in_fresh_process('benchmarks.scaling', [*options, '--point', json.dumps(asdict(point))]))
 
 
@@ -212,7 +216,7 @@ def series_of(rows: Sequence[Row]) -> dict[Series, list[Row]]:
     return {key: [row for row in rows if series_key(row) == key] for key in ordered}
 
 
-def table(axis: str, work: str, allocator: str, rows: Sequence[Row]) -> list[str]:
+def table(axis: str, work: str, setting: str, rows: Sequence[Row]) -> list[str]:
     """One series as Markdown."""
     unit, first = UNITS[axis], rows[0]
     fixed = {
@@ -221,7 +225,7 @@ def table(axis: str, work: str, allocator: str, rows: Sequence[Row]) -> list[str
         'targets': f'{first["frames"]} frames of {first["height"]}x{first["width"]}',
     }[axis]
     lines = [
-        f'{WORKS[work].capitalize()} against {AXES[axis]} ({fixed}{told(allocator)}):',
+        f'{WORKS[work].capitalize()} against {AXES[axis]} ({fixed}{told(setting)}):',
         '',
         f'| {unit}s | growth | time | growth | a {unit} | each more | in kernel | peak memory | growth | a {unit} |',
         '|---|---|---|---|---|---|---|---|---|---|',
@@ -238,9 +242,9 @@ def table(axis: str, work: str, allocator: str, rows: Sequence[Row]) -> list[str
     return lines
 
 
-def told(allocator: str) -> str:
+def told(setting: str) -> str:
     """The allocator for a title, where it is not the default."""
-    return '' if allocator == 'default' else f'; {allocator}'
+    return '' if setting == 'default' else f'; allocator {setting}'
 
 
 def times(growth: float | None) -> str:
@@ -271,11 +275,11 @@ def operations_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def summary(axis: str, work: str, allocator: str, rows: Sequence[Row]) -> str:
+def summary(axis: str, work: str, setting: str, rows: Sequence[Row]) -> str:
     """Growth of one series from its first row to its last."""
     first, last = rows[0], rows[-1]
     grown = ratio(last['amount'], first['amount']) or 1.0
-    text = f'* {WORKS[work]}, {AXES[axis]}{told(allocator)}: {grown:.3g}x the input'
+    text = f'* {WORKS[work]}, {AXES[axis]}{told(setting)}: {grown:.3g}x the input'
     for name, field in (('time', 'ms'), ('memory', 'peak_mib')):
         growth = ratio(last[field], first[field])
         if growth is not None:
@@ -312,12 +316,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for row, (field, scale, label) in enumerate((('ms', 1e3, 'time, s'), ('peak_mib', 1024, 'peak memory, GiB'))):
             plot = grid[row][column]
             plot.set(xscale='log', yscale='log')
-            for (own_axis, work, allocator), points in series.items():
+            for (own_axis, work, setting), points in series.items():
                 if own_axis != axis or any(not point[field] for point in points):
                     continue
                 x = np.array([point['amount'] for point in points])
                 y = np.array([point[field] / scale for point in points])
-                if allocator == 'default':
+                if setting == 'default':
                     plot.plot(x, y, 'o-', color=colours[work], label=WORKS[work])
                     plot.plot(x, y[0] * x / x[0], '--', color=colours[work], alpha=0.4, linewidth=1)
                 else:
@@ -335,7 +339,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 plot.set_ylabel(label)
     grid[0][0].legend(fontsize='small')
     others = sorted({key[2] for key in series} - {'default'})
-    notes = ['dashed: in proportion to the input, from the first point on', *(f'dotted: {name}' for name in others)]
+    notes = ['dashed: in proportion to the input, from the first point on']
+    notes += [f'dotted: allocator {name}' for name in others]
     figure.supxlabel('; '.join(notes), fontsize='small', color='0.4')
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -372,6 +377,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--same-process', action='store_true', help='quicker; what a point leaves behind lowers the memory of the next'
     )
+    parser.add_argument('--as-tools', action='store_true', help='the allocator as the tools set it')
     parser.add_argument(
         '--from', dest='files', nargs='+', metavar='JSON', help='rows of earlier runs; measures nothing'
     )
@@ -381,6 +387,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 1 <= min(args.targets) <= max(args.targets) <= speed.CLASSES:
         parser.error(f'--targets: expected 1 to {speed.CLASSES}')
+    if args.as_tools and args.same_process:
+        parser.error('--as-tools: evaluation and training set it differently, so each point needs its own process')
     return args
 
 
@@ -390,7 +398,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.point:
-        print(json.dumps(measure(args, Point(**json.loads(args.point)))))
+        point = Point(**json.loads(args.point))
+        if args.as_tools:
+            (allocator.use_huge_pages if point.work == 'eval' else allocator.keep_pages)()
+        print(json.dumps(measure(args, point)))
         return
     rows: list[Row] = []
     if args.files:
@@ -403,7 +414,8 @@ def main(argv: list[str] | None = None) -> None:
             counted = {'gflop': None, 'attention_gflop': None}
             if point.work == 'eval':
                 counted = operations(args.backbone, point)
-            rows.append({**asdict(point), 'allocator': speed.allocator(), 'amount': point.amount, **figures, **counted})
+            setting = 'as the tools set it' if args.as_tools else speed.allocator()
+            rows.append({**asdict(point), 'allocator': setting, 'amount': point.amount, **figures, **counted})
             print(
                 f'{number}/{len(points)}  {point}: {figures["ms"]:.0f} ms, {mebibytes(figures["peak_mib"])}', flush=True
             )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ from tests.reference import recipe
 from tests.test_ops import forms, problem, with_gradients
 from tests.test_segmentor import SIZE, config, filled, frames, share_equal
 from tests.tiny import tiny_model
+from tests.tiny_config import write_tiny_config
+from tests.vspw_fixture import write_vspw
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU, or not run by make test-gpu')
 GPU = torch.device('cuda')
@@ -426,3 +429,30 @@ def test_forms_without_a_native_op_agree(monkeypatch):
     for fused, form in ((False, ms_deform_attn_pytorch), (True, ms_deform_attn_fused_pytorch)):
         arguments = problem(fused=fused)
         torch.testing.assert_close(forms(fused)[0](*on_gpu(arguments)).cpu(), form(*arguments), **EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('precision', ['float32', 'float16', 'bfloat16'])
+def test_the_tools(tmp_path, precision):
+    """Training over nccl, going on from its checkpoint, and a test: the scripts as a user runs them."""
+    write_vspw(tmp_path / 'data')
+    half = '' if precision == 'float32' else f"fp16 = dict(dtype='{precision}')"
+    config = write_tiny_config(tmp_path / 'tiny.py', tmp_path / 'data', extra=half)
+
+    def script(name, *args):
+        command = [str(ROOT / 'tools' / name), str(config), *map(str, args)]
+        environment = {**os.environ, 'PYTHON': sys.executable, 'PYTHONPATH': str(ROOT)}
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+        return run.stdout + run.stderr
+
+    told = script('dist_train.sh', 1, '--work-dir', 'work', '--no-validate')
+    assert torch.cuda.get_device_name() in told
+    script('dist_train.sh', 1, '--work-dir', 'work', '--no-validate', '--resume-from', 'auto', '--options',
+           'runner.max_iters=6')  # fmt: skip
+    assert (tmp_path / 'work' / 'iter_6.pth').exists()
+    records = [json.loads(line) for path in (tmp_path / 'work').glob('*.json') for line in path.open()]
+    losses = {record['iter']: record['loss'] for record in records if record.get('mode') == 'train'}
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6] and all(value > 0 for value in losses.values())
+    assert 'mIoU' in script('dist_test.sh', tmp_path / 'work' / 'latest.pth', 1, '--out', 'results.npz')
+    assert (tmp_path / 'results.npz').exists()

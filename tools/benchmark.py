@@ -20,6 +20,7 @@ import torch
 from mmseg.apis.inference import init_segmentor
 from mmseg.core.precision import Precision
 from mmseg.datasets import build_dataset
+from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError
@@ -101,6 +102,7 @@ def data_step(model: Any, dataset: Any, device: torch.device) -> Callable[[], in
 
 def main() -> None:
     """Runs the command line."""
+    use_huge_pages()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')

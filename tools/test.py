@@ -24,6 +24,7 @@ from mmseg.core.precision import Precision
 from mmseg.datasets import VideoDataset, build_dataset, build_test_loader
 from mmseg.models import build_segmentor
 from mmseg.registry import nearest
+from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.dist import LAUNCHERS, ArgumentParser, barrier, close_dist, get_dist_info, init_dist, report_error
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, OtherRankError
@@ -88,6 +89,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Runs the command line; what the user can mend ends in one line instead of a traceback."""
+    use_huge_pages()
     args = parse_args()
     try:
         run(args)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mmseg.utils.allocator import keep_pages
 from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.dist import ArgumentParser, close_dist, init_dist, report_error
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if cfg.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     device = init_dist(args.launcher, cfg.get('dist_params', {}).get('backend'))
+    if device.type == 'cpu':
+        keep_pages()
     runner = train_segmentor(cfg, device, validate=not args.no_validate)
     close_dist()
     return 0 if runner.stopped_by is None else 128 + runner.stopped_by

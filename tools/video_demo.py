@@ -32,6 +32,7 @@ from mmseg.apis.video_io import (
     VideoWriter,
     open_source,
 )
+from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.config import OptionsAction
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError
 from mmseg.utils.files import write_atomically
@@ -236,6 +237,7 @@ def report(args: argparse.Namespace, source: Source, progress: Progress, interru
 
 def main() -> int:
     """Runs the tool; returns the exit status."""
+    use_huge_pages()
     args = parse_args()
     setup_logger()
     try:
