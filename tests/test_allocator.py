@@ -18,15 +18,16 @@ from mmseg.utils.allocator import keep_pages, use_huge_pages
 {call}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**25)
+    torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
+for _ in range(25):  # the first ones leave a few holes
+    faults()
 print(faults())
 """
 
 
 def new_pages(call: str, **environment: str) -> int:
-    """Page faults of a 128 MiB tensor after one of the same size has died."""
+    """Page faults of a 64 MiB tensor after many of the same size have died."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(('MALLOC_', 'GLIBC_TUNABLES', 'THP_MEM'))}
     result = subprocess.run(
         [sys.executable, '-c', FAULTS.format(call=call)], env={**kept, 'PYTHONPATH': str(ROOT), **environment},
@@ -36,17 +37,17 @@ def new_pages(call: str, **environment: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')
 def test_pages_are_kept():
-    assert new_pages('') > 20_000 or new_pages('', THP_MEM_ALLOC_ENABLE='0') > 20_000
-    assert new_pages('assert keep_pages()') < 2_000
-    assert new_pages('assert not keep_pages()', MALLOC_TRIM_THRESHOLD_='100000') > 20_000
+    assert new_pages('') > 10_000 or new_pages('', THP_MEM_ALLOC_ENABLE='0') > 10_000
+    assert new_pages('assert keep_pages()') < 1_000
+    assert new_pages('assert not keep_pages()', MALLOC_TRIM_THRESHOLD_='100000') > 10_000
 
 
 @pytest.mark.skipif(
     not TRANSPARENT.exists() or '[never]' in TRANSPARENT.read_text(), reason='a kernel without transparent huge pages'
 )
 def test_tensors_are_on_huge_pages():
-    assert new_pages('use_huge_pages()') < 5_000
-    assert new_pages('use_huge_pages()', THP_MEM_ALLOC_ENABLE='0') > 20_000 or '[always]' in TRANSPARENT.read_text()
+    assert new_pages('use_huge_pages()') < 3_000
+    assert new_pages('use_huge_pages()', THP_MEM_ALLOC_ENABLE='0') > 10_000 or '[always]' in TRANSPARENT.read_text()
 
 
 @pytest.mark.parametrize('tool', ['test', 'video_demo', 'benchmark'])
@@ -64,7 +65,7 @@ except SystemExit: pass
 assert asked and os.environ['THP_MEM_ALLOC_ENABLE'] == '1'
 """
     if TRANSPARENT.exists() and '[never]' not in TRANSPARENT.read_text():
-        code += FAULTS.format(call='') + 'assert faults() < 5_000'
+        code += FAULTS.format(call='') + 'assert faults() < 3_000'
     environment = {k: v for k, v in os.environ.items() if k != 'THP_MEM_ALLOC_ENABLE'}
     result = subprocess.run([sys.executable, '-c', code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmseg.core import FinetuneConfig, LrSchedule, Precision, build_optimizer, load_for_finetune
 from mmseg.core.optimizer import load_optimizer_state
+from mmseg.core.precision import set_backends
 from mmseg.models import build_segmentor
 from mmseg.utils.errors import CheckpointError, ConfigError
 from tests.engine import OPTIMIZER, Model, batch
@@ -219,6 +220,22 @@ def test_a_fixed_scale_stays_and_an_overflow_leaves_the_weights():
 def test_unknown_precision_is_refused(section):
     with pytest.raises(ConfigError, match='fp16'):
         Precision(torch.device('cpu'), **section)
+
+
+def test_switches_of_torch(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        set_backends(dict(cudnn_benchmark=True, float32_matmul_precision='high'))
+        assert torch.backends.cudnn.benchmark and torch.get_float32_matmul_precision() == 'high'
+        set_backends({})
+        assert not torch.backends.cudnn.benchmark and torch.get_float32_matmul_precision() == 'high', 'left alone'
+        set_backends(dict(cudnn_benchmark=True, deterministic=True))
+        assert not torch.backends.cudnn.benchmark
+        with pytest.raises(ConfigError, match=r"float32_matmul_precision: .*'hihg' \(did you mean 'high"):
+            set_backends(dict(float32_matmul_precision='hihg'))
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize('name', ['AdamW', 'SGD'])

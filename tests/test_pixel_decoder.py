@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmseg.models.decode_heads.mask2former.pixel_decoder import MSDeformAttn, MSDeformAttnPixelDecoder
-from mmseg.models.decode_heads.mask2former.position_encoding import sine_position_2d, sine_position_3d
+from mmseg.models.decode_heads.mask2former.position_encoding import pixel_centres, sine_position_2d, sine_position_3d
 from mmseg.registry import PIXEL_DECODERS, build
 from mmseg.utils.errors import ConfigError
 from tests.reference import recipe
@@ -38,6 +38,12 @@ def test_positions_made_in_inference_mode_serve_training():
 def test_position_rejects_odd_channels():
     with pytest.raises(ValueError, match='multiple of 4'):
         sine_position_2d(3, 3, 6, 'cpu')
+
+
+def test_pixel_centres():
+    centres = pixel_centres(((1, 2), (2, 1)), torch.device('cpu'))
+    assert centres.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]
+    assert pixel_centres(((1, 2), (2, 1)), torch.device('cpu')) is centres and not centres.requires_grad
 
 
 B0_SHAPE = {f'res{i + 2}': dict(channels=c, stride=4 << i) for i, c in enumerate((32, 64, 160, 256))}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mmseg.apis.inference import init_segmentor
-from mmseg.core.precision import Precision
+from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import build_dataset
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.config import OptionsAction, load_config
@@ -141,7 +141,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     cfg = load_config(args.config, args.options)
-    torch.backends.cudnn.benchmark = cfg.get('cudnn_benchmark', False)
+    set_backends(cfg)
     model = init_segmentor(cfg, args.checkpoint, device)
     frames = args.frames or cfg.data.test.get('test_size', 1)
     if args.data:

@@ -20,7 +20,7 @@ from mmseg.apis.report import ReportSink, write_report
 from mmseg.apis.sinks import OUT_FORMS, PalettePNG, Pictures, Sink, VideoFiles, join_parts, parts_folder
 from mmseg.apis.test import TestOutcome, check_classes, check_model, gather_by, metrics_for, stream_test
 from mmseg.core.checkpoint import load_weights, open_checkpoint
-from mmseg.core.precision import Precision
+from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import VideoDataset, build_dataset, build_test_loader
 from mmseg.models import build_segmentor
 from mmseg.registry import nearest
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     rank, world_size = get_dist_info()
     if args.show and world_size > 1:
         raise ConfigError('--show: needs a single process')
-    torch.backends.cudnn.benchmark = cfg.get('cudnn_benchmark', False)
+    set_backends(cfg)
     if args.aug_test:
         augment(cfg.data.test)
     check_model(cfg)

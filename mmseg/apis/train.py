@@ -21,7 +21,7 @@ from mmseg.core.finetune import FinetuneConfig, freeze, load_for_finetune
 from mmseg.core.hooks import CheckpointHook, EvalHook, JsonLoggerHook
 from mmseg.core.lr_schedule import LrSchedule
 from mmseg.core.optimizer import build_optimizer, check_optimizer
-from mmseg.core.precision import Precision
+from mmseg.core.precision import Precision, set_backends
 from mmseg.core.runner import IterBasedRunner, UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
 from mmseg.models import build_segmentor
@@ -70,8 +70,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     resumed = _resumed_checkpoint(cfg, work_dir)
     seed = _choose_seed(cfg, resumed[1] if resumed else None)
     set_random_seed(seed + rank, cfg.get('deterministic', False))
-    if not cfg.get('deterministic', False):
-        torch.backends.cudnn.benchmark = cfg.get('cudnn_benchmark', False)
+    set_backends(cfg)
 
     dataset = build_dataset(cfg.data.train, where='data.train')
     model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))

@@ -104,6 +104,7 @@ SECTIONS: dict[str, Any] = {
         'frozen_eval': bool,
     },
     'cudnn_benchmark': bool,
+    'float32_matmul_precision': _OPTIONAL_TEXT,
     'find_unused_parameters': bool,
     'workflow': (list, tuple),
     'log_level': str,

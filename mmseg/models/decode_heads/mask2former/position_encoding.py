@@ -1,7 +1,7 @@
-"""Sine position encoding of pixels, and of pixels in a clip.
+"""Where pixels are: sine encodings of their position in a map and in a clip, and their centres.
 
-After DETR (arXiv 2005.12872) in the normalised form; the third axis is that of VisTR (arXiv 2011.14503).  A position
-depends on the size alone, so it is computed once for each size and kept; it has no gradient.
+The encoding is that of DETR (arXiv 2005.12872) in the normalised form; the third axis is that of VisTR (arXiv
+2011.14503).  A position depends on the size alone, so it is computed once for each size and kept; it has no gradient.
 """
 
 from __future__ import annotations
@@ -100,3 +100,20 @@ def sine_position_3d(
     """
     plane = sine_position_2d(height, width, channels, device, dtype)
     return plane + _line(int(frames), channels, torch.device(device), dtype)[:, :, None, None]
+
+
+@_cached
+def pixel_centres(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Centres of the pixels of several maps.
+
+    Args:
+        shapes: (height, width) of each map.
+        device: where the result is wanted.
+
+    Returns:
+        float32 ``[sum of height * width, 2]``, (x, y) in 0..1, shared between calls: do not write to it.
+    """
+    centres = [
+        torch.cartesian_prod(*((torch.arange(size, device=device) + 0.5) / size for size in shape)) for shape in shapes
+    ]
+    return torch.cat(centres).flip(1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseg.models.decode_heads.mask2former.position_encoding import sine_position_2d
+from mmseg.models.decode_heads.mask2former.position_encoding import pixel_centres, sine_position_2d
 from mmseg.models.init import init_kaiming_, init_xavier_, zero_bias_
 from mmseg.models.linear import Linear
 from mmseg.registry import PIXEL_DECODERS, retired
@@ -149,13 +149,13 @@ class MSDeformAttnEncoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps ``[N, C, h, w]`` -> the same shapes, channels-last."""
-        shapes = [(x.shape[2], x.shape[3]) for x in maps]
+        shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
         position = torch.cat([
             sine_position_2d(h, w, tokens.shape[2], tokens.device, tokens.dtype).flatten(1).T + embed
             for (h, w), embed in zip(shapes, self.level_embed)
         ])[None]
-        points = self.pixel_centres(shapes, tokens.device)
+        points = pixel_centres(shapes, tokens.device)[None, :, None].expand(-1, -1, len(shapes), -1)
         for layer in self.layers:
             if self.with_cp and torch.is_grad_enabled():
                 tokens = checkpoint(layer, tokens, position, points, shapes, use_reentrant=False)
@@ -163,15 +163,6 @@ class MSDeformAttnEncoder(nn.Module):
                 tokens = layer(tokens, position, points, shapes)
         levels = tokens.split([h * w for h, w in shapes], dim=1)
         return [x.unflatten(1, shape).permute(0, 3, 1, 2) for x, shape in zip(levels, shapes)]
-
-    @staticmethod
-    def pixel_centres(shapes: Shapes, device: torch.device) -> Tensor:
-        """Where each token stands in every level: ``[1, S, L, 2]``, (x, y) in 0..1."""
-        centres = [
-            torch.cartesian_prod(*((torch.arange(size, device=device) + 0.5) / size for size in shape))
-            for shape in shapes
-        ]
-        return torch.cat(centres).flip(1)[None, :, None].expand(-1, -1, len(shapes), -1)
 
 
 @PIXEL_DECODERS.register_module()
