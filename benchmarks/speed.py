@@ -133,14 +133,8 @@ def eval_cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def eval_run(model: EncoderDecoder, clip: Tensor, size: tuple[int, int], low: bool = False) -> Run:
-    """Frames to label maps of ``size``, in bfloat16 where ``low``.
-
-    Autocast is on during a call alone, so that arms can take turns, but keeps the cast weights from call to call, as in
-    a test, which runs all its clips inside one autocast.
-    """
+    """Frames to label maps of ``size``, in bfloat16 where ``low``."""
     precision = torch.autocast(clip.device.type, torch.bfloat16, enabled=low)
-    if low:
-        torch.autocast_increment_nesting()  # the cache is emptied when the outermost autocast ends, and none will
 
     def run() -> Tensor:
         with torch.inference_mode(), precision:
