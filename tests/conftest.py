@@ -42,6 +42,13 @@ def _seeded():
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_settings_of_tools_left(monkeypatch):
+    """A tool whose ``main`` runs in the process of a test sets the allocator's variable for what comes after it."""
+    monkeypatch.setenv('THP_MEM_ALLOC_ENABLE', '0')  # remembers what was there, and puts it back after the test
+    monkeypatch.delenv('THP_MEM_ALLOC_ENABLE')
+
+
 def cpu_library() -> Native:
     loaded = native('cpu')
     if not isinstance(loaded, Native):
