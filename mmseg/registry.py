@@ -118,6 +118,11 @@ def standing_at(where: str) -> Iterator[str]:
         _where.reset(token)
 
 
+def config_path(otherwise: str) -> str:
+    """Where the config that is being built stands, for an error message; ``otherwise`` outside of a config."""
+    return _where.get() or otherwise
+
+
 def build(registry: Registry, cfg: Any, where: str, **defaults: Any) -> Any:
     """Builds the component that ``cfg['type']`` names in ``registry``; ``cfg`` is left unchanged.
 

@@ -263,7 +263,8 @@ def test_wrong_sections_are_named():
     with pytest.raises(ConfigError, match=r"model\.decode_head\.num_class: .*'num_classes'"):
         built(num_class=4)
     for test_cfg, message in [
-        (dict(mode='tiles'), "'whole' or 'slide'"), (dict(mode='slide', crop_size=(64, 64)), r'test_cfg\.stride'),
+        (dict(mode='tiles'), r"^model\.test_cfg\.mode: expected 'whole' or 'slide'"),
+        (dict(mode='slide', crop_size=(64, 64)), r'^model\.test_cfg\.stride'),
         (dict(mode='slide', crop_size=(64, 64), stride=(64, 65)), 'gaps'),
         (dict(mode='whole', crop=3), r"model\.test_cfg\.crop: .*'crop_size'"),
     ]:

@@ -272,6 +272,12 @@ def test_load_results_refuses_other_files(tmp_path):
         list(load_results(tmp_path / 'none'))
 
 
+def test_hidden_files_are_no_results(tmp_path):
+    np.savez(tmp_path / 'v1.npz', **{'00': np.zeros((2, 3), np.uint8)})
+    (tmp_path / '._v1.npz').write_bytes(b'what a Mac adds')
+    assert [(video, frame) for video, frame, _ in load_results(tmp_path)] == [('v1', '00')]
+
+
 @pytest.mark.parametrize('slip', ['model.test_cfg.strides', 'model.decode_head.loss_cfg.warmup_iter'])
 def test_a_slip_is_named_before_data_and_checkpoint_are_read(tmp_path, here, slip):
     config = tmp_path / 'tiny.py'

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.apis.report import read_predictions, read_report, run_of_predictions, write_report
-from mmseg.apis.sinks import load_results
+from mmseg.apis.sinks import load_results, result_files
 from mmseg.datasets import VideoDataset, build_dataset
 from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.errors import ConfigError, DataError
@@ -56,7 +56,7 @@ def read_run(path: Path, name: str | None, dataset: VideoDataset | None, args: a
         return {**run, 'name': name or run['name']}
     if dataset is None:
         raise ConfigError(f"'{path}' is no report; predictions need --config")
-    if path.suffix == '.npz' or any(path.glob('*.npz')):
+    if path.suffix == '.npz' or result_files(path):
         predictions = load_results(path)
     else:
         predictions = read_predictions(path, dataset)

@@ -210,6 +210,11 @@ def join_parts(out: str | Path, videos: Sequence[str]) -> None:
     shutil.rmtree(folder)
 
 
+def result_files(folder: Path) -> list[Path]:
+    """The ``.npz`` files of a folder by name, without hidden ones (such as those that some systems add to copies)."""
+    return sorted(file for file in folder.glob('*.npz') if not file.name.startswith('.'))
+
+
 def load_results(path: str | Path) -> Iterator[tuple[str, str, np.ndarray]]:
     """Reads what ``tools/test.py --out`` wrote, one frame at a time.
 
@@ -224,7 +229,7 @@ def load_results(path: str | Path) -> Iterator[tuple[str, str, np.ndarray]]:
     """
     path = Path(path)
     if path.is_dir():
-        for file in sorted(path.glob('*.npz')):
+        for file in result_files(path):
             for frame, labels in _read_archive(file):
                 yield file.stem, frame, labels
     elif path.suffix == '.npz' and path.is_file():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmseg.core.checkpoint import load_weights, read_checkpoint
-from mmseg.registry import BACKBONES, HEADS, SEGMENTORS, build, check_arguments, standing_at
+from mmseg.registry import BACKBONES, HEADS, SEGMENTORS, build, check_arguments, config_path, standing_at
 from mmseg.utils.errors import ConfigError
 
 from .label_map import ScoreView, label_map, resize_matrix, window_matrix, window_starts
@@ -36,15 +36,16 @@ class InferenceConfig:
     stride: Size = (0, 0)
 
     def __post_init__(self) -> None:
+        where = config_path('test_cfg')
         if self.mode not in ('whole', 'slide'):
-            raise ConfigError(f"test_cfg.mode: expected 'whole' or 'slide', got {self.mode!r}")
+            raise ConfigError(f"{where}.mode: expected 'whole' or 'slide', got {self.mode!r}")
         for name in ('crop_size', 'stride'):
             value = getattr(self, name)
             if self.mode == 'slide' and (len(value) != 2 or min(value) < 1):
-                raise ConfigError(f"test_cfg.{name}: mode 'slide' needs two positive numbers, got {value!r}")
+                raise ConfigError(f"{where}.{name}: mode 'slide' needs two positive numbers, got {value!r}")
         if any(step > crop for step, crop in zip(self.stride, self.crop_size)):
             raise ConfigError(
-                f'test_cfg.stride: {self.stride} is more than crop_size {self.crop_size}; windows would leave gaps')
+                f'{where}.stride: {self.stride} is more than crop_size {self.crop_size}; windows would leave gaps')
 
 
 @SEGMENTORS.register_module(name='EncoderDecoder_clips')
