@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mmseg.models.decode_heads.mask2former.pixel_decoder import MSDeformAttn, MSDeformAttnPixelDecoder
 from mmseg.models.decode_heads.mask2former.position_encoding import pixel_centres, sine_position_2d, sine_position_3d
@@ -33,6 +34,18 @@ def test_positions_made_in_inference_mode_serve_training():
     weight = torch.ones(8, 3, 9, requires_grad=True)
     (weight * sine_position_2d(3, 9, 8, 'cpu')).sum().backward()
     assert weight.grad.abs().sum() > 0
+
+
+def test_only_real_positions_are_kept_and_not_too_many():
+    with FakeTensorMode():
+        assert isinstance(sine_position_2d(5, 13, 8, 'cpu'), FakeTensor)
+    first = sine_position_2d(5, 13, 8, 'cpu')
+    assert type(first) is torch.Tensor and first.isfinite().all()
+    assert sine_position_2d(5, 13, 8, 'cpu').data_ptr() == first.data_ptr()
+    for width in range(20, 60):
+        sine_position_2d(5, width, 8, 'cpu')
+    again = sine_position_2d(5, 13, 8, 'cpu')
+    assert again.data_ptr() != first.data_ptr() and torch.equal(again, first)
 
 
 def test_position_rejects_odd_channels():

@@ -17,15 +17,29 @@ from torch import Tensor
 _TEMPERATURE = 10000.0
 _SCALE = 2 * math.pi
 _EPS = 1e-6
+_KEPT = 32  # results of each function
 
 
 def _cached(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps the last results of ``function``; ``torch.compile`` traces it instead, as a kept tensor has no source."""
-    kept = functools.lru_cache(maxsize=32)(torch.inference_mode(False)(torch.no_grad()(function)))
+    """Keeps the last results of ``function``.
+
+    ``torch.compile`` traces it instead, as a kept tensor has no source; fake tensors, which have no data, are not kept.
+    """
+    make = torch.inference_mode(False)(torch.no_grad()(function))
+    kept: dict[tuple, Tensor] = {}
 
     @functools.wraps(function)
     def call(*args: Any) -> Tensor:
-        return function(*args) if torch.compiler.is_compiling() else kept(*args)
+        if torch.compiler.is_compiling():
+            return function(*args)
+        result = kept.get(args)
+        if result is None:
+            result = make(*args)
+            if type(result) is Tensor:
+                kept[args] = result
+                if len(kept) > _KEPT:
+                    kept.pop(next(iter(kept)), None)
+        return result
 
     return call
 
