@@ -115,8 +115,8 @@ def make(args: argparse.Namespace, case: Case, form: str) -> speed.Run:
     return speed.train_run(own, model, clips, labels, low)
 
 
-def measure(args: argparse.Namespace, case: Case, wait: bool = True) -> list[Row]:
-    """The rows of one case; with ``wait`` says ``ready`` on stdout and goes on at a line on stdin."""
+def measure(args: argparse.Namespace, case: Case) -> list[Row]:
+    """The rows of one case; says ``ready`` on stdout and goes on at a line on stdin."""
     if args.device == 'cuda':
         torch.backends.cudnn.benchmark = True
         if args.memory_limit:
@@ -141,7 +141,7 @@ def measure(args: argparse.Namespace, case: Case, wait: bool = True) -> list[Row
             except torch.OutOfMemoryError:
                 peaks[form] = float('nan')
                 torch.cuda.empty_cache()
-        if wait and number == 0:
+        if number == 0:
             print('ready', flush=True)
             sys.stdin.readline()
         for _ in range(args.rounds):

@@ -389,6 +389,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f'--targets: expected 1 to {speed.CLASSES}')
     if args.as_tools and args.same_process:
         parser.error('--as-tools: evaluation and training set it differently, so each point needs its own process')
+    if args.as_tools and speed.allocator() != 'default':
+        parser.error(f'--as-tools: the environment sets the allocator too: {speed.allocator()}')
     return args
 
 

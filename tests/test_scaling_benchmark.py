@@ -40,6 +40,25 @@ def test_one_of_the_three_grows_at_a_time():
     assert points[5].amount == pytest.approx(64 * 96 / 1e6)
 
 
+@pytest.mark.parametrize('work, call', [('eval', 'use_huge_pages'), ('train', 'keep_pages'), ('losses', 'keep_pages')])
+def test_the_allocator_as_the_tools_set_it(work, call, monkeypatch, capsys):
+    done = []
+    for name in ('use_huge_pages', 'keep_pages'):
+        monkeypatch.setattr(scaling.allocator, name, lambda name=name: done.append(name))
+    monkeypatch.setattr(scaling, 'measure', lambda args, point: done.append('measure'))
+    point = scaling.Point('frames', work, 1, 64, 64, 6)
+    monkeypatch.setattr(speed, 'in_fresh_process', lambda module, arguments: scaling.main(arguments) or '{}')
+    scaling.measure_apart(scaling.parse(['--as-tools']), point)
+    scaling.measure_apart(scaling.parse([]), point)
+    assert done == [call, 'measure', 'measure']
+    with pytest.raises(SystemExit):
+        scaling.parse(['--as-tools', '--same-process'])
+    monkeypatch.setenv('MALLOC_ARENA_MAX', '1')
+    with pytest.raises(SystemExit):
+        scaling.parse(['--as-tools'])
+    assert 'the environment sets the allocator too: MALLOC_ARENA_MAX=1' in capsys.readouterr().err
+
+
 def test_growths_are_over_the_row_above_in_the_same_series():
     def row(work, frames, ms, peak):
         return {'axis': 'frames', 'work': work, 'allocator': 'default', 'amount': frames, 'ms': ms, 'peak_mib': peak}

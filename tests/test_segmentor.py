@@ -116,14 +116,19 @@ def test_the_reference_schema_builds(reference):
             build_segmentor({**section, 'pretrained': None})
 
 
-@pytest.fixture(scope='module', params=['1f', 'video'])
-def tiny(request):
+def lively(stage):
+    """A tiny model in training mode; from its start values alone, offsets would not depend on the image."""
     torch.manual_seed(5)
-    model = build_segmentor(tiny_model(request.param)).eval()
-    with torch.no_grad():  # from the start values alone, offsets would not depend on the image
+    model = build_segmentor(tiny_model(stage))
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model
+
+
+@pytest.fixture(scope='module', params=['1f', 'video'])
+def tiny(request):
+    return lively(request.param).eval()
 
 
 @pytest.mark.parametrize('length', [1, 2, 3])
@@ -177,6 +182,19 @@ def test_backbone_pixel_decoder_and_predictor_compile_into_one_graph_each(traini
         with torch.no_grad():
             torch.testing.assert_close(compiled.scores(clip), plain.scores(clip))
     assert backend.frame_count == 3  # fullgraph has let no break pass
+
+
+@pytest.mark.parametrize('compile_cfg, steps', [(None, 0), (dict(backend='eager'), 3)])
+def test_every_clip_of_a_compiled_model_begins_a_step(compile_cfg, steps, monkeypatch):
+    """CUDA graphs would otherwise take what the last clip left for needed still; windows are clips of their own."""
+    begun = []
+    monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin', lambda: begun.append(1))
+    model = build_segmentor(tiny_model('video', compile_cfg=compile_cfg)).eval()
+    clip = torch.randn(1, 2, 3, 64, 96)
+    model.predict([clip], [None], (64, 96))
+    model.inference = type(model.inference)('slide', (64, 64), (64, 32))
+    model.predict([clip], [None], (64, 96))
+    assert len(begun) == steps
 
 
 def test_an_unknown_compile_option_is_named():

@@ -22,7 +22,7 @@ def set_backends(cfg: Mapping[str, Any]) -> None:
 
     ``cudnn_benchmark`` (default false; not with ``deterministic``): try the convolutions of each size.
     ``float32_matmul_precision`` (default: as torch has it, ``'highest'``): ``'high'`` lets float32 products run in TF32
-    on a GPU, several times as fast at a relative error of about 1e-3; see ``torch.set_float32_matmul_precision``.
+    on a GPU, faster and with ten bits of mantissa; see ``torch.set_float32_matmul_precision``.
 
     Raises:
         ConfigError: an unknown precision.

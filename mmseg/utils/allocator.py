@@ -1,7 +1,7 @@
 """How a CPU process gets and keeps the memory of large tensors; for tools, which own their process.
 
 The C library gives large blocks back to the system when a tensor dies, and the kernel clears new pages for the next
-one, which takes up to a third of the time where tensors are large (``benchmarks/scaling.py``).  Evaluation asks for
+one, which takes up to half of the time where tensors are large (``benchmarks/scaling.py``).  Evaluation asks for
 huge pages, which costs no memory; training, which they do not help, keeps its pages.
 """
 
@@ -25,8 +25,8 @@ def use_huge_pages() -> None:
 def keep_pages() -> bool:
     """Lets glibc keep what is freed, for the rest of this process; returns whether it does.
 
-    What is held settles after a few steps, at up to a quarter more.  Settings of glibc's allocator in the environment
-    (``MALLOC_...``, ``GLIBC_TUNABLES``) stay as they are.
+    What is held settles after a few steps, at about a quarter more at most.  Settings of glibc's allocator in the
+    environment (``MALLOC_...``, ``GLIBC_TUNABLES``) stay as they are.
     """
     if any(name.startswith(_VARIABLES) for name in os.environ):
         return False

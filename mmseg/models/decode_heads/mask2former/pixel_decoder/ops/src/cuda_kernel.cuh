@@ -77,7 +77,7 @@ struct Place {
   int head;
 };
 
-// Division of 64-bit integers takes about as long as all the sampling of a pair, so it is left to huge problems.
+// A division of 64-bit integers is a long sequence of instructions, so it is left to huge problems.
 template <class T, class A>
 __device__ Place place_of(const Problem<T, A>& p, int64_t pair) {
   if (p.pairs <= UINT32_MAX) {
