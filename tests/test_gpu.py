@@ -14,9 +14,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from mmseg.apis import init_segmentor, segment_video
 from mmseg.core import build_optimizer
 from mmseg.core.precision import Precision
 from mmseg.models import build_segmentor
@@ -31,6 +33,7 @@ from tests.reference import recipe
 from tests.test_ops import assert_sums_in_float32, forms, problem, with_gradients
 from tests.test_ops_cuda import CASES
 from tests.test_segmentor import SIZE, config, filled, frames, lively, share_equal
+from tests.test_video import spread
 from tests.tiny import tiny_model
 from tests.tiny_config import write_tiny_config
 from tests.vspw_fixture import write_vspw
@@ -297,23 +300,65 @@ def test_compiled_evaluation(mode):
             torch.testing.assert_close(compiled.scores(clip), expected, **EXACT)
 
 
+@pytest.mark.slow
+def test_a_video_with_cuda_graphs(tmp_path):
+    """Clips share frames, whose features must outlive the graph that made them."""
+    path = write_tiny_config(tmp_path / 'tiny.py', tmp_path, base='video_themask_mit_b0')
+    eager = spread(init_segmentor(path, device=GPU))
+    compiled = init_segmentor(path, device=GPU, options={'model.compile_cfg': dict(mode='reduce-overhead')})
+    compiled.load_state_dict(eager.state_dict())
+    images = list(np.random.default_rng(0).integers(0, 256, (7, 60, 107, 3), np.uint8))
+    for how in (dict(overlap=1, stride=1), dict(overlap=1, stride=2), dict(online=True)):
+        runs = [[label for _, label in segment_video(model, images, 2, **how)] for model in (eager, compiled)]
+        assert len(np.unique(runs[0])) > 3 and (np.stack(runs[0]) == np.stack(runs[1])).mean() > 0.999, how
+
+
 def loss_and_gradients(model, clip, labels):
     model.zero_grad()
     losses = model(clip, labels, iteration=100)
     sum(losses.values()).backward()
-    return losses, {name: parameter.grad for name, parameter in model.named_parameters()}
+    return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def test_training_equals_that_on_the_cpu(tiny, monkeypatch):
+def without_chance(model, monkeypatch):
+    """Drop path, dropout and points draw other numbers on a GPU and in compiled code: none, and fixed points."""
+
     def points(rows, n, device):
         return torch.from_numpy(recipe.points(rows, n)).to(device)
 
     monkeypatch.setattr(point_sampling, 'random_points', points)
-    for module in tiny.modules():  # drop path and dropout draw other numbers on a GPU
+    for module in model.modules():
         for name in ('rate', 'p', 'dropout'):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    model = tiny.double().train()
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', ['default', 'reduce-overhead'])
+def test_compiled_training(mode, monkeypatch):
+    torch._dynamo.reset()
+    eager = without_chance(build_segmentor(tiny_model('video')), monkeypatch).to(GPU).train()
+    compiled = build_segmentor(tiny_model('video', compile_cfg=dict(mode=mode, fullgraph=True)))
+    compiled = without_chance(compiled, monkeypatch).to(GPU).train()
+    compiled.load_state_dict(eager.state_dict())
+    for step in range(4):  # CUDA graphs are recorded in the second and replayed from the third on
+        clip = torch.randn(2, 2, 3, 64, 64, device=GPU)
+        labels = torch.from_numpy(recipe.labels(step, 4, 64, 64, n_classes=5, n_regions=3)).view(2, 2, 64, 64).to(GPU)
+        (expected, wanted), (losses, grads) = (loss_and_gradients(model, clip, labels) for model in (eager, compiled))
+        for name, value in expected.items():
+            assert losses[name].item() == pytest.approx(value.item(), rel=1e-3), (step, name)
+        total = torch.stack([grad.norm() for grad in wanted.values()]).norm()
+        for name, grad in wanted.items():
+            assert (grads[name] - grad).norm() <= 1e-2 * grad.norm() + 1e-3 * total, (step, name)
+        with torch.no_grad():  # the same new weights for both
+            for ours, theirs in zip(eager.parameters(), compiled.parameters()):
+                ours -= 1e-3 * ours.grad
+                theirs.copy_(ours)
+
+
+def test_training_equals_that_on_the_cpu(tiny, monkeypatch):
+    model = without_chance(tiny, monkeypatch).double().train()
     length = model.decode_head.predictor.num_frames
     clip = torch.randn(2, length, 3, 64, 64, dtype=torch.float64)
     labels = torch.from_numpy(recipe.labels(3, 2 * length, 64, 64, n_classes=5, n_regions=3)).view(2, length, 64, 64)
