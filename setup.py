@@ -19,6 +19,8 @@ setup(
         'mmseg': [
             'apis/report.html',
             'core/evaluation/*.cpp',
+            'models/*.cpp',
+            'models/*.h',
             'models/segmentors/*.cpp',
             'models/segmentors/*.h',
             'models/decode_heads/mask2former/pixel_decoder/ops/**/*',

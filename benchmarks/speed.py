@@ -12,7 +12,7 @@ Parts:
 * data: a training clip of two frames from decoded images to tensors.
 * post: scores at stride 4 to label maps.
 * linear: linear layers of the model alone, BLAS beside what the model uses, in float32 and bfloat16.
-* attention: the backbone's attention alone, torch's own beside what the model uses, in float32 and bfloat16.
+* attention: attention alone, torch's own beside what the model uses, in float32 and bfloat16.
 
 Both arms compute the same thing (``benchmarks/plain.py``, ``tests/test_plain.py``).  They run in turns in one process,
 so that both meet the same disturbances, and medians are compared.  The peak memory of an arm is measured in a process
@@ -281,22 +281,29 @@ def linear_cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def attention_cases(args: argparse.Namespace) -> Iterator[Case]:
-    """The first three stages of MiT-b1 on a 480x864 frame."""
+    """MiT-b1's first three stages and the mask decoder's finest level, on a 480x864 frame."""
     for dtype in (torch.float32, torch.bfloat16):
-        for heads, queries in ((1, 25920), (2, 6480), (5, 1620)):
+        for heads, queries, keys, channels in ((1, 25920, 405, 64), (2, 6480, 405, 64), (5, 1620, 405, 64),
+                                               (8, 100, 6480, 32)):  # fmt: skip
 
-            def make(arm: str, heads: int = heads, queries: int = queries, dtype: torch.dtype = dtype) -> Run:
-                shapes = [(1, n, heads, 64) for n in (queries, 405, 405)]
-                inputs = [torch.randn(shape, device=args.device, dtype=dtype).transpose(1, 2) for shape in shapes]
-                function = nn.functional.scaled_dot_product_attention if arm == 'plain' else attention
+            def make(
+                arm: str, heads: int = heads, queries: int = queries, keys: int = keys, channels: int = channels,
+                dtype: torch.dtype = dtype,
+            ) -> Run:
+                shapes = [(1, n, heads, channels) for n in (queries, keys, keys)]
+                query, key, value = (torch.randn(x, device=args.device, dtype=dtype).transpose(1, 2) for x in shapes)
+                mask = torch.rand(1, 1, queries, keys, device=args.device) < 0.3 if queries < keys else None
 
                 def run() -> Tensor:
                     with torch.inference_mode():
-                        return function(*inputs)
+                        if arm == 'plain':
+                            return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+                        return attention(query, key, value, mask)
 
                 return run
 
-            yield Case(f'attention {heads} x {queries} to 405, {str(dtype).removeprefix("torch.")}', make)
+            name = str(dtype).removeprefix('torch.')
+            yield Case(f'attention {heads} x {queries} to {keys}, {name}', make)
 
 
 def cases_of(args: argparse.Namespace, part: str) -> list[Case]:

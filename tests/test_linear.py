@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from mmseg.models import linear as module
+from mmseg.models import pieces
+from mmseg.models.backbones.mit import MixFFN
 from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
-from mmseg.models.linear import Linear, linear
+from mmseg.models.linear import Linear, cast_once, linear
 
 
 @pytest.fixture
@@ -58,16 +60,65 @@ def test_only_large_products_of_known_types_go_to_a_convolution(convolutions):
     assert convolutions == [(1, 64, 1024, 1)]
 
 
-def test_the_encoder_layer_in_pieces_equals_the_whole(monkeypatch):
-    monkeypatch.setattr(msdeformattn, '_FFN_TOKENS', 16)
-    torch.manual_seed(0)
-    shapes = [(4, 6), (2, 3)]
-    layer = msdeformattn.MSDeformAttnEncoderLayer(32, 64, 0.0, 2, 4)
-    tokens, position = torch.randn(2, 30, 32), torch.randn(1, 30, 32)
-    points = torch.rand(1, 30, 2, 2)
-    whole = layer(tokens, position, points, shapes)
-    pieces = []
-    layer.linear1.register_forward_hook(lambda _, inputs, __: pieces.append(inputs[0].shape[1]))
+def test_few_tokens_of_bfloat16_stay_a_product(convolutions):
+    """Also where autocast makes them bfloat16."""
+    layer = Linear(2048, 256)
+    with torch.inference_mode():
+        layer(torch.randn(100, 2048))
+        with torch.autocast('cpu', torch.bfloat16):
+            layer(torch.randn(100, 2048))
+            layer(torch.randn(1030, 2048))
+        layer.bfloat16()(torch.randn(100, 2048).bfloat16())
+    assert convolutions == [(1, 2048, 100, 1), (1, 2048, 1030, 1)]
+
+
+def test_what_many_layers_read_is_cast_once():
+    x = torch.randn(3, 4)
     with torch.no_grad():
-        torch.testing.assert_close(layer(tokens, position, points, shapes), whole, rtol=1e-5, atol=1e-5)
-    assert pieces == [16, 14]
+        assert cast_once(x) is x
+        with torch.autocast('cpu', torch.bfloat16):
+            assert cast_once(x).dtype == torch.bfloat16
+            assert cast_once(x.double()).dtype == torch.float64
+            assert cast_once(x.to('meta')).dtype == torch.float32
+    with torch.autocast('cpu', torch.bfloat16):
+        assert cast_once(x) is x, 'gradients are summed in float32'
+
+
+@pytest.mark.parametrize('tokens', [(2, 30), (1, 5, 13), (64,), (1, 32), (0, 3)])
+def test_pieces_equal_the_whole(monkeypatch, tokens):
+    monkeypatch.setattr(pieces, '_PIECE', 32)
+    x, y, lengths = torch.randn(*tokens, 6), torch.randn(*tokens, 2), []
+
+    def function(a, b):
+        lengths.append(a.shape[:-1].numel())
+        return a[..., :3] * b[..., :1]
+
+    whole = pieces.by_pieces(function, x, y)
+    with torch.no_grad():
+        assert torch.equal(pieces.by_pieces(function, x, y), whole)
+    count = x.shape[:-1].numel()
+    assert lengths[0] == count and sum(lengths[1:]) == count and max(lengths[1:]) <= 32
+    assert len(lengths) == 1 + max(1, -(-count // 32))
+
+
+@pytest.mark.parametrize(
+    'part, inputs',
+    [
+        (
+            msdeformattn.MSDeformAttnEncoderLayer(32, 64, 0.0, 2, 4),
+            (torch.randn(2, 30, 32), torch.randn(1, 30, 32), torch.rand(1, 30, 2, 2), [(4, 6), (2, 3)]),
+        ),
+        (MixFFN(8, 32), (torch.randn(2, 5, 7, 8),)),
+    ],
+    ids=['encoder layer', 'Mix-FFN'],
+)
+def test_parts_in_pieces_equal_the_whole(monkeypatch, part, inputs):
+    monkeypatch.setattr(pieces, '_PIECE', 32)
+    narrow = part.linear2 if hasattr(part, 'linear2') else part.fc2
+    lengths = []
+    hook = narrow.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[:-1].numel()))
+    whole = part(*inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(part(*inputs), whole, rtol=1e-5, atol=1e-5)
+    hook.remove()
+    assert len(lengths) > 2 and max(lengths[1:]) <= 32

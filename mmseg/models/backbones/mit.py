@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mmseg.models.attention import attention
 from mmseg.models.init import init_transformer_
 from mmseg.models.linear import Linear
+from mmseg.models.pieces import by_pieces
 from mmseg.registry import BACKBONES, register_variant, retired
 
 _NORM_EPS = 1e-6  # blocks and stage ends; patch embedding and spatial reduction keep torch's default
@@ -105,7 +106,10 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""
-        return self.fc2(F.gelu(self.dwconv(self.fc1(x))))
+        return by_pieces(self._narrow, self.dwconv(self.fc1(x)))
+
+    def _narrow(self, hidden: Tensor) -> Tensor:
+        return self.fc2(F.gelu(hidden))
 
 
 class Block(nn.Module):

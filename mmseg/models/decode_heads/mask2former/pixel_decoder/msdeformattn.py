@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from mmseg.models.decode_heads.mask2former.position_encoding import pixel_centres, sine_position_2d
 from mmseg.models.init import init_kaiming_, init_xavier_, zero_bias_
-from mmseg.models.linear import Linear
+from mmseg.models.linear import Linear, cast_once
+from mmseg.models.pieces import by_pieces
 from mmseg.registry import PIXEL_DECODERS, retired
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
 
 from .ops import ms_deform_attn_fused
 
-_FFN_TOKENS = 1024
 _GROUPS = 32
 Shapes = Sequence[tuple[int, int]]
 
@@ -38,7 +38,11 @@ class ConvNorm(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C_in, H, W]`` -> ``[N, C_out, H, W]``."""
-        return self.norm(super().forward(x))
+        return self.norm(self.convolve(x))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution alone."""
+        return super().forward(x)
 
 
 class MSDeformAttn(nn.Module):
@@ -90,6 +94,7 @@ class MSDeformAttn(nn.Module):
             ``[N, Q, C]``.
         """
         n, queries, channels = query.shape
+        query = cast_once(query)
         points = (self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(source).view(n, -1, self.num_heads, channels // self.num_heads)
         offsets = self.sampling_offsets(query).view(n, queries, *points, 2)
@@ -114,17 +119,12 @@ class MSDeformAttnEncoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Shapes) -> Tensor:
         """Tokens ``[N, S, C]`` -> the same shape; ``position`` ``[1, S, C]`` is added to queries, not to values."""
         attended = self.self_attn(x + position, reference_points, x, spatial_shapes)
+        return by_pieces(self._behind_attention, x, attended)
+
+    def _behind_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self.norm1(x + self.dropout(attended))
-        return self.norm2(x + self.dropout(self._feed_forward(x)))
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        """The two linear layers; without gradients on the CPU piece by piece: the wide part stays in the cache."""
-        if x.device.type == 'cpu' and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return torch.cat([self._feed_forward_of(part) for part in x.split(_FFN_TOKENS, dim=1)], dim=1)
-        return self._feed_forward_of(x)
-
-    def _feed_forward_of(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+        hidden = F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(hidden))))
 
 
 class MSDeformAttnEncoder(nn.Module):
@@ -248,5 +248,6 @@ class MSDeformAttnPixelDecoder(nn.Module):
         maps = self.encoder(projected)
         fine = self.lateral(features[self.fine_feature])
         fine += F.interpolate(maps[-1], size=fine.shape[2:], mode='bilinear', align_corners=False)
-        fine = F.relu(self.output(fine), inplace=True)
+        fine = self.output.convolve(fine)  # each result takes the place of the one before: no three at a time
+        fine = F.relu(self.output.norm(fine), inplace=True)
         return self.mask_features(fine), maps

@@ -2,8 +2,7 @@
 
 The formulas are those of DETR (arXiv 2005.12872) and Mask2Former (arXiv 2112.01527): positions are added to queries and
 keys, never to values, and every branch ends in ``norm(x + branch(x))``.  Parameter names are those of
-``torch.nn.MultiheadAttention``, so that released weights load; the attention itself runs in
-``scaled_dot_product_attention``, which never builds averaged weights and picks the fastest kernel of the device.
+``torch.nn.MultiheadAttention``, so that released weights load.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmseg.models.attention import attention
 from mmseg.models.linear import Linear, linear
 
 
@@ -56,9 +56,7 @@ class MultiHeadAttention(nn.Module):
             ``[N, Lq, C]``.
         """
         query, key, value = self._project(query, key, value)
-        heads = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
-        )
+        heads = attention(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out_proj(heads.transpose(1, 2).flatten(2))
 
     def _project(self, *inputs: Tensor) -> list[Tensor]:

@@ -30,7 +30,7 @@ from mmseg.models.decode_heads.mask2former.transformer_decoder.layers import (
 )
 from mmseg.models.decode_heads.mask2former.transformer_decoder.temporal import TemporalAggregation
 from mmseg.models.init import init_kaiming_
-from mmseg.models.linear import Linear
+from mmseg.models.linear import Linear, cast_once
 from mmseg.models.structures import DecoderOutput, MaskPrediction, mask_logits
 from mmseg.registry import TRANSFORMER_DECODERS, register_variant, retired
 from mmseg.utils.errors import ConfigError
@@ -239,7 +239,7 @@ class MaskDecoder(nn.Module):
             # Within one frame the frame part of the position adds the same to every score: softmax does not see it.
             position = sine_position_2d(height, width, channels, x.device, values.dtype).flatten(1).T
         resized = F.interpolate(mask_features, (height, width), mode='bilinear', align_corners=False)
-        return Memory(values + position, values, resized.unflatten(0, (batch, num_frames)))
+        return Memory(cast_once(values + position), cast_once(values), resized.unflatten(0, (batch, num_frames)))
 
     @torch.no_grad()
     def _attention_mask(self, embedding: Tensor, mask_features: Tensor) -> Tensor:

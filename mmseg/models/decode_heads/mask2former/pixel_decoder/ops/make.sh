@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the native op, and the small libraries of label maps and metrics, into the user's cache (THEMASK_OPS_CACHE
-# chooses another folder). Any shell, any directory:
+# Builds the native op, and the small libraries of attention, label maps and metrics, into the user's cache
+# (THEMASK_OPS_CACHE chooses another folder). Any shell, any directory:
 #   sh make.sh          what this torch can use: the CPU libraries, and the CUDA one beside a CUDA torch
 #   sh make.sh --cuda   the CUDA library too, whatever torch is installed (it compiles without a GPU)
 set -e
@@ -11,5 +11,6 @@ fi
 export PYTHONPATH="$here/../../../../../..${PYTHONPATH:+:$PYTHONPATH}"  # the package need not be installed
 status=0
 "$PYTHON" "$here/build.py" "$@" || status=$?
-"$PYTHON" -m mmseg.utils.native mmseg.core.evaluation.run_lengths mmseg.models.segmentors.label_map_native || status=$?
+"$PYTHON" -m mmseg.utils.native mmseg.core.evaluation.run_lengths mmseg.models.attention_native \
+    mmseg.models.segmentors.label_map_native || status=$?
 exit $status

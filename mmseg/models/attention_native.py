@@ -1,0 +1,147 @@
+"""The native form of attention without gradients on the CPU, float32 and bfloat16.
+
+``attention.cpp`` is compiled on first use and kept in the cache of :mod:`mmseg.utils.native`, whose environment
+variables it follows.  It works on the threads of torch's own pool, which it reaches through torch's stable ABI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmseg.utils.native import BuildError, Library, Unit, loaded
+
+DRIVER, KERNEL, HEADER = (Path(__file__).with_name(f'attention{end}') for end in ('.cpp', '_kernel.cpp', '.h'))
+FLAGS = ('-std=c++17', '-O3', '-fPIC', '-fvisibility=hidden', '-Wno-psabi')
+# No traps, and a product and a sum in one step; NaN and infinity keep their meaning.
+KERNEL_FLAGS = ('-fno-trapping-math', '-ffp-contract=fast')
+_AVX512 = ('-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512', '-DWIDTH=64')
+X86_SETS = {
+    'avx2': ('-mavx2', '-mfma', '-DWIDTH=32'),
+    'avx512': _AVX512,
+    'avx512_bf16': (*_AVX512, '-mavx512bf16', '-DWITH_BF16_PRODUCTS'),
+}
+_X86 = platform.machine().lower() in ('x86_64', 'amd64')
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def made_of() -> Library:
+    """What the compiler is given: the driver, and the kernel once for each instruction set."""
+    sets: dict[str, tuple[str, ...]] = {'portable': ('-DWIDTH=16',)}
+    if _X86:
+        sets |= X86_SETS
+    kernels = (
+        Unit(KERNEL, (*FLAGS, *KERNEL_FLAGS, f'-DNAME=themask_attend_{name}', *own), name) for name, own in sets.items()
+    )
+    units = (Unit(DRIVER, FLAGS, 'driver'), *kernels)
+    return Library('attention', (DRIVER, KERNEL, HEADER), units, ahead='run make.sh')
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """A built library.
+
+    Raises:
+        OSError: it does not load, or torch has no parallel loop.
+    """
+    library = ctypes.CDLL(str(path))
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    library.themask_attention_set.restype = ctypes.c_char_p
+    library.themask_attention_set.argtypes = [number]
+    library.themask_attention.restype = ctypes.c_bool
+    library.themask_attention.argtypes = [
+        address, address, address, ctypes.c_double, ctypes.c_bool, number, number]
+    try:
+        loop = _torch_library().torch_parallel_for
+    except AttributeError as error:
+        raise OSError(f'torch {torch.__version__} has no torch_parallel_for') from error
+    library.themask_attention_pool.argtypes = [address]
+    library.themask_attention_pool(ctypes.cast(loop, address))
+    return library
+
+
+def _torch_library() -> ctypes.CDLL:
+    end = {'darwin': '.dylib'}.get(sys.platform, '.so')
+    return ctypes.CDLL(str(Path(torch.__file__).parent / 'lib' / f'libtorch_cpu{end}'))
+
+
+@functools.cache
+def native() -> ctypes.CDLL | BuildError:
+    """The library, built and loaded on the first call; what went wrong where that fails."""
+    return loaded(made_of, load)
+
+
+@functools.cache
+def usable() -> bool:
+    """Whether there is a library, and vectors with which it was seen to be faster than torch; says once why not."""
+    if not _X86:
+        return False
+    library = native()
+    if isinstance(library, BuildError):
+        warnings.warn(f"Attention runs in torch's slower form on the CPU: {library}", stacklevel=4)
+        return False
+    return instruction_sets()[0] != 'portable'
+
+
+def instruction_sets() -> list[str]:
+    """Names of those that this processor has, the fastest first."""
+    library = native()
+    names: list[str] = []
+    while not isinstance(library, BuildError) and (name := library.themask_attention_set(len(names))):
+        names.append(name.decode())
+    return names
+
+
+def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether :func:`attention` can be called with these."""
+    tensors = (query, key, value)
+    return (
+        all(type(x) is Tensor and x.dtype == query.dtype and x.stride(-1) == 1 and x.numel() > 0 for x in tensors)
+        and query.dtype in DTYPES
+        and query.shape[-1] == value.shape[-1]
+        and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4))
+    )
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, number: int = 0) -> Tensor:
+    """``softmax(query @ key.T / sqrt(d)) @ value``.
+
+    Args:
+        query: ``[N, heads, L, d]`` float32 or bfloat16 on the CPU, the last axis contiguous, as in the others.
+        key: ``[N, heads, S, d]``.
+        value: ``[N, heads, S, d]``.
+        mask: bool, broadcastable to ``[N, heads, L, S]``: true where a query may attend.
+        number: of the instruction set in :func:`instruction_sets`.
+
+    Returns:
+        ``[N, heads, L, d]``, a view of ``[N, L, heads, d]``; NaN for queries without any true entry in the mask.
+
+    Raises:
+        BuildError: there is no native library.
+        MemoryError: there is no memory for the threads.
+    """
+    library = native()
+    if isinstance(library, BuildError):
+        raise BuildError(str(library))  # a new one: an exception that is raised twice keeps the frames of both
+    n, heads, queries, channels = query.shape
+    keys = key.shape[2]
+    out = query.new_empty(n, queries, heads, channels)
+    if mask is not None:
+        mask = mask.expand(n, heads, queries, keys)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    tensors = (query, key, value, mask)
+    strides = [stride for x in tensors for stride in (x.stride()[:3] if x is not None else (0, 0, 0))]
+    addresses = [x.data_ptr() if x is not None else None for x in (*tensors, out)]
+    done = library.themask_attention(
+        (ctypes.c_void_p * 5)(*addresses), (ctypes.c_int64 * 12)(*strides),
+        (ctypes.c_int64 * 5)(n, heads, queries, keys, channels), channels**-0.5, query.dtype == torch.bfloat16, number,
+        torch.get_num_threads())
+    if not done:
+        raise MemoryError('no memory for attention')
+    return out.transpose(1, 2)
