@@ -7,7 +7,9 @@ same run that this means. Sizes: a 480x864 test image (N = 1, 2 frames) and a 48
 On a GPU the time is that of the device: calls are recorded as CUDA graphs and replayed, so that launches do not count.
 There "gather" is what the corners of all samples read (the backward pass: read, and add to the gradient), which the
 cache answers, and its share is that of the bandwidth of a copy that stays in the cache; the larger of the two shares
-tells how near to its floor a kernel is. Rows in bfloat16 hold ours alone, with float32 locations and weights.
+tells how near to its floor a kernel is.
+
+Rows in bfloat16 hold ours alone, with float32 locations and weights.
 
     python -m benchmarks.ms_deform_attn [--json FILE] [--device cuda] [--repeats 15] [--threads N]
 """
@@ -188,13 +190,14 @@ def runners(arguments: Arguments, device: str, folder: str) -> dict[str, Runner]
     found: dict[str, Runner | None] = {
         'PyTorch form': autograd_runner(ms_deform_attn_fused_pytorch, arguments, grad_out)
     }
+    low = (value.bfloat16(), *arguments[1:])
     if device == 'cpu':
         found['plain C++ loop'] = loop_runner(arguments, grad_out, folder)
         for name in instruction_sets():
             found[f'native {name}'] = native_runner(arguments, grad_out, name)
+            found[f'native {name}, bf16'] = native_runner(low, grad_out.bfloat16(), name)
     elif isinstance(backend.native('cuda'), backend.Native):
         found['native cuda'] = native_runner(arguments, grad_out, None)
-        low = (arguments[0].bfloat16(), *arguments[1:])
         found['native cuda, bf16'] = native_runner(low, grad_out.bfloat16(), None)
     found['torch-ms-deform-attn'] = package_runner(arguments, grad_out)
     return {name: runner for name, runner in found.items() if runner}

@@ -206,6 +206,68 @@ def assert_sums_in_float32(half, fused):
         torch.testing.assert_close(grad.float(), exact_grad, rtol=0.02, atol=0.02 * float(exact_grad.abs().max()))
 
 
+MIXES = [  # of value, points, weights
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float32, torch.bfloat16),
+]
+
+
+def assert_is_the_float32_call_rounded(arguments, fused, types):
+    """Bit for bit, also the gradients: the same sums, whatever type the numbers are read from."""
+    value, shapes, *others = arguments
+    low = [value.to(types[0]), shapes, *others[:-2], others[-2].to(types[1]), others[-1].to(types[2])]
+    exact = [a.float() if isinstance(a, torch.Tensor) else a for a in low]
+    grad_out = torch.randn(others[-2].shape[0], others[-2].shape[1], value.shape[2] * value.shape[3]).to(types[0])
+    out, grads = with_gradients(forms(fused)[0], low, grad_out)
+    expected, wanted = with_gradients(forms(fused)[0], exact, grad_out.float())
+    # The gradient of reference points is a sum of rounded ones.
+    results, wanted = [out, grads[0], *grads[-2:]], [expected, wanted[0], *wanted[-2:]]
+    for result, rounded, dtype in zip(results, wanted, (types[0], *types)):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, rounded.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('types', MIXES, ids=str)
+def test_bfloat16_is_the_float32_call_rounded(backend, types, fused):
+    for case in ({'width': 1}, {'width': 24}, {'width': 32}, {'width': 33}, {'points': 11, 'n': 1}, {'points': 1}):
+        assert_is_the_float32_call_rounded(problem(**case, fused=fused), fused, types)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('types', MIXES[:2], ids=str)
+def test_bfloat16_pixels_that_are_no_numbers(backend, types, fused):
+    value, *others = problem(shapes=((6, 7), (3, 4)), queries=20, width=33, fused=fused)
+    for pixel, bad in ((3, float('nan')), (20, float('inf')), (44, -float('inf'))):
+        value[:, pixel] = bad
+    out = forms(fused)[0](value.to(types[0]), *others)
+    assert out.isnan().any() and out.isinf().any() and out.isfinite().any()
+    assert_is_the_float32_call_rounded((value, *others), fused, types)
+
+
+def test_bfloat16_results_are_rounded_to_nearest_even(backend):
+    """Any two numbers, and sums just between two numbers: two maps of a pixel each, whose samples are added."""
+    value = torch.randint(-(2**15), 2**15, (1, 2, 1, 4096), dtype=torch.int16).view(torch.bfloat16)
+    value[..., :4] = torch.tensor([[1, 1 + 2**-7, -1, -1 - 2**-7], [2**-8, 2**-8, -(2**-8), -(2**-8)]])[:, None]
+    value[..., 4:6] = torch.finfo(torch.bfloat16).max
+    value[:, 1, :, 5] = 2.0**119
+    arguments = value, [(1, 1), (1, 1)], torch.full((1, 1, 1, 2, 1, 2), 0.5), torch.ones(1, 1, 1, 2, 1)
+    out = ms_deform_attn(*arguments)[0, 0]
+    assert out[:6].tolist() == [1, 1 + 2**-6, -1, -1 - 2**-6, float('inf'), float('inf')]
+    torch.testing.assert_close(out, value[0].float().sum(0)[0].bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize('bits', [0x7FFFFFFF, 0x7F800001, -1])
+def test_any_nan_stays_nan_in_bfloat16(backend, bits):
+    """Rounding the bits of these would give zero or infinity."""
+    value, shapes, locations, weights = problem(width=33, spread=0.5, fused=False)
+    weights.view(torch.int32)[:] = bits
+    assert ms_deform_attn(value.bfloat16(), shapes, locations, weights).isnan().all()
+
+
 def test_half_precision_value_with_float32_points(backend):
     value, shapes, *others = problem(width=32)
     out, grads = with_gradients(ms_deform_attn_fused, (value.bfloat16(), shapes, *others))

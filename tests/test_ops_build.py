@@ -276,11 +276,15 @@ for name in os.environ['SETS'].split():
     for fused in (False, True):
         for width in (1, 8, 24, 32, 40, 64):
             assert_equals_pytorch_form(problem(width=width, fused=fused), fused)
+            for types in MIXES:
+                assert_is_the_float32_call_rounded(problem(width=width, fused=fused), fused, types)
         for case in (
             {{'n': 0}}, {{'queries': 0}}, {{'points': 1}}, {{'points': 11, 'heads': 3}}, {{'dtype': torch.float64}},
             {{'shapes': ((1, 1),)}}, {{'shapes': ((1, 1), (2, 1), (3, 4), (5, 5), (6, 7))}},
         ):
             assert_equals_pytorch_form(problem(**case, fused=fused), fused)
+            if 'dtype' not in case:
+                assert_is_the_float32_call_rounded(problem(**case, fused=fused), fused, MIXES[0])
         value, shapes, *others = problem(fused=fused)
         for bad in (float('nan'), float('inf'), -1e30, 3e9, 1e5):
             points = others[-2].clone()

@@ -1,5 +1,6 @@
 """Positions, deformable attention module and pixel decoder."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mmseg.models.decode_heads.mask2former.pixel_decoder import MSDeformAttn, MSDeformAttnPixelDecoder
+from mmseg.models.decode_heads.mask2former.pixel_decoder import MSDeformAttn, MSDeformAttnPixelDecoder, msdeformattn
+from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import ms_deform_attn_fused
 from mmseg.models.decode_heads.mask2former.position_encoding import pixel_centres, sine_position_2d, sine_position_3d
 from mmseg.registry import PIXEL_DECODERS, build
 from mmseg.utils.errors import ConfigError
@@ -84,6 +86,57 @@ def test_attention_module_equals_the_reference(reference):
     points = torch.from_numpy(np.random.default_rng(24).random((2, tokens, 3, 2), dtype=np.float32))
     with torch.no_grad():
         assert_close(reference('msdeform.npz'), 'module', module(query, points, source, shapes), 1e-5)
+
+
+def deformable_attention():
+    """A module whose offsets depend on queries, and its arguments."""
+    shapes = (3, 5), (6, 10), (12, 20)
+    module = filled(MSDeformAttn(256, 3, 8), 'attention').train()
+    query, source = torch.randn(2, 2, 315, 256)
+    return module, (query, pixel_centres(shapes, torch.device('cpu'))[None, :, None].repeat(1, 1, 3, 1), source, shapes)
+
+
+def test_attention_under_autocast_gives_the_numbers_of_float32_inputs(backend, monkeypatch):
+    """Bit for bit what the op's own autocast rule gives, which casts all inputs to float32."""
+    module, arguments = deformable_attention()
+    types, results = [], []
+
+    def noted(*inputs):
+        out = ms_deform_attn_fused(*inputs)
+        types.append((inputs[0].dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(msdeformattn, 'ms_deform_attn_fused', noted)
+    for context in (msdeformattn.without_autocast, lambda device_type: contextlib.nullcontext()):
+        monkeypatch.setattr(msdeformattn, 'without_autocast', context)
+        module.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16):
+            out = module(*arguments)
+        out.float().square().sum().backward()
+        results.append([out.detach(), *(parameter.grad for parameter in module.parameters())])
+    assert types == [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+    for ours, expected in zip(*results):
+        assert expected.any() and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize('low', [False, True])
+@pytest.mark.usefixtures('backend')
+def test_attention_compiles_into_one_graph(low):
+    module, arguments = deformable_attention()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend='aot_eager')
+    for training in (False, True):
+        with torch.set_grad_enabled(training), torch.autocast('cpu', torch.bfloat16, enabled=low):
+            out = compiled(*arguments)
+            assert out.dtype == (torch.bfloat16 if low else torch.float32)
+            torch.testing.assert_close(out, module(*arguments))
+
+
+@pytest.mark.parametrize('low', [False, True])
+def test_attention_knows_devices_without_autocast(low):
+    module, (query, points, source, shapes) = deformable_attention()
+    with torch.autocast('cpu', torch.bfloat16, enabled=low):
+        assert module.to('meta')(query.to('meta'), points.to('meta'), source.to('meta'), shapes).shape == query.shape
 
 
 @pytest.mark.parametrize('seed, size', [(31, (96, 160)), (41, (100, 150))])

@@ -22,7 +22,7 @@ from mmseg.registry import PIXEL_DECODERS, retired
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
 
-from .ops import ms_deform_attn_fused
+from .ops import ms_deform_attn_fused, without_autocast
 
 _GROUPS = 32
 Shapes = Sequence[tuple[int, int]]
@@ -99,7 +99,11 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(source).view(n, -1, self.num_heads, channels // self.num_heads)
         offsets = self.sampling_offsets(query).view(n, queries, *points, 2)
         logits = self.attention_weights(query).view(n, queries, self.num_heads, -1)
-        return self.output_proj(ms_deform_attn_fused(value, spatial_shapes, reference_points, offsets, logits))
+        # Autocast would cast all of this to float32 first. The sums are made in float32 anyway, so this gives the same
+        # numbers without the copies; only the result is rounded here and not at the door of output_proj.
+        with without_autocast(value.device.type):
+            attended = ms_deform_attn_fused(value, spatial_shapes, reference_points, offsets, logits)
+        return self.output_proj(attended)
 
 
 class MSDeformAttnEncoderLayer(nn.Module):

@@ -4,6 +4,6 @@
 ``src``, ``pytorch`` is the form that all others are checked against. ``python -m`` this package prints what was found.
 """
 
-from .functional import ms_deform_attn, ms_deform_attn_fused
+from .functional import ms_deform_attn, ms_deform_attn_fused, without_autocast
 
-__all__ = ['ms_deform_attn', 'ms_deform_attn_fused']
+__all__ = ['ms_deform_attn', 'ms_deform_attn_fused', 'without_autocast']

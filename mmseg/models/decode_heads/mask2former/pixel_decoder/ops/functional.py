@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,11 +66,19 @@ def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+def _autocasts(device_type: str) -> bool:
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off where it is on; a device need not have it."""
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else contextlib.nullcontext()
+
+
 def _autocast(value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The native ops' autocast rule for the PyTorch form: float32 inside an autocast region."""
     tensors = (value, *others)
-    device = value.device.type
-    if not (_knows_autocast(device) and torch.is_autocast_enabled(device)):
+    if not _autocasts(value.device.type):
         return tensors
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors)
 
@@ -80,7 +90,7 @@ def ms_deform_attn(
 
     ``sum over l, p of weight * bilinear(value_l, location * size - 0.5)``, zero outside the map. A location that is
     far outside, infinite or NaN counts as outside. Sums are made in float32 (float64 for float64); inside autocast the
-    inputs are cast to float32 (wrap the call in ``torch.autocast(..., enabled=False)`` to keep half precision inputs).
+    inputs are cast to float32 (wrap the call in `without_autocast` to keep half precision inputs).
 
     Args:
         value: [N, S, M, D] float16, bfloat16, float32 or float64: the pixels of all levels, row by row, M heads.

@@ -34,27 +34,38 @@ const InstructionSet* best() {
 
 const InstructionSet* chosen = best();
 
+// What a kernel reads: bfloat16 as it is where sums are made in float32.
+Tensor readable(const Tensor& tensor, ScalarType arithmetic_type) {
+  const bool direct = tensor.scalar_type() == ScalarType::BFloat16 && arithmetic_type == ScalarType::Float;
+  return prepared(tensor, direct ? ScalarType::BFloat16 : arithmetic_type);
+}
+
+Type type_of(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::BFloat16 ? Type::bfloat16 : Type::computed;
+}
+
 struct Inputs {
   Tensor value, points, weights, reference;
   Attention attention;
+  ScalarType type;  // of arithmetic and of gradients
 
   Inputs(const Tensor& value_, const Shapes& shapes, const Tensor* reference_, const Tensor& points_,
          const Tensor& weights_) {
     attention = checked(value_, shapes, reference_, points_, weights_);
-    const ScalarType type = arithmetic(value_.scalar_type());
-    value = prepared(value_, type), points = prepared(points_, type), weights = prepared(weights_, type);
+    type = arithmetic(value_.scalar_type());
+    value = readable(value_, type), points = readable(points_, type), weights = readable(weights_, type);
     attention.value = value.const_data_ptr();
     attention.points = points.const_data_ptr();
     attention.weights = weights.const_data_ptr();
+    attention.value_type = type_of(value), attention.points_type = type_of(points);
+    attention.weights_type = type_of(weights);
     if (reference_) {
       reference = prepared(*reference_, type);
       attention.reference = reference.const_data_ptr();
     }
   }
 
-  const Kernels& kernels() const {
-    return value.scalar_type() == ScalarType::Double ? kernels_double : *chosen->kernels;
-  }
+  const Kernels& kernels() const { return type == ScalarType::Double ? kernels_double : *chosen->kernels; }
 };
 
 }  // namespace
@@ -77,9 +88,10 @@ Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& s
   const Inputs in(value, shapes, reference, points, weights);
   const Attention& att = in.attention;
   check_grad_out(grad_out_, att, value);
-  const Tensor grad_out = prepared(grad_out_, in.value.scalar_type());
-  Tensor grad_value = torch::stable::empty_like(in.value), grad_points = torch::stable::empty_like(in.points),
-         grad_weights = torch::stable::empty_like(in.weights);
+  const Tensor grad_out = prepared(grad_out_, in.type);
+  Tensor grad_value = torch::stable::new_empty(in.value, in.value.sizes(), in.type),
+         grad_points = torch::stable::new_empty(in.points, in.points.sizes(), in.type),
+         grad_weights = torch::stable::new_empty(in.weights, in.weights.sizes(), in.type);
   const void* from = grad_out.const_data_ptr();
   void *to_value = grad_value.mutable_data_ptr(), *to_points = grad_points.mutable_data_ptr(),
        *to_weights = grad_weights.mutable_data_ptr();

@@ -8,6 +8,9 @@
 // A query's samples are prepared together, a lane each: softmax, pixel position, the four corners' rows and weights.
 // Then the corners' rows are added up with the channels in the lanes, so nothing is gathered. Some queries are prepared
 // before their rows are added up: what one of them waits for (the softmax is a long chain) others fill.
+//
+// The forward pass reads and writes bfloat16 as it is, since a conversion of whole tensors before and after costs as much
+// as all of this. Sums are made in T all the same.
 #include "kernel.h"
 
 #include <stddef.h>
@@ -19,9 +22,10 @@
 namespace {
 
 using themask::Attention;
+using themask::Type;
 
 constexpr int64_t kBatch = 8;   // queries prepared together
-constexpr int64_t kAhead = 32;  // queries from asking for memory to using it
+constexpr int64_t kAhead = 32;  // queries, or rows of value, from asking for memory to using it
 
 // Memory of one thread, aligned to the widest register; throws std::bad_alloc like any other.
 template <class T>
@@ -37,11 +41,26 @@ class Scratch {
   T* data_;
 };
 
-// A head's numbers of the queries lie further apart than a processor foresees. An address behind the end does no harm.
-template <int Write, class T>
-void ask_for(const T* from, int64_t count) {
-  const char* line = reinterpret_cast<const char*>(from);
-  for (const char* end = line + count * sizeof(T); line < end; line += 64) __builtin_prefetch(line, Write);
+// A head's numbers lie further apart than a processor foresees. An address behind the end does no harm.
+template <int Write>
+void ask_for(const void* from, int64_t bytes) {
+  const char* line = static_cast<const char*>(from);
+  for (const char* end = line + bytes; line < end; line += 64) __builtin_prefetch(line, Write);
+}
+
+// From T or bfloat16 to T or bfloat16.
+template <class T, int W, class From, class To>
+void copy(const From* from, To* to, int64_t count) {
+  using V = Simd<T, W>;
+  using One = Simd<T, 1>;
+  if (count == 32) {  // known steps: no loop
+#pragma GCC unroll 8
+    for (int i = 0; i < 32; i += W) V::store(to + i, V::load(from + i));
+    return;
+  }
+  int64_t i = 0;
+  for (; i + W <= count; i += W) V::store(to + i, V::load(from + i));
+  for (; i < count; ++i) One::store(to + i, One::load(from + i));
 }
 
 // The samples of kBatch queries and one head, W to a block. The last block of a query is filled up by samples outside
@@ -95,16 +114,10 @@ class Samples {
 
   // Corners and their weights of a head of a query, as number `i` of the batch; `index` counts items, queries and heads.
   void prepare(int64_t i, int64_t item, int64_t query, int64_t index) {
-    const T* point = static_cast<const T*>(att_.points) + index * count_ * 2;
-    const T* weight = static_cast<const T*>(att_.weights) + index * count_;
+    const T* point = numbers(att_.points, att_.points_type, index, 2, padded_ + blocks_ * W);
+    const T* weight = numbers(att_.weights, att_.weights_type, index, 1, padded_);
     const T* reference = static_cast<const T*>(att_.reference);
     if (fused_) reference += ((att_.reference_n == 1 ? 0 : item) * att_.queries + query) * att_.levels * 2;
-    ask_for<0>(point + kAhead * att_.heads * count_ * 2, count_ * 2);
-    ask_for<0>(weight + kAhead * att_.heads * count_, count_);
-    if (index * count_ + blocks_ * W > total_) {  // whole blocks are read; do not read beyond the tensors
-      point = static_cast<const T*>(memcpy(padded_ + blocks_ * W, point, 2 * count_ * sizeof(T)));
-      weight = static_cast<const T*>(memcpy(padded_, weight, count_ * sizeof(T)));
-    }
     Block* block = block_ + i * blocks_;
     const F unused = V::set(fused_ ? -INFINITY : 0);
     for (int64_t b = 0; b < blocks_; ++b)
@@ -166,6 +179,25 @@ class Samples {
   const Scratch<Block> block_;
   const Scratch<T> padded_;
 
+  // A query's numbers, `each` for a sample, in whole blocks: in the tensor, or in `buffer` where they are bfloat16 or the
+  // last block reaches beyond the tensor, which is not read there.
+  const T* numbers(const void* tensor, Type type, int64_t index, int64_t each, T* buffer) const {
+    const bool within = index * count_ + blocks_ * W <= total_;
+    const int64_t count = each * count_, ahead = kAhead * att_.heads * count;
+    const int64_t readable = within ? each * blocks_ * W : count;
+    if (type == Type::bfloat16) {
+      const BFloat16* from = static_cast<const BFloat16*>(tensor) + index * count;
+      ask_for<0>(from + ahead, count * sizeof(BFloat16));
+      copy<T, W>(from, buffer, readable);
+      return buffer;
+    }
+    const T* from = static_cast<const T*>(tensor) + index * count;
+    ask_for<0>(from + ahead, count * sizeof(T));
+    if (within) return from;
+    copy<T, W>(from, buffer, readable);
+    return buffer;
+  }
+
   void softmax(Block* block) const {
     F largest = V::set(-INFINITY), sum{};
     for (int64_t b = 0; b < blocks_; ++b) {
@@ -223,19 +255,22 @@ class Kernel {
   using Set = Samples<T, W>;
   using Block = typename Set::Block;
 
-  // The numbers of a head: `stride` apart in a tensor, one after the other in `rows`, and a row of zeros.
-  static void pack(const T* from, int64_t stride, int64_t pixels, int64_t width, T* rows) {
-    for (int64_t s = 0; s < pixels; ++s) copy_row(from + s * stride, rows + s * width, width);
-    memset(rows + pixels * width, 0, width * sizeof(T));
-  }
-  static void unpack(const T* rows, int64_t stride, int64_t pixels, int64_t width, T* to) {
-    for (int64_t s = 0; s < pixels; ++s) copy_row(rows + s * width, to + s * stride, width);
-  }
-  static void copy_row(const T* from, T* to, int64_t width) {
-    if (width == 32)
-      memcpy(to, from, 32 * sizeof(T));  // of a known size: no call
+  // The numbers of a head: from number `first` on and far apart in a tensor, one after the other in `rows`, and a row of
+  // zeros.
+  static void pack(const Attention& att, int64_t first, T* rows) {
+    const int64_t stride = att.heads * att.width;
+    if (att.value_type == Type::bfloat16)
+      copy_rows(static_cast<const BFloat16*>(att.value) + first, stride, rows, att.width, att);
     else
-      memcpy(to, from, width * sizeof(T));
+      copy_rows(static_cast<const T*>(att.value) + first, stride, rows, att.width, att);
+    memset(rows + att.pixels * att.width, 0, att.width * sizeof(T));
+  }
+  template <class From, class To>
+  static void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, const Attention& att) {
+    for (int64_t s = 0; s < att.pixels; ++s, from += from_stride, to += to_stride) {
+      ask_for<0>(from + kAhead * from_stride, att.width * sizeof(From));
+      copy<T, W>(from, to, att.width);
+    }
   }
 
   // Calls work(i, item, query) for the queries first..last, prepared as number i of a batch.
@@ -303,20 +338,23 @@ class Kernel {
   static void forward(const Attention& att, void* out_, int64_t begin, int64_t end) {
     Set set(att);
     const int64_t stride = att.heads * att.width, width = att.width;
-    const Scratch<T> rows((att.pixels + 1) * width);
+    const bool narrow = att.value_type == Type::bfloat16;
+    const int64_t size = narrow ? sizeof(BFloat16) : sizeof(T);
+    const Scratch<T> rows((att.pixels + 1) * width), sums(width);
     for (int64_t pair = begin / att.queries; pair * att.queries < end; ++pair) {
       const int64_t item = pair / att.heads, head = pair % att.heads;
       const int64_t first = begin > pair * att.queries ? begin - pair * att.queries : 0;
       const int64_t last = end < (pair + 1) * att.queries ? end - pair * att.queries : att.queries;
-      const T* value = static_cast<const T*>(att.value) + item * att.pixels * stride + head * width;
-      pack(value, stride, att.pixels, width, rows);
+      pack(att, item * att.pixels * stride + head * width, rows);
       batches(att, set, item, head, first, last, [&](int64_t i, int64_t index) {
-        T* out = static_cast<T*>(out_) + index * width;
-        ask_for<1>(out + kAhead * stride, width);
+        char* to = static_cast<char*>(out_) + index * width * size;
+        T* out = narrow ? sums : reinterpret_cast<T*>(to);
+        ask_for<1>(to + kAhead * stride * size, width * size);
         int64_t c = 0;
         for (; c + 32 <= width; c += 32) gather<Simd<T, W>, 32 / W>(set, i, rows, width, c, out);
         for (; c + W <= width; c += W) gather<Simd<T, W>, 1>(set, i, rows, width, c, out);
         for (; c < width; ++c) gather<Simd<T, 1>, 1>(set, i, rows, width, c, out);
+        if (narrow) copy<T, W>(out, reinterpret_cast<BFloat16*>(to), width);
       });
     }
   }
@@ -329,11 +367,11 @@ class Kernel {
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t item = pair / att.heads, head = pair % att.heads;
       const int64_t offset = item * att.pixels * stride + head * width;
-      pack(static_cast<const T*>(att.value) + offset, stride, att.pixels, width, rows);
+      pack(att, offset, rows);
       memset(grad_rows, 0, (att.pixels + 1) * width * sizeof(T));
       batches(att, set, item, head, 0, att.queries, [&](int64_t i, int64_t index) {
         const T* grad_out = static_cast<const T*>(grad_out_) + index * width;
-        ask_for<0>(grad_out + kAhead * stride, width);
+        ask_for<0>(grad_out + kAhead * stride, width * sizeof(T));
         set.clear_dots(i);
         int64_t c = 0;
         for (; c + 32 <= width; c += 32)
@@ -342,7 +380,7 @@ class Kernel {
         for (; c < width; ++c) scatter<Simd<T, 1>, 1>(set, i, rows, grad_rows, width, c, grad_out);
         set.write_gradients(i, index, static_cast<T*>(grad_points), static_cast<T*>(grad_weights));
       });
-      unpack(grad_rows, stride, att.pixels, width, static_cast<T*>(grad_value_) + offset);
+      copy_rows(static_cast<const T*>(grad_rows), width, static_cast<T*>(grad_value_) + offset, stride, att);
     }
   }
 };

@@ -5,8 +5,11 @@
 
 namespace themask {
 
-// Contiguous tensors of one floating-point type. Fused: `points` are offsets in pixels, `weights` are logits and
-// `reference` is given; otherwise `points` are locations in 0..1, `weights` are used as they are, `reference` is null.
+// What a tensor holds: numbers of the type that a kernel computes in, or bfloat16.
+enum class Type { computed, bfloat16 };
+
+// Contiguous tensors. Fused: `points` are offsets in pixels, `weights` are logits and `reference` is given; otherwise
+// `points` are locations in 0..1, `weights` are used as they are, `reference` is null.
 struct Attention {
   const void* value;      // [n, pixels, heads, width]
   const void* points;     // [n, queries, heads, levels, samples, 2]
@@ -14,6 +17,7 @@ struct Attention {
   const void* reference;  // [reference_n, queries, levels, 2]
   const int64_t* shapes;  // [levels, 2]: h, w
   int64_t n, pixels, heads, width, queries, levels, samples, reference_n;
+  Type value_type, points_type, weights_type;  // of reference, gradients: computed; of forward's result: value's
 };
 
 // What a thread does. Forward: out [n, queries, heads * width], the parts begin..end of n * heads * queries.

@@ -33,6 +33,10 @@ struct IntOf<double> {
   using type = int64_t;
 };
 
+struct BFloat16 {
+  uint16_t bits;  // the upper half of a float's
+};
+
 template <class T, int W>
 struct Simd {
   static constexpr int width = W;
@@ -54,8 +58,20 @@ struct Simd {
     memcpy(&v, p, sizeof v);
     return v;
   }
+  static F load(const BFloat16* p) {
+    Shorts s;
+    memcpy(&s, p, sizeof s);
+    return __builtin_convertvector((Floats)(__builtin_convertvector(s, Words) << 16), F);
+  }
   static void store(T* p, F v) { memcpy(p, &v, sizeof v); }
   static void store(Int* p, I v) { memcpy(p, &v, sizeof v); }
+  // Rounds to nearest, ties to even. NaN stays NaN, where rounding might carry its bits into another number.
+  static void store(BFloat16* p, F v) {
+    const Floats f = __builtin_convertvector(v, Floats);
+    const Words word = (Words)f, rounded = word + 0x7fff + ((word >> 16) & 1), nan = word | 0x400000;
+    const Shorts s = __builtin_convertvector((f == f ? rounded : nan) >> 16, Shorts);
+    memcpy(p, &s, sizeof s);
+  }
   // The first n lanes only.
   static void store(T* p, F v, int64_t n) {
     if (n >= W) return store(p, v);
@@ -136,6 +152,14 @@ struct Simd {
   }
 
  private:
+  template <class N>
+  struct Vector {
+    typedef N type __attribute__((vector_size(W * sizeof(N))));
+  };
+  using Floats = typename Vector<float>::type;
+  using Words = typename Vector<uint32_t>::type;
+  using Shorts = typename Vector<uint16_t>::type;
+
   struct Halves {
     typename Half::F low, high;
   };
