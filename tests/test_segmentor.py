@@ -184,6 +184,20 @@ def test_backbone_pixel_decoder_and_predictor_compile_into_one_graph_each(traini
     assert backend.frame_count == 3  # fullgraph has let no break pass
 
 
+def test_frames_one_after_the_other_give_what_a_batch_gives(tiny, monkeypatch):
+    frames, lengths = torch.randn(3, 3, 61, 75), []
+    hook = tiny.backbone.register_forward_hook(lambda _, inputs, __: lengths.append(len(inputs[0])))
+    with torch.no_grad():
+        mask_features, maps = tiny.encode(frames)
+        first, first_maps = tiny.encode(frames[:1])
+    batch, batch_maps = tiny.encode(frames)
+    hook.remove()
+    assert lengths == [1, 1, 1, 1, 3], 'with gradients a batch stays one'
+    for ours, theirs, one in zip((mask_features, *maps), (batch, *batch_maps), (first, *first_maps)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        assert torch.equal(ours[:1], one) and ours.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize('compile_cfg, steps', [(None, 0), (dict(backend='eager'), 3)])
 def test_every_clip_of_a_compiled_model_begins_a_step(compile_cfg, steps, monkeypatch):
     """CUDA graphs would otherwise take what the last clip left for needed still; windows are clips of their own."""

@@ -35,7 +35,7 @@ class Recorder:
         self.clips, self.encoded = [], []
         self.cfg = ConfigDict(data=dict(test=dict(test_size=test_size, pipeline=[self.pipeline])))
         self.inference = SimpleNamespace(mode='whole')
-        self.decode_head = SimpleNamespace(encode=self.encode, encoded_scores=self.scores)
+        self.decode_head = SimpleNamespace(encoded_scores=self.scores)
 
     @staticmethod
     def pipeline(results):
@@ -52,12 +52,9 @@ class Recorder:
     def begin_step(self):
         pass
 
-    def backbone(self, images):
+    def encode(self, images):
         self.encoded += images[:, 0, 0, 0].int().tolist()
-        return [images]
-
-    def encode(self, maps):
-        return maps[0], [maps[0] + 1]
+        return images, [images + 1]
 
     def scores(self, mask_features, maps, num_frames):
         numbers = mask_features[:, 0, 0, 0].int().tolist()

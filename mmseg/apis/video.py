@@ -227,8 +227,7 @@ class VideoSegmenter:
         views = [torch.stack(view).to(self._device) for view in zip(*(slot.views for slot in slots))]
         encoded = []
         for view in views:
-            self.model.begin_step()
-            mask_features, maps = self.model.decode_head.encode(self.model.backbone(view))
+            mask_features, maps = self.model.encode(view)
             parts = [mask_features, *maps]
             encoded.append([part.clone() for part in parts] if self.model.compiled else parts)
         for i, slot in enumerate(slots):

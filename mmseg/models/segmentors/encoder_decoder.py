@@ -227,8 +227,28 @@ class EncoderDecoder(nn.Module):
 
     def _whole_scores(self, clip: Tensor) -> Tensor:
         """``[B, T, K, h, w]`` at stride 4."""
+        return self.decode_head.encoded_scores(*self.encode(clip.flatten(0, 1)), clip.shape[1])
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What backbone and pixel decoder make of every frame alone; the first of the two steps to scores.
+
+        Without gradients on the CPU one frame follows the other, the same sums in the memory of one frame: a CPU has
+        nothing from a batch, and the C library gives tensors above 32 MiB back to the system after every use.
+
+        Args:
+            frames: normalised, ``[N, 3, H, W]``.
+
+        Returns:
+            Mask features (stride 4) and three maps (strides 32, 16, 8), each ``[N, ...]``: arguments of
+            ``decode_head.encoded_scores``.
+        """
         self.begin_step()
-        return self.decode_head.scores(self.backbone(clip.flatten(0, 1)), clip.shape[1])
+        alone = frames.device.type == 'cpu' and not torch.is_grad_enabled() and not self.compiled
+        parts = [self.decode_head.encode(self.backbone(part)) for part in (frames.split(1) if alone else [frames])]
+        if len(parts) == 1:
+            return parts[0]
+        mask_features, maps = zip(*parts)
+        return torch.cat(mask_features), [torch.cat(level) for level in zip(*maps)]
 
     def _slide_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of overlapping windows side by side, and the matrices that average them at the size of ``clip``.
