@@ -84,9 +84,10 @@ def test_what_many_layers_read_is_cast_once():
         assert cast_once(x) is x, 'gradients are summed in float32'
 
 
+@pytest.mark.parametrize('most, autocast', [(32, False), (64, True)], ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('tokens', [(2, 30), (1, 5, 13), (64,), (1, 32), (0, 3)])
-def test_pieces_equal_the_whole(monkeypatch, tokens):
-    monkeypatch.setattr(pieces, '_PIECE', 32)
+def test_pieces_equal_the_whole(monkeypatch, tokens, most, autocast):
+    monkeypatch.setattr(pieces, '_BYTES', 32 * 4 * pieces._WIDTH)
     x, y, lengths = torch.randn(*tokens, 6), torch.randn(*tokens, 2), []
 
     def function(a, b):
@@ -94,11 +95,10 @@ def test_pieces_equal_the_whole(monkeypatch, tokens):
         return a[..., :3] * b[..., :1]
 
     whole = pieces.by_pieces(function, x, y)
-    with torch.no_grad():
+    count = lengths.pop()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         assert torch.equal(pieces.by_pieces(function, x, y), whole)
-    count = x.shape[:-1].numel()
-    assert lengths[0] == count and sum(lengths[1:]) == count and max(lengths[1:]) <= 32
-    assert len(lengths) == 1 + max(1, -(-count // 32))
+    assert sum(lengths) == count and max(lengths) <= most and len(lengths) == max(1, -(-count // most))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_pieces_equal_the_whole(monkeypatch, tokens):
     ids=['encoder layer', 'Mix-FFN'],
 )
 def test_parts_in_pieces_equal_the_whole(monkeypatch, part, inputs):
-    monkeypatch.setattr(pieces, '_PIECE', 32)
+    monkeypatch.setattr(pieces, '_BYTES', 32 * 4 * pieces._WIDTH)
     narrow = part.linear2 if hasattr(part, 'linear2') else part.fc2
     lengths = []
     hook = narrow.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[:-1].numel()))

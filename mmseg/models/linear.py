@@ -10,7 +10,7 @@ _WORTHWHILE = 2**24  # products; below, a convolution's longer way to its kernel
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _arithmetic(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """What a product with ``x`` is computed in: autocast casts float32."""
     device = x.device.type
     cast = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
@@ -24,7 +24,7 @@ def cast_once(x: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not torch.amp.is_autocast_available(x.device.type):
         return x
-    return x.to(_arithmetic(x))
+    return x.to(product_dtype(x))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.compiler.is_compiling()  # the compiler chooses the library itself
         or x.numel() * weight.shape[0] < _WORTHWHILE
         or not torch.backends.mkldnn.is_available()
-        or (dtype := _arithmetic(x)) not in _DTYPES
+        or (dtype := product_dtype(x)) not in _DTYPES
         or (dtype == torch.bfloat16 and 2 * x.numel() < x.shape[-1] ** 2)
     ):
         return F.linear(x, weight, bias)

@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_PIECE = 6144  # tokens: of 1024 float32 numbers 24 MiB; glibc gives those above 32 MiB back to the system at once
+from mmseg.models.linear import product_dtype
+
+# Of a piece whose tokens are 1024 numbers wide inside: glibc gives what is above 32 MiB back to the system at once.
+_BYTES = 24 * 2**20
+_WIDTH = 1024
 
 
 def by_pieces(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -24,13 +28,10 @@ def by_pieces(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         ``[..., C']``.
     """
     tokens = inputs[0].shape[:-1]
-    if (
-        inputs[0].device.type != 'cpu'
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or tokens.numel() <= _PIECE
-    ):
+    if inputs[0].device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
-    count = -(-tokens.numel() // _PIECE)
+    count = -(-tokens.numel() * product_dtype(inputs[0]).itemsize * _WIDTH // _BYTES)
+    if count <= 1:
+        return function(*inputs)
     pieces = zip(*(x.flatten(0, -2).chunk(count) for x in inputs))
     return torch.cat([function(*piece) for piece in pieces]).unflatten(0, tokens)
