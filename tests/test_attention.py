@@ -150,6 +150,25 @@ def test_who_serves(calls):
     assert calls == ['scaled_dot_product_attention'] * 9
 
 
+def test_shapes_that_do_not_fit_reach_torch(calls):
+    """Whose errors name them; the native form would read memory that is not theirs."""
+    query, key, value = inputs()
+    wrong = [
+        (query, key[..., :4], value), (query, key, value[:, :, :5]), (query, key[:1], value),
+        (query[:, :1], key, value),
+        (query, key, value, torch.ones(2, 1, 37, 17, dtype=torch.bool, device='meta')), (query[0], key[0], value[0]),
+        (query, key.to('meta'), value),
+    ]  # fmt: skip
+    with torch.no_grad():
+        for arguments in wrong:
+            assert not attention_native.serves(*arguments[:3], *(arguments[3:] or (None,)))
+        with pytest.raises(RuntimeError):
+            attention(*wrong[0])
+        with pytest.raises(RuntimeError):
+            attention(query, key, value, torch.ones(2, 1, 37, 18, dtype=torch.bool))
+    assert calls[0] == 'scaled_dot_product_attention'
+
+
 def test_without_a_library_torch_serves_and_says_why(calls, monkeypatch):
     monkeypatch.setattr(attention_native, '_X86', True)
     monkeypatch.setattr(attention_native, 'native', lambda: BuildError('there is no compiler'))

@@ -99,14 +99,18 @@ def instruction_sets() -> list[str]:
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether :func:`attention` can be called with these."""
+    """Whether :func:`attention` can be called with these; it trusts its caller and reads memory as they say."""
     tensors = (query, key, value)
     return (
-        all(type(x) is Tensor and x.dtype == query.dtype and x.stride(-1) == 1 and x.numel() > 0 for x in tensors)
+        all(
+            type(x) is Tensor and x.device.type == 'cpu' and x.dtype == query.dtype and x.dim() == 4
+            and x.stride(-1) == 1 and x.numel() > 0
+            for x in tensors
+        )
         and query.dtype in DTYPES
-        and query.shape[-1] == value.shape[-1]
-        and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4))
-    )
+        and key.shape == value.shape == (*query.shape[:2], key.shape[2], query.shape[3])
+        and (mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.device.type == 'cpu'))
+    )  # fmt: skip
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, number: int = 0) -> Tensor:
