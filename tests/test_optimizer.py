@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -193,6 +194,20 @@ def test_precision_as_configs_of_mmcv_ask_for_it(cfg, dtype, scale):
     assert precision.dtype == dtype and precision.scales == (scale is not None)
     if scale:
         assert precision.scaler.get_scale() == scale
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('supported', [True, False])
+def test_half_precision_that_a_processor_lacks_is_told(dtype, supported, monkeypatch):
+    short = {'bfloat16': 'bf16', 'float16': 'fp16'}[dtype]
+    monkeypatch.setattr(torch.ops.mkldnn, f'_is_mkldnn_{short}_supported', lambda: supported)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        Precision(torch.device('cpu'), dtype)
+        Precision(torch.device('cpu'), 'float32')
+        Precision(torch.device('cuda'), 'bfloat16')
+    assert len(caught) == (0 if supported else 1)
+    assert all('--options fp16.dtype=float32' in str(warning.message) for warning in caught)
 
 
 def test_a_loss_scale_without_half_precision_is_an_error():

@@ -212,6 +212,13 @@ def run_tool(tool, monkeypatch, capsys, *args):
     return status, capsys.readouterr().err
 
 
+def test_a_missing_formatter_is_not_blamed_on_the_config(tmp_path, data_root, tool, monkeypatch, capsys):
+    config = write_tiny_config(tmp_path / 'tiny.py', data_root)
+    monkeypatch.setitem(sys.modules, 'yapf', None)
+    with pytest.raises(ImportError, match='yapf'):
+        run_tool(tool, monkeypatch, capsys, config, '--work-dir', tmp_path / 'w')
+
+
 @pytest.mark.parametrize('args, extra, message', [
     (['--options', 'lr_config.policy=step'], '', "unknown policy 'step'"),
     (['--options', 'optimizer.type=AdamV'], '', "optimizer.type: torch.optim has no 'AdamV'"),

@@ -157,11 +157,11 @@ def _as_text(cfg: Config) -> str:
     """
     try:
         return cfg.pretty_text
-    except Exception:  # of the formatter, which shows the whole text and not the place
+    except SyntaxError:  # of the formatter, which shows the whole text and not the place
         for key, value in cfg.items():
             try:
                 Config({key: value}).pretty_text  # noqa: B018
-            except Exception:
+            except SyntaxError:
                 raise ConfigError(
                     f'{key}: the final config cannot be written down with {value!r} ({type(value).__name__}); use '
                     'plain numbers, texts, lists and dicts') from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ class Precision:
     Args:
         device: where the model runs.
         dtype: ``bfloat16`` (no loss scaling), ``float16``, or ``float32`` for full precision.
+            On a processor without instructions for it a warning says that it is slow.
         loss_scale: for ``float16``: a number keeps the scale fixed, ``'dynamic'`` adapts it, a dict adapts it with
             these arguments of ``torch.amp.GradScaler`` (mmcv 1.x's three forms; 512 is its default).
 
@@ -57,6 +59,10 @@ class Precision:
             raise ConfigError(f"fp16.dtype: expected one of {', '.join(_DTYPES)}, got '{dtype}'")
         self.device = device
         self.dtype = _DTYPES[dtype]
+        if self.dtype != torch.float32 and device.type == 'cpu' and not _cpu_is_fast_in(self.dtype):
+            warnings.warn(
+                f'{dtype} on a processor without instructions for it: expect several times the time of float32, which '
+                '--options fp16.dtype=float32 (or --dtype float32) brings back', stacklevel=2)
         self.fixed_scale: float | None = None
         options: dict[str, Any] = {}
         if isinstance(loss_scale, Mapping):
@@ -117,3 +123,11 @@ class Precision:
         if not skip:
             self.scaler.step(optimizer)
         self.scaler.update(self.fixed_scale)
+
+
+def _cpu_is_fast_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, which has the products, computes in ``dtype`` on this processor; PyTorch's own form is slow."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported = 'bf16' if dtype == torch.bfloat16 else 'fp16'
+    return bool(getattr(torch.ops.mkldnn, f'_is_mkldnn_{supported}_supported')())
