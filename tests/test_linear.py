@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from mmseg.models import linear as module
 from mmseg.models import pieces
+from mmseg.models.autocast import cast_once
 from mmseg.models.backbones.mit import MixFFN
 from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
-from mmseg.models.linear import Linear, cast_once, linear
+from mmseg.models.linear import Linear, linear
 
 
 @pytest.fixture
@@ -19,9 +20,9 @@ def convolutions(monkeypatch):
     shapes = []
     convolve = F.conv2d
 
-    def record(x, *args):
+    def record(x, *args, **kwargs):
         shapes.append(tuple(x.shape))
-        return convolve(x, *args)
+        return convolve(x, *args, **kwargs)
 
     monkeypatch.setattr(F, 'conv2d', record)
     return shapes
@@ -94,9 +95,9 @@ def test_pieces_equal_the_whole(monkeypatch, tokens, most, autocast):
         lengths.append(a.shape[:-1].numel())
         return a[..., :3] * b[..., :1]
 
-    whole = pieces.by_pieces(function, x, y)
+    whole = function(x, y)
     count = lengths.pop()
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         assert torch.equal(pieces.by_pieces(function, x, y), whole)
     assert sum(lengths) == count and max(lengths) <= most and len(lengths) == max(1, -(-count // most))
 
@@ -113,12 +114,16 @@ def test_pieces_equal_the_whole(monkeypatch, tokens, most, autocast):
     ids=['encoder layer', 'Mix-FFN'],
 )
 def test_parts_in_pieces_equal_the_whole(monkeypatch, part, inputs):
-    monkeypatch.setattr(pieces, '_BYTES', 32 * 4 * pieces._WIDTH)
+    """Also their gradients, whose sums over tokens go over the pieces."""
     narrow = part.linear2 if hasattr(part, 'linear2') else part.fc2
-    lengths = []
-    hook = narrow.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[:-1].numel()))
-    whole = part(*inputs)
-    with torch.no_grad():
-        torch.testing.assert_close(part(*inputs), whole, rtol=1e-5, atol=1e-5)
-    hook.remove()
-    assert len(lengths) > 2 and max(lengths[1:]) <= 32
+    lengths, results = [], []
+    narrow.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[:-1].numel()))
+    for most in (10**6, 32):
+        monkeypatch.setattr(pieces, '_BYTES', most * 4 * pieces._WIDTH)
+        out = part(*inputs)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), list(part.parameters()))])
+        with torch.no_grad():
+            results[-1].append(part(*inputs))
+    for whole, in_pieces in zip(*results):
+        torch.testing.assert_close(in_pieces, whole, rtol=1e-5, atol=1e-5)
+    assert lengths[0] == lengths[1] == sum(lengths[2:]) / 2 and len(lengths) > 4 and max(lengths[2:]) <= 32

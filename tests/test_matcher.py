@@ -13,9 +13,9 @@ from scipy.optimize import linear_sum_assignment
 
 from mmseg.models.assigners import TwoRoundAssigner, assign_two_rounds
 from mmseg.models.assigners.costs import classification_cost, dice_cost, mask_cost
-from mmseg.models.assigners.two_round import replace_non_finite
+from mmseg.models.assigners.two_round import masks_at, replace_non_finite
 from mmseg.models.losses import point_sampling
-from mmseg.models.structures import ClipTarget, MaskPrediction
+from mmseg.models.structures import ClipTarget, MaskPrediction, mask_logits
 from tests.reference import recipe
 
 SIZES = (1, 2, 3, 7, 12, 20, 50)
@@ -52,9 +52,7 @@ def test_reference_costs_and_assignments(reference, reference_points, name, roun
         torch.from_numpy(2 * recipe.image(100 + n, 1, 100, 125)),
         torch.from_numpy(4 * recipe.image(101 + n, 1, 100, frames, 12, 20)),
     )
-    costs = TwoRoundAssigner(num_points=256).costs(
-        stage.logits[0], stage.masks[0], target.classes, target.masks.float(), round2_cost
-    )
+    costs = TwoRoundAssigner(num_points=256).costs(stage, target.classes, target.masks.float(), round2_cost)
     ((primary, secondary),) = match(stage, [target], round2_cost)
 
     cost2 = costs[-1].clone()  # as the paper writes round 2
@@ -198,3 +196,17 @@ def test_replaced_costs_are_worse_than_any_finite_one():
     assert clean[~np.isfinite(cost)].min() > 2.0
     assert replace_non_finite(np.full((2, 2), np.nan))[1] == 4
     assert replace_non_finite(clean)[0] is clean
+
+
+@pytest.mark.parametrize('per_frame', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_masks_at_points_are_the_masks_read_at_points(per_frame, dtype):
+    torch.manual_seed(0)
+    features = torch.randn(1, 3, 8, 5, 7, dtype=dtype)
+    embedding = torch.randn(1, *([3] if per_frame else []), 4, 8, dtype=dtype)
+    prediction = MaskPrediction(torch.randn(1, 4, 5), None, embedding, features)
+    points = torch.rand(1, 20, 2)
+    whole = MaskPrediction(prediction.logits, mask_logits(embedding, features))
+    got, expected = masks_at(prediction, points), masks_at(whole, points)
+    assert got.dtype == torch.float32 and got.shape == (4, 60)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

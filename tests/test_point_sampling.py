@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,3 +90,14 @@ def test_the_smallest_values_are_those_of_topk(rows, length, share, seed):
     assert chosen.shape == (rows, n) and chosen.dtype == torch.int64
     expected = values.topk(n, dim=1, largest=False).values
     assert torch.equal(values.gather(1, chosen).sort(dim=1).values, expected)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('height, width', [(1, 1), (3, 1), (5, 8)])
+def test_features_are_read_as_maps_are(height, width, layout):
+    torch.manual_seed(0)
+    maps = torch.randn(3, 6, height, width).to(memory_format=layout)
+    edges = torch.tensor([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24], [0.5, 0.0], [0.0, 0.5]])
+    points = torch.cat([torch.rand(50, 2), edges])
+    expected = point_sampling.sample_points(maps, points[None]).transpose(1, 2)
+    torch.testing.assert_close(point_sampling.sample_features(maps, points), expected, rtol=1e-5, atol=1e-5)

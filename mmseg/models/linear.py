@@ -6,25 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmseg.models.autocast import product_dtype
+from mmseg.models.convolution import convolve
+
 _WORTHWHILE = 2**24  # products; below, a convolution's longer way to its kernel costs more than it saves
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What a product with ``x`` is computed in: autocast casts float32."""
-    device = x.device.type
-    cast = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if cast else x.dtype
-
-
-def cast_once(x: Tensor) -> Tensor:
-    """``x`` as autocast casts it, for those whose several linear layers would each cast it anew; without gradients.
-
-    With gradients ``x`` stays as it is, so that what comes back from the layers is summed in float32.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not torch.amp.is_autocast_available(x.device.type):
-        return x
-    return x.to(product_dtype(x))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ):
         return F.linear(x, weight, bias)
     tokens = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    out = F.conv2d(tokens, weight[:, :, None, None], bias)
+    out = convolve(tokens, weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmseg.models.linear import product_dtype
+from mmseg.models.autocast import product_dtype
 
 # Of a piece whose tokens are 1024 numbers wide inside: glibc gives what is above 32 MiB back to the system at once.
 _BYTES = 24 * 2**20
@@ -17,18 +17,18 @@ _WIDTH = 1024
 def by_pieces(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``function(*inputs)`` for a function that makes each token of those at the same place alone, so pieces are exact.
 
-    Without gradients on the CPU it is called for equal parts of the tokens, whose wide forms use the same memory in
-    turn; everywhere else once for all.
+    On the CPU it is called for equal parts of the tokens, whose wide forms use the same memory in turn (with gradients:
+    memory that the process keeps); everywhere else once for all.
 
     Args:
-        function: takes and gives ``[L, C]``, for any L; on a GPU and with gradients it gets ``inputs`` as they are.
+        function: takes and gives ``[L, C]``, for any L; elsewhere it gets ``inputs`` as they are.
         inputs: ``[..., C]``, all axes but the last equal.
 
     Returns:
         ``[..., C']``.
     """
     tokens = inputs[0].shape[:-1]
-    if inputs[0].device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if inputs[0].device.type != 'cpu' or torch.compiler.is_compiling():
         return function(*inputs)
     count = -(-tokens.numel() * product_dtype(inputs[0]).itemsize * _WIDTH // _BYTES)
     if count <= 1:

@@ -67,6 +67,10 @@ class MaskPrediction(NamedTuple):
         assert self.embedding is not None and self.features is not None
         return mask_logits(self.embedding, self.features)
 
+    def of(self, index: int) -> MaskPrediction:
+        """The prediction of one of N alone, N = 1."""
+        return MaskPrediction(*(None if x is None else x[index : index + 1] for x in self))
+
     @property
     def num_frames(self) -> int:
         """T, the frames of a mask."""

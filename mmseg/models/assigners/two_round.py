@@ -55,6 +55,27 @@ def replace_non_finite(cost: np.ndarray) -> tuple[np.ndarray, int]:
     return np.where(bad, worst, cost), int(bad.sum())
 
 
+def masks_at(prediction: MaskPrediction, points: Tensor) -> Tensor:
+    """Mask logits of one clip at points, the same for all of its masks and frames.
+
+    Reading a map at points is linear, and so is the product that makes a mask: on the CPU the features are read, which
+    all masks share, and multiplied at the points alone.  No mask is made as a whole.
+
+    Args:
+        prediction: N = 1.
+        points: float ``[1, P, 2]``, as in :mod:`~mmseg.models.losses.point_sampling`.
+
+    Returns:
+        float32 ``[Q, T * P]``.
+    """
+    features, embedding = prediction.features, prediction.embedding
+    if features is None or embedding is None or features.device.type != 'cpu' or features.dtype != torch.float32:
+        return point_sampling.sample_points(prediction.masks[0].float(), points).flatten(1)
+    pixels = point_sampling.sample_features(features[0], points[0])  # [T, P, C]
+    factors = embedding.float().expand(features.shape[1], -1, -1) if embedding.dim() == 3 else embedding[0].float()
+    return torch.cat([rows @ frame.T for rows, frame in zip(factors, pixels)], 1)
+
+
 class TwoRoundAssigner:
     """Matches the queries of all prediction stages with the targets of a batch of clips.
 
@@ -98,8 +119,8 @@ class TwoRoundAssigner:
         """
         matrices = []
         for stage in stages:
-            for logits, masks, target, wanted in zip(stage.logits, stage.masks, targets, target_masks):
-                matrices += self.costs(logits, masks, target.classes, wanted, round2_cost)
+            for clip, (target, wanted) in enumerate(zip(targets, target_masks)):
+                matrices += self.costs(stage.of(clip), target.classes, wanted, round2_cost)
         flat = torch.cat([matrix.flatten() for matrix in matrices]).cpu().numpy()
         ends = np.cumsum([matrix.numel() for matrix in matrices])[:-1]
         on_host = [part.reshape(matrix.shape) for part, matrix in zip(np.split(flat, ends), matrices)]
@@ -116,19 +137,19 @@ class TwoRoundAssigner:
         return matches
 
     def costs(
-        self, logits: Tensor, masks: Tensor, classes: Tensor, target_masks: Tensor, round2_cost: Round2Cost = 'full'
+        self, prediction: MaskPrediction, classes: Tensor, target_masks: Tensor, round2_cost: Round2Cost = 'full'
     ) -> list[Tensor]:
         """Cost matrices ``[Q, n]`` of one clip: round 1's, and round 2's where it differs.
 
         Args:
-            logits: ``[Q, K+1]``, of any floating dtype; costs are computed in float32.
-            masks: logits ``[Q, T, h, w]``, likewise.
+            prediction: of the clip alone, N = 1, of any floating dtype; costs are computed in float32.
             classes: int64 ``[n]``.
             target_masks: float ``[n, T, H, W]``.
             round2_cost: as in :meth:`__call__`.
         """
-        points = point_sampling.random_points(1, self.num_points, masks.device)
-        sampled = point_sampling.sample_points(masks.float(), points).flatten(1)
+        logits = prediction.logits[0]
+        points = point_sampling.random_points(1, self.num_points, logits.device)
+        sampled = masks_at(prediction, points)
         wanted = point_sampling.sample_points(target_masks, points).flatten(1)
         bce = mask_cost(sampled, wanted)
         full = (

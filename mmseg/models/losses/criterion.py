@@ -186,14 +186,15 @@ class THEMaskCriterion(nn.Module):
 
         values = {'loss_ce': (self._class_losses(levels, table) / num_classified[:, None], self.weights.class_weight)}
         matched = self._matched_masks(output, table)
+        primary_masks, secondary_masks = matched.split([table.num_primary, matched.shape[2] - table.num_primary], 2)
         all_targets = torch.cat(target_masks).flatten(0, 1)
         mask_divisor = num_targets * output.clip[-1].num_frames
-        bce, dice = self._primary_losses(matched[:, :, : table.num_primary], all_targets, table)
+        bce, dice = self._primary_losses(primary_masks, all_targets, table)
         prefix = '' if warming_up else 'r0_'
         values[f'{prefix}loss_mask'] = (bce / mask_divisor, self.weights.mask_weight * self.round_weight[0])
         values[f'{prefix}loss_dice'] = (dice / mask_divisor, self.weights.dice_weight * self.round_weight[0])
         if not warming_up:
-            bce, dice = self._secondary_losses(matched[:, :, table.num_primary :], all_targets, table)
+            bce, dice = self._secondary_losses(secondary_masks, all_targets, table)
             values['r1_loss_mask_unmatched'] = (
                 bce / mask_divisor,
                 self.weights.mask_weight_unmatched * self.round_weight[1],
@@ -391,7 +392,7 @@ def _multiply_matched(
     ]  # [S, B, 1 or T, Q, C]
     pixels = mask_features.flatten(3).transpose(2, 3)
     ranks: list[list[list[Tensor]]] = [[[] for _ in levels] for _ in (0, 1)]
-    for b in range(batch):
+    for b, clip_pixels in enumerate(pixels.unbind()):
         matched = queries[b::batch]  # of both ranks
         query = torch.cat(list(matched), 1)[:, None, :, None]
         chosen = torch.stack([
@@ -400,7 +401,7 @@ def _multiply_matched(
         ])  # [L, S, T, m, C]
         masks = torch.stack([
             linear(frame, rows.flatten(0, 2)).T.unflatten(0, rows.shape[:3])
-            for frame, rows in zip(pixels[b], chosen.unbind(2))
+            for frame, rows in zip(clip_pixels.unbind(), chosen.unbind(2))
         ])  # [T, L, S, m, h * w]
         for rank, part in enumerate(masks.split([index.shape[1] for index in matched], 3)):
             for level, (own, embedding) in enumerate(zip(part.unbind(1), embeddings)):

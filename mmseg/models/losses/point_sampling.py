@@ -36,6 +36,32 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, grid, align_corners=False).squeeze(3)
 
 
+def sample_features(maps: Tensor, points: Tensor) -> Tensor:
+    """What :func:`sample_points` gives for many channels, one point after the other; without a gradient for points.
+
+    Each point is a weighted sum of the rows of its four pixels, so a row is read at once.
+
+    Args:
+        maps: float32 ``[T, C, h, w]``, fastest in channels-last.
+        points: float32 ``[P, 2]``, (x, y) relative to the map's size, the same for all maps.
+
+    Returns:
+        float32 ``[T, P, C]``.
+    """
+    height, width = maps.shape[2:]
+    place = points * points.new_tensor([width, height]) - 0.5
+    first = place.floor()
+    corners = first[:, None] + first.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])  # [P, 4, 2]
+    weights = (1 - (place[:, None] - corners).abs()).prod(2)
+    limits = corners.new_tensor([width - 1, height - 1])
+    inside = ((corners >= 0) & (corners <= limits)).all(2)
+    pixel = corners.clamp(corners.new_zeros(2), limits).int()
+    index = pixel[..., 1] * width + pixel[..., 0]
+    rows = maps.permute(0, 2, 3, 1).flatten(1, 2)
+    weights = weights * inside
+    return torch.stack([F.embedding_bag(index, frame, mode='sum', per_sample_weights=weights) for frame in rows])
+
+
 @torch.no_grad()
 def uncertain_points(logits: Tensor, num_points: int, oversample_ratio: float, importance_ratio: float) -> Tensor:
     """Points for a mask loss: most where the prediction is least certain, the rest anywhere.

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmseg.models.autocast import cast_once
+from mmseg.models.convolution import convolve
 from mmseg.models.decode_heads.mask2former.position_encoding import pixel_centres, sine_position_2d
 from mmseg.models.init import init_kaiming_, init_xavier_, zero_bias_
-from mmseg.models.linear import Linear, cast_once
+from mmseg.models.linear import Linear
 from mmseg.models.pieces import by_pieces
 from mmseg.registry import PIXEL_DECODERS, retired
 from mmseg.utils.errors import ConfigError
@@ -42,7 +44,7 @@ class ConvNorm(nn.Conv2d):
 
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone."""
-        return super().forward(x)
+        return convolve(x, self.weight, self.bias)
 
 
 class MSDeformAttn(nn.Module):

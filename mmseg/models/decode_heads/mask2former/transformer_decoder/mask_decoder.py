@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmseg.models.autocast import cast_once
 from mmseg.models.decode_heads.mask2former.position_encoding import sine_position_2d, sine_position_3d
 from mmseg.models.decode_heads.mask2former.transformer_decoder.layers import (
     MLP,
@@ -30,7 +31,7 @@ from mmseg.models.decode_heads.mask2former.transformer_decoder.layers import (
 )
 from mmseg.models.decode_heads.mask2former.transformer_decoder.temporal import TemporalAggregation
 from mmseg.models.init import init_kaiming_
-from mmseg.models.linear import Linear, cast_once
+from mmseg.models.linear import Linear
 from mmseg.models.structures import DecoderOutput, MaskPrediction, mask_logits
 from mmseg.registry import TRANSFORMER_DECODERS, register_variant, retired
 from mmseg.utils.errors import ConfigError
