@@ -113,9 +113,7 @@ def eval_cases(args: argparse.Namespace) -> Iterator[Case]:
     """Frames to label maps."""
     height, width = args.size or (480, 864)
     size = height, width - width // 78
-    variants = [('fp32', False), ('bf16', False)]
-    if args.compile:
-        variants += [('fp32', True), ('bf16', True)]
+    variants = [(precision, compiled) for compiled in (False, True)[: 1 + args.compile] for precision in args.precision]
     for frames in args.frames:
         for precision, compiled in variants:
 
@@ -409,6 +407,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=5, help='timed rounds; medians count')
     parser.add_argument('--threads', type=int, help="default: torch's own choice")
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument(
+        '--precision', nargs='+', choices=('fp32', 'bf16'), default=['fp32', 'bf16'], help='eval: of ours')
     parser.add_argument('--compile', action='store_true', help='eval: also with torch.compile')
     parser.add_argument('--no-peaks', action='store_true', help='skip the memory measurement')
     parser.add_argument('--json', help='write the rows to this file')

@@ -69,7 +69,9 @@ class MaskPrediction(NamedTuple):
 
     def of(self, index: int) -> MaskPrediction:
         """The prediction of one of N alone, N = 1."""
-        return MaskPrediction(*(None if x is None else x[index : index + 1] for x in self))
+        own = slice(index, index + 1)
+        whole, embedding, features = (None if x is None else x[own] for x in self[1:])
+        return MaskPrediction(self.logits[own], whole, embedding, features)
 
     @property
     def num_frames(self) -> int:
