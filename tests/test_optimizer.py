@@ -162,6 +162,13 @@ def test_a_state_of_another_model_is_refused():
         load_optimizer_state(build_optimizer(Model(8), OPTIMIZER), stripped, ['one'])
 
 
+@pytest.fixture
+def half_precision(monkeypatch):
+    """A processor with instructions for all types."""
+    for name in ('bf16', 'fp16'):
+        monkeypatch.setattr(torch.ops.mkldnn, f'_is_mkldnn_{name}_supported', lambda: True)
+
+
 @pytest.mark.parametrize('section, dtype, scale', [
     (dict(dtype='bfloat16'), torch.bfloat16, None),
     (dict(loss_scale=512.0), torch.float16, 512.0),
@@ -169,7 +176,7 @@ def test_a_state_of_another_model_is_refused():
     (dict(loss_scale=dict(init_scale=64.0, mode='dynamic')), torch.float16, 64.0),
     ({}, torch.float16, 512.0),
 ])
-def test_the_forms_of_fp16(section, dtype, scale):
+def test_the_forms_of_fp16(half_precision, section, dtype, scale):
     precision = Precision(torch.device('cpu'), **section)
     linear = nn.Linear(4, 4)
     with precision.autocast():
@@ -189,25 +196,25 @@ def test_the_forms_of_fp16(section, dtype, scale):
     ({'fp16': {}, 'optimizer_config': {'type': 'Fp16OptimizerHook', 'loss_scale': 64.0}}, torch.float16, 64.0),
     ({'optimizer_config': {'type': 'GradientCumulativeOptimizerHook', 'cumulative_iters': 2}}, torch.float32, None),
 ])
-def test_precision_as_configs_of_mmcv_ask_for_it(cfg, dtype, scale):
+def test_precision_as_configs_of_mmcv_ask_for_it(half_precision, cfg, dtype, scale):
     precision = Precision.from_config(cfg, torch.device('cpu'))
     assert precision.dtype == dtype and precision.scales == (scale is not None)
     if scale:
         assert precision.scaler.get_scale() == scale
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('supported', [True, False])
-def test_half_precision_that_a_processor_lacks_is_told(dtype, supported, monkeypatch):
-    short = {'bfloat16': 'bf16', 'float16': 'fp16'}[dtype]
-    monkeypatch.setattr(torch.ops.mkldnn, f'_is_mkldnn_{short}_supported', lambda: supported)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        Precision(torch.device('cpu'), dtype)
-        Precision(torch.device('cpu'), 'float32')
-        Precision(torch.device('cuda'), 'bfloat16')
-    assert len(caught) == (0 if supported else 1)
-    assert all('--options fp16.dtype=float32' in str(warning.message) for warning in caught)
+@pytest.mark.parametrize('dtype, name', [('bfloat16', 'bf16'), ('float16', 'fp16')])
+def test_a_processor_without_the_instructions_computes_in_float32(dtype, name, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, f'_is_mkldnn_{name}_supported', lambda: False)
+    with pytest.warns(UserWarning, match=f'no instructions for {dtype}'):
+        precision = Precision(torch.device('cpu'), dtype)
+    with precision.autocast():
+        assert nn.Linear(4, 4)(torch.ones(2, 4)).dtype == precision.dtype == torch.float32
+    assert precision.scales == (dtype == 'float16')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert Precision(torch.device('cpu'), 'float32').dtype == torch.float32
+        assert Precision(torch.device('cuda'), 'bfloat16').dtype == torch.bfloat16
 
 
 def test_a_loss_scale_without_half_precision_is_an_error():

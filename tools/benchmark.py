@@ -156,14 +156,15 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         nonlocal predicted
         predicted += step()
 
-    with torch.no_grad(), Precision(device, args.dtype).autocast():
+    precision = Precision(device, args.dtype)
+    with torch.no_grad(), precision.autocast():
         measure(counted, 0, args.warmup, device)
         predicted = 0
         seconds = measure(counted, args.rounds, 0, device)
     low, median, high = np.percentile(seconds, (10, 50, 90))
     return {
         'config': args.config, 'checkpoint': args.checkpoint, 'machine': machine(device), 'torch': torch.__version__,
-        'dtype': args.dtype, 'clips': 'data.test, loading included' if args.data else 'random tensors',
+        'dtype': str(precision.dtype).removeprefix('torch.'), 'clips': 'data.test, loading included' if args.data else 'random tensors',
         'frames': frames, 'batch': args.batch,
         'input': None if args.data else list(args.size), 'output': None if args.data else list(args.out_size),
         'warmup': args.warmup, 'rounds': args.rounds,

@@ -46,9 +46,12 @@ class Precision:
     Args:
         device: where the model runs.
         dtype: ``bfloat16`` (no loss scaling), ``float16``, or ``float32`` for full precision.
-            On a processor without instructions for it a warning says that it is slow.
+            A processor without instructions for it computes in float32, and a warning says so.
         loss_scale: for ``float16``: a number keeps the scale fixed, ``'dynamic'`` adapts it, a dict adapts it with
             these arguments of ``torch.amp.GradScaler`` (mmcv 1.x's three forms; 512 is its default).
+
+    Attributes:
+        dtype: what the forward pass computes in.
 
     Raises:
         ConfigError: unknown dtype or form of ``loss_scale``.
@@ -58,11 +61,12 @@ class Precision:
         if dtype not in _DTYPES:
             raise ConfigError(f"fp16.dtype: expected one of {', '.join(_DTYPES)}, got '{dtype}'")
         self.device = device
-        self.dtype = _DTYPES[dtype]
-        if self.dtype != torch.float32 and device.type == 'cpu' and not _cpu_is_fast_in(self.dtype):
+        self.dtype = wanted = _DTYPES[dtype]
+        if device.type == 'cpu' and not _cpu_computes_in(wanted):
+            self.dtype = torch.float32
             warnings.warn(
-                f'{dtype} on a processor without instructions for it: expect several times the time of float32, which '
-                '--options fp16.dtype=float32 (or --dtype float32) brings back', stacklevel=2)
+                f'this processor has no instructions for {dtype}, in which PyTorch would take ten times as long: '
+                'everything is computed in float32', stacklevel=2)
         self.fixed_scale: float | None = None
         options: dict[str, Any] = {}
         if isinstance(loss_scale, Mapping):
@@ -74,7 +78,7 @@ class Precision:
         elif loss_scale != 'dynamic':
             raise ConfigError(f"fp16.loss_scale: expected a number, 'dynamic' or a dict, got {loss_scale!r}")
         try:
-            self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16, **options)
+            self.scaler = torch.amp.GradScaler(device.type, enabled=wanted == torch.float16, **options)
         except TypeError as error:
             raise ConfigError(f'fp16.loss_scale: {error}') from None
 
@@ -125,9 +129,11 @@ class Precision:
         self.scaler.update(self.fixed_scale)
 
 
-def _cpu_is_fast_in(dtype: torch.dtype) -> bool:
-    """Whether oneDNN, which has the products, computes in ``dtype`` on this processor; PyTorch's own form is slow."""
+def _cpu_computes_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, which has the products, takes ``dtype`` on this processor; PyTorch's own form is slow."""
+    if dtype == torch.float32:
+        return True
     if not torch.backends.mkldnn.is_available():
         return False
-    supported = 'bf16' if dtype == torch.bfloat16 else 'fp16'
-    return bool(getattr(torch.ops.mkldnn, f'_is_mkldnn_{supported}_supported')())
+    name = 'bf16' if dtype == torch.bfloat16 else 'fp16'
+    return bool(getattr(torch.ops.mkldnn, f'_is_mkldnn_{name}_supported')())
