@@ -164,7 +164,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     low, median, high = np.percentile(seconds, (10, 50, 90))
     return {
         'config': args.config, 'checkpoint': args.checkpoint, 'machine': machine(device), 'torch': torch.__version__,
-        'dtype': str(precision.dtype).removeprefix('torch.'), 'clips': 'data.test, loading included' if args.data else 'random tensors',
+        'dtype': str(precision.dtype).removeprefix('torch.'),
+        'clips': 'data.test, loading included' if args.data else 'random tensors',
         'frames': frames, 'batch': args.batch,
         'input': None if args.data else list(args.size), 'output': None if args.data else list(args.out_size),
         'warmup': args.warmup, 'rounds': args.rounds,
