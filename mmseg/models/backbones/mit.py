@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmseg.models.attention import attention
+from mmseg.models.autocast import cast_once
 from mmseg.models.init import init_transformer_
 from mmseg.models.linear import Linear
 from mmseg.models.pieces import by_pieces
@@ -76,6 +77,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""
         n, _, _, channels = x.shape
+        x = cast_once(x)
         source = self.norm(_convolve(self.sr, x)) if self.sr_ratio > 1 else x
         query = self.q(x).view(n, -1, self.num_heads, channels // self.num_heads).transpose(1, 2)
         key, value = self.kv(source).view(n, -1, 2, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
