@@ -122,10 +122,6 @@ def measure(args: argparse.Namespace, case: Case) -> list[Row]:
         if args.memory_limit:
             whole = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_limit * 2**30 / whole))
-    if case.work == 'eval':
-        # A test runs all its clips inside one autocast, which keeps the cast weights. Here it is on during a call
-        # alone, but never the outermost one, at whose end the cache is emptied; no weight changes in this process.
-        torch.autocast_increment_nesting()
     forms = [form for form in FORMS[case.work] if form not in args.without]
     peaks: dict[str, float] = {}
     runs: dict[str, speed.Run] = {}
@@ -242,7 +238,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     args = parse(arguments)
     if args.case:
-        rows = measure(args, Case(**json.loads(args.case)))
+        case = Case(**json.loads(args.case))
+        with speed.one_test(case.work):
+            rows = measure(args, case)
         print(json.dumps(rows))
         return
     if args.device == 'cuda' and not torch.cuda.is_available():

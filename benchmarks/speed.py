@@ -53,6 +53,7 @@ from mmseg.models.linear import linear
 from mmseg.models.losses import THEMaskCriterion
 from mmseg.models.segmentors.label_map import ScoreView, label_map, resize_matrix
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
+from mmseg.utils.autocast import weights_cast_once
 from mmseg.utils.config import load_config
 
 ARMS = ('plain', 'ours')
@@ -128,6 +129,23 @@ def eval_cases(args: argparse.Namespace) -> Iterator[Case]:
 
             end = ' compiled' if compiled else ''
             yield Case(f'eval {args.backbone} T={frames} {height}x{width} {precision}{end}', make)
+
+
+@contextlib.contextmanager
+def one_test(part: str) -> Iterator[None]:
+    """Evaluations in this context keep cast weights from call to call, as a test does, which none changes.
+
+    A test runs all its clips inside one autocast.  Here it is on during a call alone, but never the outermost one, at
+    whose end it would forget them.
+    """
+    if part != 'eval':
+        yield
+        return
+    torch.autocast_increment_nesting()
+    with weights_cast_once():
+        yield
+    if torch.autocast_decrement_nesting() == 0:
+        torch.clear_autocast_cache()
 
 
 def eval_run(model: EncoderDecoder, clip: Tensor, size: tuple[int, int], low: bool = False) -> Run:
@@ -429,14 +447,16 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     if args.peak_of:
         part, index, arm = args.peak_of
-        print(own_peak(cases_of(for_part(args, part), part)[int(index)].make(arm), args.device))
+        with one_test(part):
+            print(own_peak(cases_of(for_part(args, part), part)[int(index)].make(arm), args.device))
         return
     print(describe(args))
     print(f'{"":56s}{"plain":>10s}{"ours":>10s}{"ratio":>8s}{"plain":>10s}{"ours":>10s}{"share":>8s}')
     rows = []
     for part in args.part:
         for index, case in enumerate(cases_of(for_part(args, part), part)):
-            times = time_arms(case, args.rounds, args.device)
+            with one_test(part):
+                times = time_arms(case, args.rounds, args.device)
             peaks = {arm: None if args.no_peaks else peak_in_fresh_process(part, index, arm, arguments) for arm in ARMS}
             gc.collect()
             row = {'name': case.name, 'plain_ms': times['plain'], 'ours_ms': times['ours']}

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 from mmseg.models import linear as module
 from mmseg.models import pieces
-from mmseg.models.autocast import cast_once
 from mmseg.models.backbones.mit import MixFFN
 from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
 from mmseg.models.linear import Linear, linear
+from mmseg.utils import autocast
+from mmseg.utils.autocast import cast_once
 
 
 @pytest.fixture
@@ -127,3 +128,29 @@ def test_parts_in_pieces_equal_the_whole(monkeypatch, part, inputs):
     for whole, in_pieces in zip(*results):
         torch.testing.assert_close(in_pieces, whole, rtol=1e-5, atol=1e-5)
     assert lengths[0] == lengths[1] == sum(lengths[2:]) / 2 and len(lengths) > 4 and max(lengths[2:]) <= 32
+
+
+def test_weights_are_cast_once_while_none_changes():
+    layer, x = Linear(64, 32), torch.randn(5, 64)
+    first, second = (layer.weight.clone() for _ in range(2))
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        expected = layer(x)
+        with autocast.weights_cast_once():
+            assert torch.equal(layer(x), expected)
+            kept = autocast.cast_weight(layer.weight, x)
+            assert kept.dtype == torch.bfloat16 and autocast.cast_weight(layer.weight, x.bfloat16()) is kept
+            with autocast.weights_cast_once():
+                assert autocast.cast_weight(layer.weight, x) is kept, 'the outer one keeps it'
+            assert autocast.cast_weight(first, x) is not autocast.cast_weight(second, x)
+            assert autocast.cast_weight(layer.weight, x.double()).dtype == torch.float32, 'autocast leaves float64'
+            with torch.autocast('cpu', enabled=False):
+                assert autocast.cast_weight(layer.weight, x) is layer.weight
+            with torch.enable_grad():
+                assert autocast.cast_weight(layer.weight, x) is layer.weight
+        assert autocast.cast_weight(layer.weight, x) is layer.weight, 'nothing is kept behind'
+
+
+def test_nothing_is_kept_after_an_error():
+    with pytest.raises(KeyError), autocast.weights_cast_once():
+        raise KeyError
+    assert autocast._casts.get() is None

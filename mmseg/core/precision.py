@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from mmseg.registry import check_arguments, nearest
+from mmseg.utils.autocast import weights_cast_once
 from mmseg.utils.errors import ConfigError
 
 _FP16_HOOKS = ('Fp16OptimizerHook', 'GradientCumulativeFp16OptimizerHook')
@@ -112,11 +113,14 @@ class Precision:
         """Whether the loss is scaled; then an overflow of the gradient skips a step instead of being an error."""
         return self.scaler.is_enabled()
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context for the forward pass."""
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context for the forward pass; no weight changes in it."""
         if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+            yield
+            return
+        with torch.autocast(self.device.type, dtype=self.dtype), weights_cast_once():
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of ``loss``, scaled where the dtype asks for it."""

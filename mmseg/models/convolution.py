@@ -1,4 +1,4 @@
-"""Convolution for training on the CPU: with AVX2 alone, BLAS makes the gradient of the weights.
+"""The convolutions of all parts; in training on a CPU with AVX2 alone, BLAS makes the gradient of the weights.
 
 A gradient of weights is one matrix product for each tap of the kernel, of what came back with the input moved by the
 tap.  oneDNN computes it at its full rate with AVX-512, but with AVX2 at a third of it, while BLAS keeps its rate
@@ -11,11 +11,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from mmseg.models.autocast import product_dtype
+from mmseg.utils.autocast import cast_weight, product_dtype
+
+
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` with weights that are cast once while none changes; the same parameters and names."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = bias if bias is None else cast_weight(bias, x)
+        return super()._conv_forward(x, cast_weight(weight, x), bias)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmseg.models.autocast import product_dtype
 from mmseg.models.convolution import convolve
+from mmseg.utils.autocast import cast_weight, product_dtype
 
 _WORTHWHILE = 2**24  # products; below, a convolution's longer way to its kernel costs more than it saves
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -49,4 +49,5 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C]`` -> ``[..., C']``."""
-        return linear(x, self.weight, self.bias)
+        bias = self.bias if self.bias is None else cast_weight(self.bias, x)
+        return linear(x, cast_weight(self.weight, x), bias)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmseg.models.autocast import product_dtype
+from mmseg.utils.autocast import product_dtype
 
 # Of a piece whose tokens are 1024 numbers wide inside: glibc gives what is above 32 MiB back to the system at once.
 _BYTES = 24 * 2**20

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmseg.models.attention import attention
-from mmseg.models.autocast import cast_once
+from mmseg.models.convolution import Conv2d
 from mmseg.models.init import init_transformer_
 from mmseg.models.linear import Linear
 from mmseg.models.pieces import by_pieces
 from mmseg.registry import BACKBONES, register_variant, retired
+from mmseg.utils.autocast import cast_once
 
 _NORM_EPS = 1e-6  # blocks and stage ends; patch embedding and spatial reduction keep torch's default
 
@@ -50,7 +51,7 @@ class OverlapPatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int, stride: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, channels, kernel_size, stride, padding=kernel_size // 2)
+        self.proj = Conv2d(in_channels, channels, kernel_size, stride, padding=kernel_size // 2)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         self.proj = Linear(channels, channels)
         self.sr_ratio = sr_ratio
         if sr_ratio > 1:
-            self.sr = nn.Conv2d(channels, channels, sr_ratio, sr_ratio)
+            self.sr = Conv2d(channels, channels, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class DepthwiseConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.dwconv = Conv2d(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseg.models.autocast import cast_once
-from mmseg.models.convolution import convolve
+from mmseg.models.convolution import Conv2d, convolve
 from mmseg.models.decode_heads.mask2former.position_encoding import pixel_centres, sine_position_2d
 from mmseg.models.init import init_kaiming_, init_xavier_, zero_bias_
 from mmseg.models.linear import Linear
 from mmseg.models.pieces import by_pieces
 from mmseg.registry import PIXEL_DECODERS, retired
+from mmseg.utils.autocast import cast_once, cast_weight
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
 
@@ -30,7 +30,7 @@ _GROUPS = 32
 Shapes = Sequence[tuple[int, int]]
 
 
-class ConvNorm(nn.Conv2d):
+class ConvNorm(Conv2d):
     """Convolution without bias, then GroupNorm."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
@@ -44,7 +44,7 @@ class ConvNorm(nn.Conv2d):
 
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone."""
-        return convolve(x, self.weight, self.bias)
+        return convolve(x, cast_weight(self.weight, x))
 
 
 class MSDeformAttn(nn.Module):
@@ -220,7 +220,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         self.coarse_features = [name for name in reversed(self.in_features) if name in transformer_in_features]
 
         channels = [input_shape[name]['channels'] for name in self.coarse_features]
-        convs = [nn.Conv2d(c, conv_dim, 1) for c in channels]
+        convs = [Conv2d(c, conv_dim, 1) for c in channels]
         for conv in convs:
             init_xavier_(conv)
         self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(_GROUPS, conv_dim)) for conv in convs)
@@ -229,7 +229,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             transformer_dropout, with_cp)
         self.lateral = ConvNorm(input_shape[self.fine_feature]['channels'], conv_dim, 1)
         self.output = ConvNorm(conv_dim, conv_dim, 3)
-        self.mask_features = nn.Conv2d(conv_dim, mask_dim, 1)
+        self.mask_features = Conv2d(conv_dim, mask_dim, 1)
         init_kaiming_(self.mask_features)
         alias_state_dict(self, {
             'encoder.level_embed': 'transformer.level_embed',

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmseg.models.attention import attention
 from mmseg.models.linear import Linear, linear
+from mmseg.utils.autocast import cast_weight
 
 
 class MultiHeadAttention(nn.Module):
@@ -61,7 +62,7 @@ class MultiHeadAttention(nn.Module):
 
     def _project(self, *inputs: Tensor) -> list[Tensor]:
         """The three inputs as ``[N, heads, L, C / heads]``."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        weights, biases = (cast_weight(each, inputs[0]).chunk(3) for each in (self.in_proj_weight, self.in_proj_bias))
         return [
             linear(x, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for x, weight, bias in zip(inputs, weights, biases)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmseg.models.autocast import cast_once
+from mmseg.models.convolution import Conv2d
 from mmseg.models.decode_heads.mask2former.position_encoding import sine_position_2d, sine_position_3d
 from mmseg.models.decode_heads.mask2former.transformer_decoder.layers import (
     MLP,
@@ -34,6 +34,7 @@ from mmseg.models.init import init_kaiming_
 from mmseg.models.linear import Linear
 from mmseg.models.structures import DecoderOutput, MaskPrediction, mask_logits
 from mmseg.registry import TRANSFORMER_DECODERS, register_variant, retired
+from mmseg.utils.autocast import cast_once
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
 
@@ -142,7 +143,7 @@ class MaskDecoder(nn.Module):
         self.input_proj = nn.ModuleList()
         if in_channels is not None and in_channels != hidden_dim:
             for _ in range(NUM_LEVELS):
-                projection = nn.Conv2d(in_channels, hidden_dim, 1)
+                projection = Conv2d(in_channels, hidden_dim, 1)
                 init_kaiming_(projection)
                 self.input_proj.append(projection)
         self.clip_head = PredictionHead(hidden_dim, mask_dim, num_classes)
