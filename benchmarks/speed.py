@@ -142,10 +142,12 @@ def one_test(part: str) -> Iterator[None]:
         yield
         return
     torch.autocast_increment_nesting()
-    with weights_cast_once():
-        yield
-    if torch.autocast_decrement_nesting() == 0:
-        torch.clear_autocast_cache()
+    try:
+        with weights_cast_once():
+            yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 def eval_run(model: EncoderDecoder, clip: Tensor, size: tuple[int, int], low: bool = False) -> Run:

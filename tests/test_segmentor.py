@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmseg.core.precision import Precision
 from mmseg.models import build_segmentor
 from mmseg.utils.config import load_config
 from mmseg.utils.errors import CheckpointError, ConfigError
@@ -129,6 +131,39 @@ def lively(stage):
 @pytest.fixture(scope='module', params=['1f', 'video'])
 def tiny(request):
     return lively(request.param).eval()
+
+
+class CastsOf(TorchDispatchMode):
+    """The shapes of weights, or parts of them, that are cast; learned queries are inputs of layers and no weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        layers = [module for module in model.modules() if not isinstance(module, torch.nn.Embedding)]
+        weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+        self.storages = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage().data_ptr() in self.storages:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_a_second_clip_casts_no_weight(tiny, frozen, monkeypatch):
+    """In one precision context, as a test or a benchmark has it; frozen weights, too, which autocast does not keep."""
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
+    model = copy.deepcopy(tiny).requires_grad_(not frozen)
+    clip = frames(2, 1)
+    with torch.no_grad(), Precision(torch.device('cpu'), 'bfloat16').autocast():
+        with CastsOf(model) as casts:
+            first = model.scores(clip)
+        assert len(casts.shapes) > 20
+        with CastsOf(model) as casts:
+            assert torch.equal(model.scores(clip), first)
+        assert casts.shapes == []
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(model.scores(clip), first), 'the numbers of autocast alone'
 
 
 @pytest.mark.parametrize('length', [1, 2, 3])

@@ -59,7 +59,7 @@ def masks_at(prediction: MaskPrediction, points: Tensor) -> Tensor:
     """Mask logits of one clip at points, the same for all of its masks and frames.
 
     Reading a map at points is linear, and so is the product that makes a mask: on the CPU the features are read, which
-    all masks share, and multiplied at the points alone.  No mask is made as a whole.
+    all masks share, and multiplied at the points alone.  In float32 no mask is made as a whole there.
 
     Args:
         prediction: N = 1.
@@ -72,7 +72,7 @@ def masks_at(prediction: MaskPrediction, points: Tensor) -> Tensor:
     if features is None or embedding is None or features.device.type != 'cpu' or features.dtype != torch.float32:
         return point_sampling.sample_points(prediction.masks[0].float(), points).flatten(1)
     pixels = point_sampling.sample_features(features[0], points[0])  # [T, P, C]
-    factors = embedding.float().expand(features.shape[1], -1, -1) if embedding.dim() == 3 else embedding[0].float()
+    factors = embedding[0].float().expand(len(pixels), -1, -1)
     return torch.cat([rows @ frame.T for rows, frame in zip(factors, pixels)], 1)
 
 
