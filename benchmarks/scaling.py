@@ -421,6 +421,8 @@ def main(argv: list[str] | None = None) -> None:
             print(
                 f'{number}/{len(points)}  {point}: {figures["ms"]:.0f} ms, {mebibytes(figures["peak_mib"])}', flush=True
             )
+            if args.json:  # after every point: a run that is stopped keeps what it has measured
+                Path(args.json).write_text(json.dumps(with_growth(rows), indent=1))
     rows = with_growth(rows)
     print('\n' + report(rows))
     if args.json:
