@@ -13,6 +13,7 @@ Parts:
 * post: scores at stride 4 to label maps.
 * linear: linear layers of the model alone, BLAS beside what the model uses, in float32 and bfloat16.
 * attention: attention alone, torch's own beside what the model uses, in float32 and bfloat16.
+* norm: a residual sum, its LayerNorm and the cast for the next product, likewise; bfloat16 is the branch's type.
 
 Both arms compute the same thing (``benchmarks/plain.py``, ``tests/test_plain.py``).  They run in turns in one process,
 so that both meet the same disturbances, and medians are compared.  The peak memory of an arm is measured in a process
@@ -51,6 +52,7 @@ from mmseg.models import EncoderDecoder, build_segmentor
 from mmseg.models.attention import attention
 from mmseg.models.linear import linear
 from mmseg.models.losses import THEMaskCriterion
+from mmseg.models.norm import post_norm_and_cast, pre_norm
 from mmseg.models.segmentors.label_map import ScoreView, label_map, resize_matrix
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
 from mmseg.utils.autocast import weights_cast_once
@@ -59,8 +61,9 @@ from mmseg.utils.config import load_config
 ARMS = ('plain', 'ours')
 CLASSES = 124
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
-PARTS = ('eval', 'train', 'data', 'post', 'linear', 'attention')
+PARTS = ('eval', 'train', 'data', 'post', 'linear', 'attention', 'norm')
 Run = Callable[[], Any]
+Order = Callable[[nn.LayerNorm, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -324,11 +327,37 @@ def attention_cases(args: argparse.Namespace) -> Iterator[Case]:
             yield Case(f'attention {heads} x {queries} to {keys}, {name}', make)
 
 
+def norm_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """The encoder's layers, post-norm, and MiT-b1's first two stages, pre-norm, on a 480x864 frame."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for order, tokens, channels in ((post_norm_and_cast, 8505, 256), (pre_norm, 25920, 64), (pre_norm, 6480, 128)):
+
+            def make(
+                arm: str, order: Order = order, tokens: int = tokens, channels: int = channels,
+                dtype: torch.dtype = dtype,
+            ) -> Run:
+                x = torch.randn(1, tokens, channels, device=args.device)
+                branch, norm = torch.randn_like(x, dtype=dtype), nn.LayerNorm(channels).to(args.device)
+
+                def run() -> Any:
+                    with torch.inference_mode(), torch.autocast(args.device, enabled=dtype == torch.bfloat16):
+                        if arm != 'plain':
+                            return order(norm, x, branch)
+                        total = x + branch
+                        normed = norm(total)
+                        return total if order is pre_norm else normed, normed.to(dtype)
+
+                return run
+
+            name = order.__name__.partition('_and')[0]
+            yield Case(f'{name} {tokens} x {channels}, {str(dtype).removeprefix("torch.")}', make)
+
+
 def cases_of(args: argparse.Namespace, part: str) -> list[Case]:
     """The rows of one part."""
     cases = {
         'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'post': post_cases, 'linear': linear_cases,
-        'attention': attention_cases,
+        'attention': attention_cases, 'norm': norm_cases,
     }  # fmt: skip
     return list(cases[part](args))
 

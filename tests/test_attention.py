@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmseg.models import attention_native
+from mmseg.models import cpu_native
 from mmseg.models.attention import attention
 from mmseg.utils.native import BuildError
 from tests.sanitize import run_sanitized
@@ -17,9 +17,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
 def sets():
-    names = attention_native.instruction_sets()
+    names = cpu_native.instruction_sets()
     if not names:
-        pytest.skip(f'no native attention: {attention_native.native()}')
+        pytest.skip(f'no native attention: {cpu_native.native()}')
     return range(len(names))
 
 
@@ -41,7 +41,7 @@ def assert_equals_torch(query, key, value, mask=None):
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), attn_mask=mask)
     tolerance = TOLERANCE[query.dtype]
     for number in sets():
-        out = attention_native.attention(query, key, value, mask, number)
+        out = cpu_native.attention(query, key, value, mask, number)
         assert out.dtype == query.dtype and out.transpose(1, 2).is_contiguous()
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -71,10 +71,10 @@ def test_chunks_of_keys(dtype):
 
 def test_bfloat16_is_summed_in_float32_and_rounded_once():
     tensors = inputs(torch.bfloat16, keys=600)
-    for number, name in enumerate(attention_native.instruction_sets()):
+    for number, name in enumerate(cpu_native.instruction_sets()):
         if not name.endswith('bf16'):  # there weights are bfloat16, too
-            exact = attention_native.attention(*(x.float() for x in tensors), None, number)
-            assert torch.equal(attention_native.attention(*tensors, None, number), exact.bfloat16())
+            exact = cpu_native.attention(*(x.float() for x in tensors), None, number)
+            assert torch.equal(cpu_native.attention(*tensors, None, number), exact.bfloat16())
 
 
 def test_any_strides():
@@ -91,11 +91,11 @@ def test_numbers_that_are_not_finite_spoil_their_own_queries(bad):
     for number in sets():
         query, key, value = inputs(samples=1, heads=1)
         query[0, 0, 3, 2] = bad
-        out = attention_native.attention(query, key, value, None, number)
+        out = cpu_native.attention(query, key, value, None, number)
         assert out[0, 0, 3].isnan().all() and out[0, 0, [0, 1, 2, *range(4, 37)]].isfinite().all()
         query, key, value = inputs(samples=1, heads=1)
         value[0, 0, 5, 1] = bad
-        out = attention_native.attention(query, key, value, None, number)
+        out = cpu_native.attention(query, key, value, None, number)
         assert not out[..., 1].isfinite().any() and out[..., [0, *range(2, 8)]].isfinite().all()
 
 
@@ -112,23 +112,37 @@ def test_any_number_of_threads_gives_the_same_bits():
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(attention_native.attention(*tensors))
+            results.append(cpu_native.attention(*tensors))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_dropout_drops_weights_and_enlarges_the_others():
+    torch.manual_seed(0)
+    query, key, _ = inputs(samples=4, heads=3, queries=200, keys=40)
+    value = torch.eye(40).expand(4, 3, 40, 40).clone().requires_grad_()
+    out = attention(query, key, value, dropout=0.3)  # the weights themselves
+    kept = out != 0
+    weights = (query @ key.transpose(2, 3) / 8**0.5).softmax(dim=-1)
+    torch.testing.assert_close(out[kept], weights[kept] / 0.7, rtol=1e-5, atol=1e-7)
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=5 * (0.21 / kept.numel()) ** 0.5)
+    assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[:, 0], kept[:, 1])
+    (gradient,) = torch.autograd.grad(out.sum(), value)
+    torch.testing.assert_close(gradient, out.sum(dim=2)[..., None].expand_as(value).detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Which form was called."""
     made = []
-    for owner, name in ((attention_native, 'attention'), (F, 'scaled_dot_product_attention')):
+    for owner, name in ((cpu_native, 'attention'), (F, 'scaled_dot_product_attention')):
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, f=function, n=name, **k: made.append(n) or f(*a, **k))
     return made
 
 
-@pytest.mark.skipif(not attention_native.usable(), reason='no native attention on this machine')
+@pytest.mark.skipif(not cpu_native.usable(), reason='no native attention on this machine')
 def test_who_serves(calls):
     mask = some(2, 1, 37, 17)
     with torch.no_grad():
@@ -142,7 +156,7 @@ def test_who_serves(calls):
             attention(*inputs(dtype))
         attention(*inputs(), torch.zeros(37, 17))
         attention(*inputs(), mask[0])
-        attention(*inputs(), dropout=0.5)
+        attention(*inputs(), mask, dropout=0.5)
         attention(*(x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs()))
         attention(*inputs(samples=0))
         attention(*(x.to('meta') for x in inputs()))
@@ -161,7 +175,7 @@ def test_shapes_that_do_not_fit_reach_torch(calls):
     ]  # fmt: skip
     with torch.no_grad():
         for arguments in wrong:
-            assert not attention_native.serves(*arguments[:3], *(arguments[3:] or (None,)))
+            assert not cpu_native.serves_attention(*arguments[:3], *(arguments[3:] or (None,)))
         with pytest.raises(RuntimeError):
             attention(*wrong[0])
         with pytest.raises(RuntimeError):
@@ -170,35 +184,35 @@ def test_shapes_that_do_not_fit_reach_torch(calls):
 
 
 def test_without_a_library_torch_serves_and_says_why(calls, monkeypatch):
-    monkeypatch.setattr(attention_native, '_X86', True)
-    monkeypatch.setattr(attention_native, 'native', lambda: BuildError('there is no compiler'))
-    attention_native.usable.cache_clear()
+    monkeypatch.setattr(cpu_native, '_X86', True)
+    monkeypatch.setattr(cpu_native, 'native', lambda: BuildError('there is no compiler'))
+    cpu_native.usable.cache_clear()
     try:
         with torch.no_grad(), pytest.warns(UserWarning, match='there is no compiler') as warned:
             attention(*inputs())
             attention(*inputs())
         assert len(warned) == 1 and calls == ['scaled_dot_product_attention'] * 2
         with pytest.raises(BuildError, match='no compiler'):
-            attention_native.attention(*inputs())
+            cpu_native.attention(*inputs())
     finally:
-        attention_native.usable.cache_clear()
+        cpu_native.usable.cache_clear()
 
 
 def test_a_torch_without_a_parallel_loop_is_named(monkeypatch):
-    library = attention_native.native()
+    library = cpu_native.native()
     if isinstance(library, BuildError):
         pytest.skip(str(library))
-    monkeypatch.setattr(attention_native, '_torch_library', object)
+    monkeypatch.setattr(cpu_native, '_torch_library', object)
     with pytest.raises(OSError, match='has no torch_parallel_for'):
-        attention_native.load(library._name)
+        cpu_native.load(library._name)
 
 
 SANITIZED = """
 import os
 from pathlib import Path
-from mmseg.models import attention_native
-library = attention_native.load(Path(os.environ['LIBRARY']))
-attention_native.native = lambda: library
+from mmseg.models import cpu_native
+library = cpu_native.load(Path(os.environ['LIBRARY']))
+cpu_native.native = lambda: library
 from tests.test_attention import *
 assert len(sets()) > 1
 test_any_strides()
@@ -213,4 +227,4 @@ print('passed')
 
 @pytest.mark.slow
 def test_compilers_and_sanitizers_find_nothing(tmp_path):
-    run_sanitized(attention_native.made_of(), SANITIZED, tmp_path)
+    run_sanitized(cpu_native.made_of(), SANITIZED, tmp_path)

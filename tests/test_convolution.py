@@ -70,3 +70,63 @@ def test_who_else_gets_torchs_own(own_backward, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
     convolve(x, weight)
     assert not own_backward
+
+
+FUSED = [
+    dtype for dtype in (torch.float32, torch.bfloat16) if dtype in convolution._fused_types()
+]  # what oneDNN can do on this processor
+
+
+@pytest.fixture
+def activations(monkeypatch):
+    """The activations that were made behind a convolution, not by it."""
+    made = []
+    activate = convolution.activate
+    monkeypatch.setattr(convolution, 'activate', lambda x, name: made.append(name) or activate(x, name))
+    return made
+
+
+@pytest.mark.skipif(not FUSED, reason='no oneDNN here')
+@pytest.mark.parametrize('activation', ['relu', 'gelu'])
+@pytest.mark.parametrize('groups', [1, 16])
+@pytest.mark.parametrize('side', [1, 3])
+@pytest.mark.parametrize('dtype', FUSED)
+def test_an_activation_is_made_by_the_convolution(activations, dtype, side, groups, activation):
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 9, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    layer = convolution.Conv2d(16, 16, side, padding=side // 2, groups=groups).to(dtype)
+    with torch.no_grad():
+        out, plain = layer.then(activation, x), getattr(F, activation)(layer(x))
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last) and not activations
+    if activation == 'relu':
+        assert torch.equal(out, plain)
+    else:
+        tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('activation', ['relu', 'gelu'])
+@pytest.mark.parametrize('groups', [1, 16])
+def test_elsewhere_an_activation_follows_the_convolution(activations, own_backward, groups, activation):
+    """With gradients, in types that oneDNN does not know, and off the CPU."""
+    torch.manual_seed(0)
+    layer, x = convolution.Conv2d(16, 16, 3, padding=1, groups=groups), torch.randn(2, 16, 9, 7)
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    for ours, theirs in zip(*(
+        [out, *torch.autograd.grad(out.sin().sum(), leaves)]
+        for out in (layer.then(activation, x), getattr(F, activation)(layer(x)))
+    )):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert layer.to('meta').then(activation, x.to('meta')).shape == x.shape
+        layer = convolution.Conv2d(16, 16, 3, padding=1, groups=groups).double()
+        assert torch.equal(layer.then(activation, x.double()), getattr(F, activation)(layer(x.double())))
+    assert activations == [activation] * 3
+
+
+@pytest.mark.skipif(torch.bfloat16 not in FUSED, reason='no bfloat16 in oneDNN here')
+def test_autocast_reaches_the_convolution_with_an_activation(activations):
+    layer, x = convolution.Conv2d(16, 16, 3, padding=1), torch.randn(2, 16, 9, 7)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        out = layer.then('relu', x)
+        assert torch.equal(out, F.relu(layer(x))) and out.dtype == torch.bfloat16 and not activations

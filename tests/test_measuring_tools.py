@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg.models import attention_native, build_segmentor
+from mmseg.models import build_segmentor, convolution, cpu_native
 from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.pytorch import ms_deform_attn_fused_pytorch
 from mmseg.utils.config import load_config
@@ -52,10 +52,11 @@ def test_flops_of_parts_that_are_known(config):
 def test_flops_equal_those_of_a_real_pass(config, monkeypatch):
     """Nothing is computed on the meta device; the same operations are counted as on a real one.
 
-    There attention must not run in the CPU's own kernels (ours and torch's), which torch's counter leaves out.
+    There neither attention nor activations must run in the CPU's own kernels, which torch's counter leaves out.
     """
     monkeypatch.setattr(msdeformattn, 'ms_deform_attn_fused', ms_deform_attn_fused_pytorch)
-    monkeypatch.setattr(attention_native, 'usable', lambda: False)
+    monkeypatch.setattr(cpu_native, 'usable', lambda: False)
+    monkeypatch.setattr(convolution, '_fused_types', tuple)
     model = build_segmentor(load_config(config).model).eval().requires_grad_(False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.scores(torch.randn(1, 2, 3, 64, 96))

@@ -1,4 +1,8 @@
-"""Scaled dot-product attention of all parts: torch's own, and without gradients on the CPU a native form."""
+"""Scaled dot-product attention of all parts: torch's own, and on the CPU two forms besides.
+
+One is native, without gradients.  The other is for dropout, for which torch has no fused kernel on the CPU: it draws
+one uniform number for each weight, where torch's takes twice as long for as many coins.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import attention_native
+from . import cpu_native
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """``softmax(query @ key.T / sqrt(d)) @ value``, without averaged weights and without the matrix of scores.
 
-    Without gradients, float32 and bfloat16 on an x86 processor go to :mod:`.attention_native`: the same sums, with
+    Without gradients, float32 and bfloat16 on an x86 processor go to :mod:`.cpu_native`: the same sums, with
     AVX-512 about twice as fast in float32 and two to three and a half times in bfloat16
     (``python -m benchmarks.speed --part attention``).  Everything else goes to
     ``torch.nn.functional.scaled_dot_product_attention``, which picks the fastest kernel of the device.
@@ -32,8 +36,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and dropout == 0
-        and attention_native.serves(query, key, value, mask)
-        and attention_native.usable()
+        and cpu_native.serves_attention(query, key, value, mask)
+        and cpu_native.usable()
     ):
-        return attention_native.attention(query, key, value, mask)
+        return cpu_native.attention(query, key, value, mask)
+    if 0 < dropout < 1 and mask is None and query.device.type == 'cpu':
+        weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+        return weights.masked_fill(torch.rand(weights.shape) < dropout, 0) @ (value / (1 - dropout))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)

@@ -5,7 +5,7 @@
 // No templates of others: the linker might keep their wide form for all. Everything is summed in float32. With
 // WITH_BF16_PRODUCTS bfloat16 numbers are multiplied as they are, two at a time in each lane; else they are made float32
 // when they are packed.
-#include "attention.h"
+#include "cpu.h"
 
 #include <string.h>
 #ifdef WITH_BF16_PRODUCTS

@@ -1,13 +1,17 @@
-"""The convolutions of all parts; in training on a CPU with AVX2 alone, BLAS makes the gradient of the weights.
+"""The convolutions of all parts, and what the CPU does otherwise than torch's own: an activation, weights' gradients.
 
-A gradient of weights is one matrix product for each tap of the kernel, of what came back with the input moved by the
-tap.  oneDNN computes it at its full rate with AVX-512, but with AVX2 at a third of it, while BLAS keeps its rate
-(``python -m benchmarks.speed --part train``).
+Without gradients oneDNN applies an activation to what it has just summed up, before it is written
+(``torch.ops.mkldnn._convolution_pointwise``, made for torch's compiler): one pass over memory less, the same numbers.
+
+In training on a CPU with AVX2 alone, BLAS makes the gradient of the weights.  It is one matrix product for each tap of
+the kernel, of what came back with the input moved by the tap.  oneDNN computes it at its full rate with AVX-512, but
+with AVX2 at a third of it, while BLAS keeps its rate (``python -m benchmarks.speed --part train``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,8 @@ from torch.nn.grad import conv2d_input
 
 from mmseg.utils.autocast import cast_weight, product_dtype
 
+Activation = Literal['relu', 'gelu']
+
 
 class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` with weights that are cast once while none changes; the same parameters and names."""
@@ -25,27 +31,71 @@ class Conv2d(nn.Conv2d):
         bias = bias if bias is None else cast_weight(bias, x)
         return super()._conv_forward(x, cast_weight(weight, x), bias)
 
+    def then(self, activation: Activation, x: Tensor) -> Tensor:
+        """The activation of what the layer makes of ``x``; for layers of stride 1 that keep the size of the map."""
+        bias = self.bias if self.bias is None else cast_weight(self.bias, x)
+        return convolve(x, cast_weight(self.weight, x), bias, activation)
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> Tensor:
     """``F.conv2d`` of stride 1 between zeros, which keeps the size of the map; the same sums, also in backward.
 
     Args:
         x: ``[N, C, H, W]``, fastest in channels-last.
-        weight: ``[C', C, k, k]``, k odd.
+        weight: ``[C', C, k, k]``, k odd; ``[C', 1, k, k]`` for a depthwise convolution.
         bias: ``[C']``.
+        activation: of the result: ReLU, or GELU by the error function.
 
     Returns:
         ``[N, C', H, W]``.
     """
+    groups = x.shape[1] // weight.shape[1]
+    padding = weight.shape[2] // 2
+    if activation is None:
+        return _convolve(x, weight, bias, padding, groups)
+    if not _fuses(x):
+        return activate(_convolve(x, weight, bias, padding, groups), activation)
+    dtype = product_dtype(x)
+    return torch.ops.mkldnn._convolution_pointwise(
+        x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), [padding] * 2, [1, 1], [1, 1], groups,
+        activation, [], 'none')
+
+
+def activate(x: Tensor, activation: Activation | None) -> Tensor:
+    """The activation of a fresh tensor, which is overwritten where no gradient needs it."""
+    if activation == 'relu':
+        return F.relu(x, inplace=not torch.is_grad_enabled())
+    return F.gelu(x) if activation == 'gelu' else x
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether oneDNN can apply the activation itself."""
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == 'cpu'
+        and not torch.compiler.is_compiling()
+        and product_dtype(x) in _fused_types()
+    )
+
+
+@functools.cache
+def _fused_types() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, '_convolution_pointwise'):
+        return ()
+    return (torch.float32, torch.bfloat16)[: 1 + torch.ops.mkldnn._is_mkldnn_bf16_supported()]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
     if (
-        torch.is_grad_enabled()
+        groups == 1
+        and torch.is_grad_enabled()
         and x.device.type == 'cpu'
         and not torch.compiler.is_compiling()
         and torch.backends.cpu.get_cpu_capability() != 'AVX512'
         and x.dtype == weight.dtype == product_dtype(x) == torch.float32
     ):
         return _Convolution.apply(x, weight, bias)
-    return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+    return F.conv2d(x, weight, bias, padding=padding, groups=groups)
 
 
 class _Convolution(torch.autograd.Function):

@@ -1,4 +1,4 @@
-// What the driver of the attention and its kernels, one for each instruction set, have in common.
+// What the driver and the kernels, each compiled once for each instruction set, have in common.
 #pragma once
 #include <stdint.h>
 
@@ -30,5 +30,27 @@ typedef void Attend(const Job&, int64_t sample, int64_t head, int64_t first, int
 
 }  // namespace attention
 
+namespace norm {
+
+// One call: y = LayerNorm(x + branch) over rows of `channels` numbers that lie side by side, all rows one after the
+// other; all but `branch` and `low` are float32.
+struct Job {
+  const float* x;
+  const void* branch;  // null: none
+  const float *weight, *bias;
+  float* sum;  // takes x + branch; null: nowhere, and then `out` is not null if there is a branch
+  float* out;  // takes y; null: nowhere
+  void* low;   // takes y in bfloat16; null: nowhere
+  int64_t channels;
+  float eps;
+  bool bfloat16;  // the type of `branch`; else float32
+};
+
+// The rows first..last.
+typedef void Normalize(const Job&, int64_t first, int64_t last);
+
+}  // namespace norm
+
 extern "C" attention::Attend themask_attend_portable, themask_attend_avx2, themask_attend_avx512,
     themask_attend_avx512_bf16;
+extern "C" norm::Normalize themask_normalize_portable, themask_normalize_avx2, themask_normalize_avx512;

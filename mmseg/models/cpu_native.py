@@ -1,7 +1,8 @@
-"""The native form of attention without gradients on the CPU, float32 and bfloat16.
+"""Native forms of attention and of LayerNorm with what is around it, without gradients on the CPU.
 
-``attention.cpp`` is compiled on first use and kept in the cache of :mod:`mmseg.utils.native`, whose environment
-variables it follows.  It works on the threads of torch's own pool, which it reaches through torch's stable ABI.
+Both are for float32 and bfloat16.  ``cpu.cpp`` and the kernels are compiled on first use and kept in the cache of
+:mod:`mmseg.utils.native`, whose environment variables they follow.  They work on the threads of torch's own pool, which
+they reach through torch's stable ABI.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from mmseg.utils.native import BuildError, Library, Unit, loaded
 
-DRIVER, KERNEL, HEADER = (Path(__file__).with_name(f'attention{end}') for end in ('.cpp', '_kernel.cpp', '.h'))
+_HERE = Path(__file__).parent
+DRIVER, HEADER = _HERE / 'cpu.cpp', _HERE / 'cpu.h'
+KERNELS = {'attend': _HERE / 'attention_kernel.cpp', 'normalize': _HERE / 'norm_kernel.cpp'}
+VECTORS = _HERE / 'decode_heads' / 'mask2former' / 'pixel_decoder' / 'ops' / 'src' / 'simd.h'
 FLAGS = ('-std=c++17', '-O3', '-fPIC', '-fvisibility=hidden', '-Wno-psabi')
 # No traps, and a product and a sum in one step; NaN and infinity keep their meaning.
 KERNEL_FLAGS = ('-fno-trapping-math', '-ffp-contract=fast')
@@ -33,15 +37,18 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def made_of() -> Library:
-    """What the compiler is given: the driver, and the kernel once for each instruction set."""
+    """What the compiler is given: the driver, and the kernels once for each instruction set."""
     sets: dict[str, tuple[str, ...]] = {'portable': ('-DWIDTH=16',)}
     if _X86:
         sets |= X86_SETS
     kernels = (
-        Unit(KERNEL, (*FLAGS, *KERNEL_FLAGS, f'-DNAME=themask_attend_{name}', *own), name) for name, own in sets.items()
+        Unit(source, (*FLAGS, *KERNEL_FLAGS, f'-DNAME=themask_{task}_{name}', *own), f'{task}_{name}')
+        for name, own in sets.items()
+        for task, source in KERNELS.items()
+        if (task, name) != ('normalize', 'avx512_bf16')  # it has no products
     )
     units = (Unit(DRIVER, FLAGS, 'driver'), *kernels)
-    return Library('attention', (DRIVER, KERNEL, HEADER), units, ahead='run make.sh')
+    return Library('cpu', (DRIVER, *KERNELS.values(), HEADER, VECTORS), units, ahead='run make.sh')
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -52,17 +59,19 @@ def load(path: Path) -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(path))
     number, address = ctypes.c_int64, ctypes.c_void_p
-    library.themask_attention_set.restype = ctypes.c_char_p
-    library.themask_attention_set.argtypes = [number]
+    library.themask_cpu_set.restype = ctypes.c_char_p
+    library.themask_cpu_set.argtypes = [number]
     library.themask_attention.restype = ctypes.c_bool
     library.themask_attention.argtypes = [
         address, address, address, ctypes.c_double, ctypes.c_bool, number, number]
+    library.themask_norm.restype = ctypes.c_bool
+    library.themask_norm.argtypes = [address, number, number, ctypes.c_double, ctypes.c_bool, number]
     try:
         loop = _torch_library().torch_parallel_for
     except AttributeError as error:
         raise OSError(f'torch {torch.__version__} has no torch_parallel_for') from error
-    library.themask_attention_pool.argtypes = [address]
-    library.themask_attention_pool(ctypes.cast(loop, address))
+    library.themask_cpu_pool.argtypes = [address]
+    library.themask_cpu_pool(ctypes.cast(loop, address))
     return library
 
 
@@ -84,21 +93,28 @@ def usable() -> bool:
         return False
     library = native()
     if isinstance(library, BuildError):
-        warnings.warn(f"Attention runs in torch's slower form on the CPU: {library}", stacklevel=4)
+        warnings.warn(f"Attention and LayerNorm run in torch's slower form on the CPU: {library}", stacklevel=4)
         return False
     return instruction_sets()[0] != 'portable'
+
+
+def _library() -> ctypes.CDLL:
+    library = native()
+    if isinstance(library, BuildError):
+        raise BuildError(str(library))  # a new one: an exception that is raised twice keeps the frames of both
+    return library
 
 
 def instruction_sets() -> list[str]:
     """Names of those that this processor has, the fastest first."""
     library = native()
     names: list[str] = []
-    while not isinstance(library, BuildError) and (name := library.themask_attention_set(len(names))):
+    while not isinstance(library, BuildError) and (name := library.themask_cpu_set(len(names))):
         names.append(name.decode())
     return names
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def serves_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether :func:`attention` can be called with these; it trusts its caller and reads memory as they say."""
     tensors = (query, key, value)
     return (
@@ -130,9 +146,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         BuildError: there is no native library.
         MemoryError: there is no memory for the threads.
     """
-    library = native()
-    if isinstance(library, BuildError):
-        raise BuildError(str(library))  # a new one: an exception that is raised twice keeps the frames of both
+    library = _library()
     n, heads, queries, channels = query.shape
     keys = key.shape[2]
     out = query.new_empty(n, queries, heads, channels)
@@ -149,3 +163,53 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     if not done:
         raise MemoryError('no memory for attention')
     return out.transpose(1, 2)
+
+
+def serves_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether :func:`norm` can be called with these; it trusts its caller and reads memory as they say."""
+    tensors = [tensor for tensor in (x, branch, weight, bias) if tensor is not None]
+    return (
+        len(tensors) == 3 + (branch is not None)
+        and all(t.device.type == 'cpu' and t.is_contiguous() and t.layout == torch.strided for t in tensors)
+        and all(t.dtype == torch.float32 or (t is branch and t.dtype in DTYPES) for t in tensors)
+        and type(x) is Tensor
+        and (branch is None or (type(branch) is Tensor and branch.shape == x.shape))
+        and weight is not None and bias is not None
+        and weight.shape == bias.shape == x.shape[-1:]
+        and x.numel() > 0
+    )  # fmt: skip
+
+
+def norm(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, keep: tuple[bool, bool, bool],
+    number: int = 0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``x + branch`` and its LayerNorm over the last axis.
+
+    Args:
+        x: ``[..., C]`` float32, contiguous, as all others.
+        branch: of the same shape, float32 or bfloat16; None: nothing is added.
+        weight: ``[C]`` float32.
+        bias: ``[C]`` float32.
+        eps: added to the variance.
+        keep: which of the results are wanted; with a branch the first or the second.
+        number: of the instruction set in :func:`instruction_sets`.
+
+    Returns:
+        The sum in float32, its LayerNorm in float32, and that in bfloat16; None for those not wanted.
+
+    Raises:
+        BuildError: there is no native library.
+    """
+    library = _library()
+    results = [
+        torch.empty(x.shape, dtype=dtype) if kept else None
+        for kept, dtype in zip(keep, (torch.float32, torch.float32, torch.bfloat16))
+    ]
+    addresses = [t.data_ptr() if t is not None else None for t in (x, branch, weight, bias, *results)]
+    done = library.themask_norm(
+        (ctypes.c_void_p * 7)(*addresses), x.numel() // x.shape[-1], x.shape[-1], eps,
+        branch is not None and branch.dtype == torch.bfloat16, number)
+    if not done:
+        raise RuntimeError('torch_parallel_for failed')
+    return results[0], results[1], results[2]

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmseg.models.convolution import convolve
+from mmseg.models.convolution import Activation, activate, convolve
 from mmseg.utils.autocast import cast_weight, product_dtype
 
 _WORTHWHILE = 2**24  # products; below, a convolution's longer way to its kernel costs more than it saves
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> Tensor:
     """``x @ weight.T + bias`` over the last axis, the same sums as ``torch.nn.functional.linear``.
 
     Large float32 and bfloat16 products on the CPU are written as a 1x1 convolution over channels-last tokens.  PyTorch
@@ -26,6 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x: ``[..., C]``.
         weight: ``[C', C]``.
         bias: ``[C']``.
+        activation: of the result, see :func:`~mmseg.models.convolution.convolve`.
 
     Returns:
         ``[..., C']``.
@@ -38,16 +39,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or (dtype := product_dtype(x)) not in _DTYPES
         or (dtype == torch.bfloat16 and 2 * x.numel() < x.shape[-1] ** 2)
     ):
-        return F.linear(x, weight, bias)
+        return activate(F.linear(x, weight, bias), activation)
     tokens = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    out = convolve(tokens, weight[:, :, None, None], bias)
+    out = convolve(tokens, weight[:, :, None, None], bias, activation)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 class Linear(nn.Linear):
     """``torch.nn.Linear`` through :func:`linear`; the same parameters and names."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """``[..., C]`` -> ``[..., C']``."""
         bias = self.bias if self.bias is None else cast_weight(self.bias, x)
-        return linear(x, cast_weight(self.weight, x), bias)
+        return linear(x, cast_weight(self.weight, x), bias, activation)

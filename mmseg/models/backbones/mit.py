@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +17,7 @@ from mmseg.models.attention import attention
 from mmseg.models.convolution import Conv2d
 from mmseg.models.init import init_transformer_
 from mmseg.models.linear import Linear
-from mmseg.models.pieces import by_pieces
+from mmseg.models.norm import pre_norm
 from mmseg.registry import BACKBONES, register_variant, retired
 from mmseg.utils.autocast import cast_once
 
@@ -87,7 +86,7 @@ class Attention(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """3x3 depthwise convolution: the only source of position in MiT."""
+    """3x3 depthwise convolution, the only source of position in MiT, and GELU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -95,7 +94,7 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""
-        return _convolve(self.dwconv, x)
+        return self.dwconv.then('gelu', x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MixFFN(nn.Module):
@@ -109,10 +108,7 @@ class MixFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""
-        return by_pieces(self._narrow, self.dwconv(self.fc1(x)))
-
-    def _narrow(self, hidden: Tensor) -> Tensor:
-        return self.fc2(F.gelu(hidden))
+        return self.fc2(self.dwconv(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -128,8 +124,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, normed = pre_norm(self.norm2, x, self.drop_path(self.attn(pre_norm(self.norm1, x)[1])))
+        return x + self.drop_path(self.mlp(normed))
 
 
 @retired(style=('pytorch',))

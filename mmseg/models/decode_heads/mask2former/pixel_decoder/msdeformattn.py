@@ -18,6 +18,7 @@ from mmseg.models.convolution import Conv2d, convolve
 from mmseg.models.decode_heads.mask2former.position_encoding import pixel_centres, sine_position_2d
 from mmseg.models.init import init_kaiming_, init_xavier_, zero_bias_
 from mmseg.models.linear import Linear
+from mmseg.models.norm import post_norm, post_norm_and_cast
 from mmseg.models.pieces import by_pieces
 from mmseg.registry import PIXEL_DECODERS, retired
 from mmseg.utils.autocast import cast_once, cast_weight
@@ -128,9 +129,9 @@ class MSDeformAttnEncoderLayer(nn.Module):
         return by_pieces(self._behind_attention, x, attended)
 
     def _behind_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = self.norm1(x + self.dropout(attended))
-        hidden = F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())
-        return self.norm2(x + self.dropout(self.linear2(self.dropout(hidden))))
+        x, tokens = post_norm_and_cast(self.norm1, x, self.dropout(attended))
+        hidden = self.linear1(tokens, activation='relu')
+        return post_norm(self.norm2, x, self.dropout(self.linear2(self.dropout(hidden))))
 
 
 class MSDeformAttnEncoder(nn.Module):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmseg.models.attention import attention
@@ -143,7 +142,7 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is ``[N, Q, C]``; the shape is kept."""
-        return self.norm(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+        return self.norm(x + self.dropout(self.linear2(self.dropout(self.linear1(x, activation='relu')))))
 
 
 class MLP(nn.Module):
@@ -161,5 +160,5 @@ class MLP(nn.Module):
         """Maps ``[..., channels[0]]`` to ``[..., channels[-1]]``."""
         *hidden, last = self.layers
         for layer in hidden:
-            x = F.relu(layer(x))
+            x = layer(x, activation='relu')
         return last(x)

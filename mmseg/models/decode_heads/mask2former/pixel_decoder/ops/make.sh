@@ -11,6 +11,6 @@ fi
 export PYTHONPATH="$here/../../../../../..${PYTHONPATH:+:$PYTHONPATH}"  # the package need not be installed
 status=0
 "$PYTHON" "$here/build.py" "$@" || status=$?
-"$PYTHON" -m mmseg.utils.native mmseg.core.evaluation.run_lengths mmseg.models.attention_native \
+"$PYTHON" -m mmseg.utils.native mmseg.core.evaluation.run_lengths mmseg.models.cpu_native \
     mmseg.models.segmentors.label_map_native || status=$?
 exit $status
