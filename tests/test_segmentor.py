@@ -152,7 +152,7 @@ class CastsOf(TorchDispatchMode):
 @pytest.mark.parametrize('frozen', [False, True])
 def test_a_second_clip_casts_no_weight(tiny, frozen, monkeypatch):
     """In one precision context, as a test or a benchmark has it; frozen weights, too, which autocast does not keep."""
-    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
+    monkeypatch.setattr('mmseg.core.precision.cpu_computes_in', lambda dtype: True)
     model = copy.deepcopy(tiny).requires_grad_(not frozen)
     clip = frames(2, 1)
     with torch.no_grad(), Precision(torch.device('cpu'), 'bfloat16').autocast():

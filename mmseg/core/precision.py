@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mmseg.registry import check_arguments, nearest
-from mmseg.utils.autocast import weights_cast_once
+from mmseg.utils.autocast import cpu_computes_in, weights_cast_once
 from mmseg.utils.errors import ConfigError
 
 _FP16_HOOKS = ('Fp16OptimizerHook', 'GradientCumulativeFp16OptimizerHook')
@@ -63,7 +63,7 @@ class Precision:
             raise ConfigError(f"fp16.dtype: expected one of {', '.join(_DTYPES)}, got '{dtype}'")
         self.device = device
         self.dtype = wanted = _DTYPES[dtype]
-        if device.type == 'cpu' and not _cpu_computes_in(wanted):
+        if device.type == 'cpu' and not cpu_computes_in(wanted):
             self.dtype = torch.float32
             warnings.warn(
                 f'this processor has no instructions for {dtype}, in which PyTorch would take ten times as long: '
@@ -131,13 +131,3 @@ class Precision:
         if not skip:
             self.scaler.step(optimizer)
         self.scaler.update(self.fixed_scale)
-
-
-def _cpu_computes_in(dtype: torch.dtype) -> bool:
-    """Whether oneDNN, which has the products, takes ``dtype`` on this processor; PyTorch's own form is slow."""
-    if dtype == torch.float32:
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    name = 'bf16' if dtype == torch.bfloat16 else 'fp16'
-    return bool(getattr(torch.ops.mkldnn, f'_is_mkldnn_{name}_supported')())

@@ -1,7 +1,7 @@
 """Scaled dot-product attention of all parts: torch's own, and on the CPU two forms besides.
 
 One is native, without gradients.  The other is for dropout, for which torch has no fused kernel on the CPU: it draws
-one uniform number for each weight, where torch's takes twice as long for as many coins.
+one uniform number for each weight; torch's draws coins, which come slower.
 """
 
 from __future__ import annotations

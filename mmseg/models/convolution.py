@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from mmseg.utils.autocast import cast_weight, product_dtype
+from mmseg.utils.autocast import cast_weight, cpu_computes_in, product_dtype
 
 Activation = Literal['relu', 'gelu']
 
@@ -82,7 +82,7 @@ def _fuses(x: Tensor) -> bool:
 def _fused_types() -> tuple[torch.dtype, ...]:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, '_convolution_pointwise'):
         return ()
-    return (torch.float32, torch.bfloat16)[: 1 + torch.ops.mkldnn._is_mkldnn_bf16_supported()]
+    return tuple(dtype for dtype in (torch.float32, torch.bfloat16) if cpu_computes_in(dtype))
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:

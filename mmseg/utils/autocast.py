@@ -13,6 +13,16 @@ _Casts = dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]  # by id: a weight
 _casts: ContextVar[_Casts | None] = ContextVar('casts of weights', default=None)
 
 
+def cpu_computes_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, which has the products, takes ``dtype`` on this processor; PyTorch's own form is slow."""
+    if dtype == torch.float32:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    name = 'bf16' if dtype == torch.bfloat16 else 'fp16'
+    return bool(getattr(torch.ops.mkldnn, f'_is_mkldnn_{name}_supported')())
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a product with ``x`` is computed in: autocast casts float32."""
     device = x.device.type
