@@ -13,7 +13,8 @@ Parts:
 * post: scores at stride 4 to label maps.
 * linear: linear layers of the model alone, BLAS beside what the model uses, in float32 and bfloat16.
 * attention: attention alone, torch's own beside what the model uses, in float32 and bfloat16.
-* norm: a residual sum, its LayerNorm and the cast for the next product, likewise; bfloat16 is the branch's type.
+* norm: a residual sum, its LayerNorm and the cast for the next product, likewise; in the evaluation both of a sum have
+  the type of products.
 
 Both arms compute the same thing (``benchmarks/plain.py``, ``tests/test_plain.py``).  They run in turns in one process,
 so that both meet the same disturbances, and medians are compared.  The peak memory of an arm is measured in a process
@@ -336,8 +337,8 @@ def norm_cases(args: argparse.Namespace) -> Iterator[Case]:
                 arm: str, order: Order = order, tokens: int = tokens, channels: int = channels,
                 dtype: torch.dtype = dtype,
             ) -> Run:
-                x = torch.randn(1, tokens, channels, device=args.device)
-                branch, norm = torch.randn_like(x, dtype=dtype), nn.LayerNorm(channels).to(args.device)
+                x, branch = torch.randn(2, 1, tokens, channels, device=args.device, dtype=dtype)
+                norm = nn.LayerNorm(channels).to(args.device)
 
                 def run() -> Any:
                     with torch.inference_mode(), torch.autocast(args.device, enabled=dtype == torch.bfloat16):

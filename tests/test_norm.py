@@ -10,32 +10,43 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmseg.models import cpu_native
+from mmseg.models.backbones.mit import MixTransformer
+from mmseg.models.decode_heads.mask2former.pixel_decoder.msdeformattn import MSDeformAttnEncoder
 from mmseg.models.norm import post_norm, post_norm_and_cast, pre_norm
 from tests.sanitize import run_sanitized
 
 needs_native = pytest.mark.skipif(not cpu_native.instruction_sets(), reason='no native library')
-BOTH = [torch.float32, torch.bfloat16]
+TYPES = [  # of x and of its branch
+    (torch.float32, None),
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, None),
+    (torch.bfloat16, torch.bfloat16),
+]
 
 
-def inputs(rows=5, channels=32, branch=None, seed=0):
-    """``x``, the branch, weight and bias."""
+def inputs(rows=5, channels=32, branch=None, seed=0, dtype=torch.float32):
+    """``x`` of a type, the branch, weight and bias."""
     generator = torch.Generator().manual_seed(seed)
     x, other = torch.randn(2, rows, channels, generator=generator)
     weight, bias = torch.randn(2, channels, generator=generator)
-    return x, None if branch is None else other.to(branch), weight, bias
+    return x.to(dtype), None if branch is None else other.to(branch), weight, bias
 
 
 @needs_native
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 90), st.sampled_from([None, *BOTH]), st.integers(0, 99))
-def test_native_norm_is_that_of_torch(rows, channels, branch, seed):
-    x, other, weight, bias = inputs(rows, channels, branch, seed)
+@given(st.integers(1, 40), st.integers(1, 90), st.sampled_from(TYPES), st.integers(0, 99))
+def test_native_norm_is_that_of_torch(rows, channels, types, seed):
+    x, other, weight, bias = inputs(rows, channels, types[1], seed, types[0])
     total = x if other is None else x + other
+    assert total.dtype == x.dtype
     expected = F.layer_norm(total.double(), (channels,), weight.double(), bias.double(), 1e-5)
+    rounding = 2**-8 if x.dtype == torch.bfloat16 else 1e-4
     for number in range(len(cpu_native.instruction_sets())):
         own, out, low = cpu_native.norm(x, other, weight, bias, 1e-5, (other is not None, True, True), number)
         assert own is None if other is None else torch.equal(own, total)
-        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+        assert out.dtype == x.dtype and low.dtype == torch.bfloat16
+        torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=1e-4)
         assert torch.equal(low, out.bfloat16())
 
 
@@ -98,24 +109,40 @@ def layer(channels=32):
 
 
 @pytest.mark.skipif(not cpu_native.usable(), reason='no native norm on this machine')
-@pytest.mark.parametrize('branch', [None, *BOTH])
+@pytest.mark.parametrize(('dtype', 'branch'), TYPES)
 @pytest.mark.parametrize('autocast', [False, True])
-def test_both_orders_equal_torch(natively, branch, autocast):
-    norm, (x, other, *_) = layer(), inputs(branch=branch)
+def test_both_orders_equal_torch(natively, dtype, branch, autocast):
+    norm, (x, other, *_) = layer(), inputs(branch=branch, dtype=dtype)
+    added = x if other is None else other
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         total, normed = pre_norm(norm, x, other)
-        y, tokens = post_norm_and_cast(norm, x, x if other is None else other)
-        assert torch.equal(post_norm(norm, x, x if other is None else other), y)
-    assert [keep for *_, keep in natively][1:] == [(False, True, autocast), (False, True, False)]
-    wanted = x if other is None else x + other
-    assert torch.equal(total, wanted) and total.dtype == torch.float32
-    close = dict(rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(y, norm(x + (x if other is None else other)), **close)
-    assert torch.equal(tokens, y.bfloat16() if autocast else y)
-    if autocast:
-        assert normed.dtype == torch.bfloat16
-        close = dict(rtol=1e-2, atol=1e-5)
-    torch.testing.assert_close(normed.float(), norm(wanted), **close)
+        y, tokens = post_norm_and_cast(norm, x, added)
+        assert torch.equal(post_norm(norm, x, added), y)
+        cast = autocast and dtype == torch.float32
+        assert [keep for *_, keep in natively][1:] == [(False, True, cast), (False, True, False)]
+        wanted = x if other is None else x + other
+        assert torch.equal(total, wanted) and total.dtype == dtype
+        close = dict(rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        torch.testing.assert_close(y, norm(x + added), **close)
+        assert torch.equal(tokens, y.bfloat16() if autocast else y)
+        if autocast:
+            close = dict(rtol=2**-7, atol=1e-5)
+        torch.testing.assert_close(normed, norm(wanted).to(torch.bfloat16 if autocast else dtype), **close)
+
+
+@pytest.mark.skipif(not cpu_native.usable(), reason='no native norm on this machine')
+@pytest.mark.parametrize('autocast', [False, True])
+def test_all_norms_of_backbone_and_encoder_are_native(natively, autocast):
+    """Also in bfloat16, where the residual stream itself is in bfloat16."""
+    backbone = MixTransformer((32, 32, 32, 32), (2, 1, 1, 1), num_heads=(1, 1, 1, 1)).eval()
+    encoder = MSDeformAttnEncoder(32, num_levels=3, num_layers=2, hidden=64, num_heads=4, dropout=0.0).eval()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        maps = backbone(torch.randn(1, 3, 64, 64))
+        assert len(natively) == 2 * 5 + 4 + (2 + 1 + 1) + 4  # in blocks; of patches, reduced keys and stages
+        natively.clear()
+        maps = encoder(maps[:0:-1])
+        assert len(natively) == 2 * 2
+    assert {x.dtype for x in maps} == {torch.bfloat16 if autocast else torch.float32}
 
 
 def test_elsewhere_it_is_torch(natively):
@@ -127,6 +154,9 @@ def test_elsewhere_it_is_torch(natively):
     assert pre_norm(norm, x)[0] is x
     with torch.no_grad():
         assert torch.equal(post_norm(wide := layer().double(), x.double(), other.double()), wide(x.double() + other))
+        assert torch.equal(post_norm(norm, x.bfloat16(), other), norm(x.bfloat16() + other))
+        low = layer().bfloat16()
+        assert torch.equal(pre_norm(low, x.bfloat16())[1], low(x.bfloat16()))
         turned = torch.randn(32, 5).T
         assert torch.equal(pre_norm(norm, turned)[1], norm(turned))
         assert torch.equal(pre_norm(norm, x, other[:1])[0], x + other[:1])
@@ -144,12 +174,15 @@ import os
 from pathlib import Path
 import torch
 from mmseg.models import cpu_native
+from mmseg.models.backbones.mit import MixTransformer
+from mmseg.models.decode_heads.mask2former.pixel_decoder.msdeformattn import MSDeformAttnEncoder
 library = cpu_native.load(Path(os.environ['LIBRARY']))
 cpu_native.native = lambda: library
 for number in range(len(cpu_native.instruction_sets())):
     for rows, channels in ((1, 1), (3, 17), (700, 48)):
-        x, weight, bias = torch.randn(rows, channels), torch.randn(channels), torch.randn(channels)
-        for other in (None, torch.randn(rows, channels), torch.randn(rows, channels).bfloat16()):
+        whole, weight, bias = torch.randn(rows, channels), torch.randn(channels), torch.randn(channels)
+        low = whole.bfloat16()
+        for x, other in ((whole, None), (whole, whole), (whole, low), (low, None), (low, low)):
             for keep in ((other is not None, True, True), (False, True, False), (other is not None, False, True)):
                 if other is None or keep[0] or keep[1]:
                     cpu_native.norm(x, other, weight, bias, 1e-5, keep, number)

@@ -1,16 +1,16 @@
 // Attention of one head without its matrix of scores: a few queries meet a chunk of keys at a time, with a running
 // maximum and sum (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
 //
-// Compiled once for each instruction set, with NAME and WIDTH (bytes of a vector); vectors are those of GCC and Clang.
-// No templates of others: the linker might keep their wide form for all. Everything is summed in float32. With
+// Compiled once for each instruction set, with NAME and WIDTH (bytes of a vector). Everything is summed in float32. With
 // WITH_BF16_PRODUCTS bfloat16 numbers are multiplied as they are, two at a time in each lane; else they are made float32
 // when they are packed.
-#include "cpu.h"
-
 #include <string.h>
 #ifdef WITH_BF16_PRODUCTS
 #include <immintrin.h>
 #endif
+
+#include "cpu.h"
+#include "decode_heads/mask2former/pixel_decoder/ops/src/simd.h"
 
 #define INLINE __attribute__((always_inline)) inline
 
@@ -21,37 +21,18 @@ using namespace attention;
 constexpr int64_t lanes = WIDTH / 4;
 constexpr int64_t rows_at_once = WIDTH == 64 ? 8 : 4;  // by two vectors: as many sums as there are registers for
 constexpr float lowest = -3.4028234663852886e38f, start = -1e30f;
-typedef float Floats __attribute__((vector_size(WIDTH)));
-typedef int32_t Ints __attribute__((vector_size(WIDTH)));
+using V = Simd<float, lanes>;
+using One = Simd<float, 1>;
+typedef V::F Floats;
+typedef V::I Ints;
 typedef uint8_t Bytes __attribute__((vector_size(lanes)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * lanes)));
 
-template <typename Vector, typename Number>
-INLINE Vector load(const Number* from) {
-  Vector vector;
-  memcpy(&vector, from, sizeof vector);
-  return vector;
-}
-
-template <typename Vector, typename Number>
-INLINE void store(Number* to, Vector vector) {
-  memcpy(to, &vector, sizeof vector);
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-INLINE float to_float(float number) { return number; }
-INLINE float to_float(BFloat16 number) {
-  const uint32_t bits = uint32_t(number.bits) << 16;
-  return load<float>(&bits);
-}
-
-INLINE void from_float(float number, float* to) { *to = number; }
-INLINE void from_float(float number, BFloat16* to) {  // to the nearest, to even; NaN stays NaN
-  const uint32_t bits = load<uint32_t>(&number);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  to->bits = (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
+// In two steps: GCC makes one by one what is four times as wide at once.
+INLINE Ints widened(const uint8_t* from) {
+  Bytes bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Ints);
 }
 
 // How numbers are packed. Step i of a product takes the numbers i * Steps::size.. of both sides.
@@ -59,27 +40,39 @@ struct Single {
   typedef float Packed;  // one number
   static constexpr int64_t size = 1;
   template <typename Number>
+  static INLINE Packed pack(const Number* from) {
+    return One::load(from)[0];
+  }
+  template <typename Number>
   static INLINE Packed pack(const Number* from, int64_t, int64_t) {
-    return to_float(*from);
+    return pack(from);
   }
   static INLINE Floats multiply_add(Floats sum, Packed number, const Packed* numbers) {
-    return sum + number * load<Floats>(numbers);
+    return sum + number * V::load(numbers);
   }
-  static INLINE void pack_weights(Floats weights, int64_t i, Packed* to) { store(to + i, weights); }
+  static INLINE void pack_weights(Floats weights, int64_t i, Packed* to) { V::store(to + i, weights); }
 };
 
 #ifdef WITH_BF16_PRODUCTS
 struct Double {
   typedef uint32_t Packed;  // two numbers in bfloat16
   static constexpr int64_t size = 2;
+  static INLINE Packed pack(const BFloat16* from) {
+    Packed pair;
+    memcpy(&pair, from, sizeof pair);
+    return pair;
+  }
   static INLINE Packed pack(const BFloat16* from, int64_t stride, int64_t count) {
     return from[0].bits | (count > 1 ? uint32_t(from[stride].bits) << 16 : 0);
   }
   static INLINE Floats multiply_add(Floats sum, Packed pair, const Packed* pairs) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), load<__m512bh>(pairs));
+    __m512bh right;
+    memcpy(&right, pairs, sizeof right);
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), right);
   }
   static INLINE void pack_weights(Floats weights, int64_t i, Packed* to) {
-    store((BFloat16*)to + i, _mm512_cvtneps_pbh((__m512)weights));
+    const __m256bh low = _mm512_cvtneps_pbh((__m512)weights);
+    memcpy((BFloat16*)to + i, &low, sizeof low);
   }
 };
 #endif
@@ -88,7 +81,7 @@ struct Double {
 INLINE Floats exp2(Floats x) {
   const Ints tiny = x < -125.f;
   x = tiny ? Floats{} : x;
-  const Floats round = Floats{} + 12582912.f;  // 1.5 * 2^23: a sum with it has no fraction
+  const Floats round = V::set(12582912.f);  // 1.5 * 2^23: a sum with it has no fraction
   const Floats shifted = x + round, f = x - (shifted - round);
   Floats p = f * 1.5403530393381609e-4f + 1.3333558146428443e-3f;
   p = p * f + 9.6181291076284772e-3f;
@@ -98,18 +91,6 @@ INLINE Floats exp2(Floats x) {
   p = p * f + 1.f;
   const Ints power = ((Ints)shifted - (Ints)round) << 23;
   return tiny ? Floats{} : (Floats)((Ints)p + power);
-}
-
-INLINE float largest(Floats vector) {
-  float most = vector[0];
-  for (int64_t i = 1; i < lanes; ++i) most = vector[i] > most ? vector[i] : most;
-  return most;
-}
-
-INLINE float total(Floats vector) {
-  float sum = vector[0];
-  for (int64_t i = 1; i < lanes; ++i) sum += vector[i];
-  return sum;
 }
 
 template <typename Number, typename Steps>
@@ -158,7 +139,7 @@ class Head {
     for (int64_t row = 0; row < rows; ++row) {
       Number* to = out_ + (first + row) * job_.heads * job_.channels;
       const float scale = 1 / sum_[row], *from = result_ + row * wide_;
-      for (int64_t c = 0; c < job_.channels; ++c) from_float(from[c] * scale, to + c);
+      for (int64_t c = 0; c < job_.channels; ++c) One::store(to + c, One::set(from[c] * scale));
     }
   }
 
@@ -173,14 +154,16 @@ class Head {
 
   static int64_t at(const int64_t* stride, int64_t sample, int64_t head) { return sample * stride[0] + head * stride[1]; }
 
-  Packed pack_channels(const Number* token, int64_t step) const {
-    return Steps::pack(token + step * Steps::size, 1, job_.channels - step * Steps::size);
+  void pack_channels(const Number* token, Packed* to, int64_t stride) const {
+    const int64_t whole = job_.channels / Steps::size;
+    for (int64_t step = 0; step < whole; ++step) to[step * stride] = Steps::pack(token + step * Steps::size);
+    if (whole < steps_) to[whole * stride] = Steps::pack(token + whole * Steps::size, 1, 1);
   }
 
   void pack_queries(int64_t first, int64_t rows, int64_t padded) {
     for (int64_t row = 0; row < padded; ++row) {
       const Number* token = query_ + (first + (row < rows ? row : rows - 1)) * job_.query_stride[2];
-      for (int64_t step = 0; step < steps_; ++step) queries_[row * steps_ + step] = pack_channels(token, step);
+      pack_channels(token, queries_ + row * steps_, 1);
     }
   }
 
@@ -190,10 +173,8 @@ class Head {
       Packed* to = keys_ + block * steps_;
       const int64_t here = count - block < PAD ? count - block : PAD;
       if (here < PAD) memset((void*)to, 0, PAD * steps_ * sizeof(Packed));
-      for (int64_t i = 0; i < here; ++i) {
-        const Number* token = key_ + (first + block + i) * job_.key_stride[2];
-        for (int64_t step = 0; step < steps_; ++step) to[step * PAD + i] = pack_channels(token, step);
-      }
+      for (int64_t i = 0; i < here; ++i)
+        pack_channels(key_ + (first + block + i) * job_.key_stride[2], to + i, PAD);
     }
   }
 
@@ -224,33 +205,36 @@ class Head {
       Floats sum[n][2] = {};
       multiply(queries_ + row * steps_, steps_, keys_ + key / PAD * PAD * steps_ + key % PAD, PAD, steps_, sum);
       for (int64_t i = 0; i < n; ++i)
-        for (int64_t v = 0; v < 2; ++v) store(scores_ + i * CHUNK + key + v * lanes, sum[i][v]);
+        for (int64_t v = 0; v < 2; ++v) V::store(scores_ + i * CHUNK + key + v * lanes, sum[i][v]);
     }
   }
 
   // Scores to weights; what was summed before is scaled to the new maximum.
   void weigh(int64_t row, int64_t i, const uint8_t* mask, int64_t count) {
     float* scores = scores_ + i * CHUNK;
-    Floats most = Floats{} + start;
+    Floats most = V::set(start);
     const int64_t end = (count + PAD - 1) / PAD * PAD;
     for (int64_t key = count; key < end; ++key) scores[key] = lowest;
     for (int64_t key = 0; key < end; key += lanes) {
-      Floats score = load<Floats>(scores + key);
+      Floats score = V::load(scores + key);
       if (mask) {
-        uint8_t part[lanes] = {};
-        const bool whole = key + lanes <= count;
-        if (!whole && key < count) memcpy(part, mask + key, count - key);
-        const Bytes allowed = load<Bytes>(whole ? mask + key : part);
-        score = __builtin_convertvector(allowed, Ints) != 0 ? score : Floats{} + lowest;
-        store(scores + key, score);
+        const uint8_t* allowed = mask + key;
+        uint8_t part[lanes];
+        if (key + lanes > count) {  // nothing behind the last key is read
+          memset(part, 0, lanes);
+          if (key < count) memcpy(part, allowed, count - key);
+          allowed = part;
+        }
+        score = widened(allowed) != 0 ? score : V::set(lowest);
+        V::store(scores + key, score);
       }
-      most = score < most ? most : score;  // NaN stays
+      most = score < most ? most : score;
     }
-    const float before = most_[row], now = largest(most), highest = now < before ? before : now;
+    const float before = most_[row], now = V::max(most), highest = now < before ? before : now;
     const float to_power = job_.scale * 1.4426950408889634f;  // log2(e)
     Floats sum = {};
     for (int64_t key = 0; key < end; key += lanes) {
-      const Floats weight = exp2((load<Floats>(scores + key) - highest) * to_power);
+      const Floats weight = exp2((V::load(scores + key) - highest) * to_power);
       sum += weight;
       Steps::pack_weights(weight, key, weights_ + i * CHUNK);
     }
@@ -258,10 +242,10 @@ class Head {
       const float factor = exp2(Floats{} + (before - highest) * to_power)[0];
       sum_[row] *= factor;
       for (int64_t c = 0; c < wide_; c += lanes)
-        store(result_ + row * wide_ + c, load<Floats>(result_ + row * wide_ + c) * factor);
+        V::store(result_ + row * wide_ + c, V::load(result_ + row * wide_ + c) * factor);
     }
     most_[row] = highest;
-    sum_[row] += total(sum);
+    sum_[row] += V::sum(sum);
   }
 
   void add_values(int64_t row, int64_t count) {
@@ -269,10 +253,10 @@ class Head {
     for (int64_t c = 0; c < wide_; c += 2 * lanes) {
       Floats sum[n][2];
       for (int64_t i = 0; i < n; ++i)
-        for (int64_t v = 0; v < 2; ++v) sum[i][v] = load<Floats>(result_ + (row + i) * wide_ + c + v * lanes);
+        for (int64_t v = 0; v < 2; ++v) sum[i][v] = V::load(result_ + (row + i) * wide_ + c + v * lanes);
       multiply(weights_, CHUNK, values_ + c, wide_, steps, sum);
       for (int64_t i = 0; i < n; ++i)
-        for (int64_t v = 0; v < 2; ++v) store(result_ + (row + i) * wide_ + c + v * lanes, sum[i][v]);
+        for (int64_t v = 0; v < 2; ++v) V::store(result_ + (row + i) * wide_ + c + v * lanes, sum[i][v]);
     }
   }
 };

@@ -116,9 +116,10 @@ EXPORT bool themask_attention(void* const* tensors, const int64_t* strides, cons
 // LayerNorm behind a residual sum; see Job.
 //   tensors    x, branch (or null), weight, bias, sum (or null), out (or null), low (or null)
 //   set        number of the instruction set
-EXPORT bool themask_norm(void* const* tensors, int64_t rows, int64_t channels, double eps, bool bfloat16, int64_t set) {
-  const norm::Job job = {(const float*)tensors[0], tensors[1], (const float*)tensors[2], (const float*)tensors[3],
-                         (float*)tensors[4], (float*)tensors[5], tensors[6], channels, float(eps), bfloat16};
+EXPORT bool themask_norm(void* const* tensors, int64_t rows, int64_t channels, double eps, bool x_bfloat16,
+                         bool branch_bfloat16, int64_t set) {
+  const norm::Job job = {tensors[0], tensors[1], (const float*)tensors[2], (const float*)tensors[3], tensors[4],
+                         tensors[5], tensors[6], channels, float(eps), x_bfloat16, branch_bfloat16};
   struct Rows {
     const norm::Job& job;
     norm::Normalize* normalize;

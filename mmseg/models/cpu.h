@@ -33,17 +33,17 @@ typedef void Attend(const Job&, int64_t sample, int64_t head, int64_t first, int
 namespace norm {
 
 // One call: y = LayerNorm(x + branch) over rows of `channels` numbers that lie side by side, all rows one after the
-// other; all but `branch` and `low` are float32.
+// other. The sum is rounded to the type of `x`, and its LayerNorm is made of that.
 struct Job {
-  const float* x;
-  const void* branch;  // null: none
+  const void *x, *branch;  // no branch: null
   const float *weight, *bias;
-  float* sum;  // takes x + branch; null: nowhere, and then `out` is not null if there is a branch
-  float* out;  // takes y; null: nowhere
-  void* low;   // takes y in bfloat16; null: nowhere
+  void* sum;  // takes x + branch in the type of x; null: nowhere, and then `out` is not null if there is a branch
+  void* out;  // takes y in the type of x; null: nowhere
+  void* low;  // takes y in bfloat16; null: nowhere
   int64_t channels;
   float eps;
-  bool bfloat16;  // the type of `branch`; else float32
+  bool x_bfloat16;       // then `branch` is, too; else float32
+  bool branch_bfloat16;  // else float32
 };
 
 // The rows first..last.

@@ -65,7 +65,8 @@ def load(path: Path) -> ctypes.CDLL:
     library.themask_attention.argtypes = [
         address, address, address, ctypes.c_double, ctypes.c_bool, number, number]
     library.themask_norm.restype = ctypes.c_bool
-    library.themask_norm.argtypes = [address, number, number, ctypes.c_double, ctypes.c_bool, number]
+    library.themask_norm.argtypes = [
+        address, number, number, ctypes.c_double, ctypes.c_bool, ctypes.c_bool, number]
     try:
         loop = _torch_library().torch_parallel_for
     except AttributeError as error:
@@ -171,11 +172,13 @@ def serves_norm(x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: T
     return (
         len(tensors) == 3 + (branch is not None)
         and all(t.device.type == 'cpu' and t.is_contiguous() and t.layout == torch.strided for t in tensors)
-        and all(t.dtype == torch.float32 or (t is branch and t.dtype in DTYPES) for t in tensors)
         and type(x) is Tensor
+        and x.dtype in DTYPES
         and (branch is None or (type(branch) is Tensor and branch.shape == x.shape))
+        and (branch is None or branch.dtype in (x.dtype, torch.bfloat16))
         and weight is not None and bias is not None
         and weight.shape == bias.shape == x.shape[-1:]
+        and weight.dtype == bias.dtype == torch.float32
         and x.numel() > 0
     )  # fmt: skip
 
@@ -187,8 +190,8 @@ def norm(
     """``x + branch`` and its LayerNorm over the last axis.
 
     Args:
-        x: ``[..., C]`` float32, contiguous, as all others.
-        branch: of the same shape, float32 or bfloat16; None: nothing is added.
+        x: ``[..., C]`` float32 or bfloat16, contiguous, as all others.
+        branch: of the same shape, in bfloat16 or the type of ``x``; None: nothing is added.
         weight: ``[C]`` float32.
         bias: ``[C]`` float32.
         eps: added to the variance.
@@ -196,7 +199,7 @@ def norm(
         number: of the instruction set in :func:`instruction_sets`.
 
     Returns:
-        The sum in float32, its LayerNorm in float32, and that in bfloat16; None for those not wanted.
+        The sum and its LayerNorm in the type of ``x``, and that in bfloat16; None for those not wanted.
 
     Raises:
         BuildError: there is no native library.
@@ -204,12 +207,12 @@ def norm(
     library = _library()
     results = [
         torch.empty(x.shape, dtype=dtype) if kept else None
-        for kept, dtype in zip(keep, (torch.float32, torch.float32, torch.bfloat16))
+        for kept, dtype in zip(keep, (x.dtype, x.dtype, torch.bfloat16))
     ]
     addresses = [t.data_ptr() if t is not None else None for t in (x, branch, weight, bias, *results)]
     done = library.themask_norm(
         (ctypes.c_void_p * 7)(*addresses), x.numel() // x.shape[-1], x.shape[-1], eps,
-        branch is not None and branch.dtype == torch.bfloat16, number)
+        x.dtype == torch.bfloat16, branch is not None and branch.dtype == torch.bfloat16, number)
     if not done:
         raise RuntimeError('torch_parallel_for failed')
     return results[0], results[1], results[2]

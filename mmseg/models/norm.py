@@ -28,7 +28,7 @@ def pre_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None = None) -> tup
     if not _native(norm, x, branch):
         x = x if branch is None else x + branch
         return x, norm(x)
-    low = product_dtype(x) == torch.bfloat16
+    low = product_dtype(x) != x.dtype
     total, out, out_low = _call(norm, x, branch, (branch is not None, not low, low))
     return x if total is None else total, _one(out_low if low else out)
 
@@ -60,7 +60,7 @@ def _post_norm(norm: nn.LayerNorm, x: Tensor, branch: Tensor, low: bool) -> tupl
     if not _native(norm, x, branch):
         y = norm(x + branch)
         return y, y
-    low = low and product_dtype(x) == torch.bfloat16
+    low = low and product_dtype(x) != x.dtype
     _, out, out_low = _call(norm, x, branch, (False, True, low))
     return _one(out), _one(out_low if low else out)
 

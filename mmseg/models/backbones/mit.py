@@ -55,7 +55,7 @@ class OverlapPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C_in]`` -> ``[N, ceil(H / stride), ceil(W / stride), C]``."""
-        return self.norm(_convolve(self.proj, x))
+        return pre_norm(self.norm, _convolve(self.proj, x))[1]
 
 
 class Attention(nn.Module):
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         """``[N, H, W, C]`` -> the same shape."""
         n, _, _, channels = x.shape
         x = cast_once(x)
-        source = self.norm(_convolve(self.sr, x)) if self.sr_ratio > 1 else x
+        source = pre_norm(self.norm, _convolve(self.sr, x))[1] if self.sr_ratio > 1 else x
         query = self.q(x).view(n, -1, self.num_heads, channels // self.num_heads).transpose(1, 2)
         key, value = self.kv(source).view(n, -1, 2, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
         attended = attention(query, key, value)
@@ -194,7 +194,7 @@ class MixTransformer(nn.Module):
                     x = checkpoint(block, x, use_reentrant=False)
                 else:
                     x = block(x)
-            x = getattr(self, f'norm{stage}')(x)
+            x = pre_norm(getattr(self, f'norm{stage}'), x)[1]
             maps.append(x.permute(0, 3, 1, 2))
         return maps
 

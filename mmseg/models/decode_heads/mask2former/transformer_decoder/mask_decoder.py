@@ -232,7 +232,7 @@ class MaskDecoder(nn.Module):
             x = self.input_proj[level](x)
         batch = len(x) // num_frames
         channels, height, width = x.shape[1:]
-        values = (x.flatten(2).transpose(1, 2) + self.level_embed.weight[level]).contiguous()
+        values = (x.flatten(2).transpose(1, 2) + self.level_embed.weight[level].to(x.dtype)).contiguous()
         if self.temporal is None:
             values = values.reshape(batch, -1, channels)
             position = sine_position_3d(num_frames, height, width, channels, x.device, values.dtype)
