@@ -58,7 +58,7 @@ def test_only_large_products_of_known_types_go_to_a_convolution(convolutions):
     assert not convolutions
     with torch.inference_mode():
         layer.float()(torch.randn(1024, 64))
-    assert convolutions == [(1, 64, 1024, 1)]
+    assert convolutions == [(1, 64, 1, 1024)]
 
 
 def test_few_tokens_of_bfloat16_stay_a_product(convolutions):
@@ -70,7 +70,7 @@ def test_few_tokens_of_bfloat16_stay_a_product(convolutions):
             layer(torch.randn(100, 2048))
             layer(torch.randn(1030, 2048))
         layer.bfloat16()(torch.randn(100, 2048).bfloat16())
-    assert convolutions == [(1, 2048, 100, 1), (1, 2048, 1030, 1)]
+    assert convolutions == [(1, 2048, 1, 100), (1, 2048, 1, 1030)]
 
 
 def test_what_many_layers_read_is_cast_once():

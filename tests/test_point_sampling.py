@@ -100,4 +100,5 @@ def test_features_are_read_as_maps_are(height, width, layout):
     edges = torch.tensor([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24], [0.5, 0.0], [0.0, 0.5]])
     points = torch.cat([torch.rand(50, 2), edges])
     expected = point_sampling.sample_points(maps, points[None]).transpose(1, 2)
-    torch.testing.assert_close(point_sampling.sample_features(maps, points), expected, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(point_sampling.sample_features(maps, points), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mmseg.utils.autocast import product_dtype
 
-# Of a piece whose tokens are 1024 numbers wide inside: glibc gives what is above 32 MiB back to the system at once.
-_BYTES = 24 * 2**20
+# Of a piece whose tokens are 1024 numbers wide inside.  glibc gives what is above 32 MiB back to the system at once;
+# far below, a piece finds the memory of the one before it also where other tensors have taken some of that meanwhile.
+_BYTES = 8 * 2**20
 _WIDTH = 1024
 
 

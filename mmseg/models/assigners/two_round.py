@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mmseg.models.assigners.costs import classification_cost, dice_cost, mask_cost
+from mmseg.models.linear import linear
 from mmseg.models.losses import point_sampling
 from mmseg.models.structures import ClipTarget, MaskPrediction, Match
 
@@ -71,9 +72,9 @@ def masks_at(prediction: MaskPrediction, points: Tensor) -> Tensor:
     features, embedding = prediction.features, prediction.embedding
     if features is None or embedding is None or features.device.type != 'cpu' or features.dtype != torch.float32:
         return point_sampling.sample_points(prediction.masks[0].float(), points).flatten(1)
-    pixels = point_sampling.sample_features(features[0], points[0])  # [T, P, C]
+    pixels = point_sampling.sample_features(features[0], points[0])
     factors = embedding[0].float().expand(len(pixels), -1, -1)
-    return torch.cat([rows @ frame.T for rows, frame in zip(factors, pixels)], 1)
+    return torch.cat([linear(rows, frame) for rows, frame in zip(factors, pixels)], 1)
 
 
 class TwoRoundAssigner:

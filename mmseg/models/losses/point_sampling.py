@@ -36,7 +36,7 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, grid, align_corners=False).squeeze(3)
 
 
-def sample_features(maps: Tensor, points: Tensor) -> Tensor:
+def sample_features(maps: Tensor, points: Tensor) -> list[Tensor]:
     """What :func:`sample_points` gives for many channels, one point after the other; without a gradient for points.
 
     Each point is a weighted sum of the rows of its four pixels, so a row is read at once.
@@ -46,7 +46,7 @@ def sample_features(maps: Tensor, points: Tensor) -> Tensor:
         points: float32 ``[P, 2]``, (x, y) relative to the map's size, the same for all maps.
 
     Returns:
-        float32 ``[T, P, C]``.
+        Of each map float32 ``[P, C]``: together they would be a copy of all.
     """
     height, width = maps.shape[2:]
     place = points * points.new_tensor([width, height]) - 0.5
@@ -59,7 +59,7 @@ def sample_features(maps: Tensor, points: Tensor) -> Tensor:
     index = pixel[..., 1] * width + pixel[..., 0]
     rows = maps.permute(0, 2, 3, 1).flatten(1, 2)
     weights = weights * inside
-    return torch.stack([F.embedding_bag(index, frame, mode='sum', per_sample_weights=weights) for frame in rows])
+    return [F.embedding_bag(index, frame, mode='sum', per_sample_weights=weights) for frame in rows]
 
 
 @torch.no_grad()

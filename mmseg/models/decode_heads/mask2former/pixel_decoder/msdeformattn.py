@@ -158,9 +158,10 @@ class MSDeformAttnEncoder(nn.Module):
         """Maps ``[N, C, h, w]`` -> the same shapes, channels-last."""
         shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
+        level_embed = cast_weight(self.level_embed, tokens).to(tokens.dtype)
         position = torch.cat([
-            sine_position_2d(h, w, tokens.shape[2], tokens.device, tokens.dtype).flatten(1).T + embed.to(tokens.dtype)
-            for (h, w), embed in zip(shapes, self.level_embed)
+            sine_position_2d(h, w, tokens.shape[2], tokens.device, tokens.dtype).flatten(1).T + embed
+            for (h, w), embed in zip(shapes, level_embed)
         ])[None]
         points = pixel_centres(shapes, tokens.device)[None, :, None].expand(-1, -1, len(shapes), -1)
         for layer in self.layers:

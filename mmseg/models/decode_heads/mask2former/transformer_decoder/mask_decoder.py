@@ -34,7 +34,7 @@ from mmseg.models.init import init_kaiming_
 from mmseg.models.linear import Linear
 from mmseg.models.structures import DecoderOutput, MaskPrediction, mask_logits
 from mmseg.registry import TRANSFORMER_DECODERS, register_variant, retired
-from mmseg.utils.autocast import cast_once
+from mmseg.utils.autocast import cast_once, cast_weight
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
 
@@ -232,7 +232,8 @@ class MaskDecoder(nn.Module):
             x = self.input_proj[level](x)
         batch = len(x) // num_frames
         channels, height, width = x.shape[1:]
-        values = (x.flatten(2).transpose(1, 2) + self.level_embed.weight[level].to(x.dtype)).contiguous()
+        level_embed = cast_weight(self.level_embed.weight, x)[level].to(x.dtype)
+        values = (x.flatten(2).transpose(1, 2) + level_embed).contiguous()
         if self.temporal is None:
             values = values.reshape(batch, -1, channels)
             position = sine_position_3d(num_frames, height, width, channels, x.device, values.dtype)
