@@ -32,8 +32,12 @@ def test_random_points_are_uniform_and_follow_the_seed():
     assert points.min() >= 0 and points.max() < 1
     assert abs(points.mean() - 0.5) < 0.01
     assert abs(points.var() - 1 / 12) < 0.002
+    following = point_sampling.random_points(4, 5000, 'cpu')
+    together = torch.stack([points.flatten(), following.flatten()])
+    assert abs(torch.corrcoef(together)[0, 1]) < 0.02
     torch.manual_seed(3)
     assert torch.equal(points, point_sampling.random_points(4, 5000, 'cpu'))
+    assert torch.equal(following, point_sampling.random_points(4, 5000, 'cpu'))
 
 
 @settings(max_examples=20, deadline=None)

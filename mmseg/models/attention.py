@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmseg.utils.seed import uniform
+
 from . import cpu_native
 
 
@@ -42,5 +44,5 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         return cpu_native.attention(query, key, value, mask)
     if 0 < dropout < 1 and mask is None and query.device.type == 'cpu':
         weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
-        return weights.masked_fill(torch.rand(weights.shape) < dropout, 0) @ (value / (1 - dropout))
+        return weights.masked_fill(uniform(*weights.shape) < dropout, 0) @ (value / (1 - dropout))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmseg.utils.seed import uniform
+
 
 def random_points(rows: int, n: int, device: torch.device | str) -> Tensor:
     """Uniform points, float32 ``[rows, n, 2]`` in [0, 1).
@@ -19,6 +21,8 @@ def random_points(rows: int, n: int, device: torch.device | str) -> Tensor:
     Every random point of matching and losses comes from here, looked up in this module at call time, so that a test (or
     a comparison with another implementation) can replace the function.
     """
+    if torch.device(device).type == 'cpu':
+        return uniform(rows, n, 2)
     return torch.rand(rows, n, 2, device=device)
 
 
