@@ -313,11 +313,12 @@ class THEMaskCriterion(nn.Module):
         levels = [stages for stages in (output.clip, output.frame) if stages is not None]
         if output.mask_features is not None:
             return _multiply_matched(levels, output.mask_features, table.queries).float()
+        # As rows of a table: its backward pass adds to new zeros in place, that of index_select to a copy of them.
         matched = [
-            torch.stack([stage.masks.flatten(0, 2).index_select(0, own) for stage, own in zip(stages, rows)])
+            torch.stack([F.embedding(own, stage.masks.flatten(0, 2).flatten(1)) for stage, own in zip(stages, rows)])
             for stages, rows in zip(levels, table.rows.unbind(1))
         ]
-        return torch.stack(matched, 1).float()
+        return torch.stack(matched, 1).unflatten(3, output.clip[-1].masks.shape[3:]).float()
 
     def _primary_losses(self, masks: Tensor, targets: Tensor, table: _MatchTable) -> tuple[Tensor, Tensor]:
         """Sums over masks and frames of BCE and dice on points, each ``[S, L]``.
