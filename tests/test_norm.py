@@ -174,8 +174,6 @@ import os
 from pathlib import Path
 import torch
 from mmseg.models import cpu_native
-from mmseg.models.backbones.mit import MixTransformer
-from mmseg.models.decode_heads.mask2former.pixel_decoder.msdeformattn import MSDeformAttnEncoder
 library = cpu_native.load(Path(os.environ['LIBRARY']))
 cpu_native.native = lambda: library
 for number in range(len(cpu_native.instruction_sets())):

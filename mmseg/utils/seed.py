@@ -36,7 +36,7 @@ def set_random_seed(seed: int, deterministic: bool = False) -> None:
 
 
 def uniform(*shape: int) -> Tensor:
-    """Uniform numbers on the CPU, by a generator of NumPy's: at half to two thirds of the time of ``torch.rand``.
+    """Uniform numbers on the CPU, by a generator of NumPy's: in two thirds of the time of ``torch.rand``.
 
     Torch's generator draws its seed, and so decides all of them.
 
