@@ -19,8 +19,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     Large float32 and bfloat16 products on the CPU are written as a 1x1 convolution over channels-last tokens.  PyTorch
     sends convolutions to oneDNN, which adds the bias in the same pass, and linear layers to BLAS, which copies the bias
     first and is tuned for one maker's processors (``python -m benchmarks.speed --part linear``).  The tokens are one
-    line of pixels: for a column whose length has a large prime factor oneDNN makes the gradient of the weights at a
-    third of its rate.  In bfloat16 both go to oneDNN; there a convolution is faster only where tokens are many beside
+    line of pixels: for a column whose length has a large prime factor oneDNN makes the gradient of the weights at half
+    its rate.  In bfloat16 both go to oneDNN; there a convolution is faster only where tokens are many beside
     their channels: it rearranges the weights first.
 
     Args:
