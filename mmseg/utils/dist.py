@@ -135,7 +135,14 @@ def report_error(error: Exception) -> None:
         return
     if not _is_first_of_machine():
         time.sleep(_PATIENCE)
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {describe(error)}', file=sys.stderr)
+
+
+def describe(error: Exception) -> str:
+    """The message of an error in one line; of the operating system's, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f'{error.filename}: {error.strerror}' if error.filename is not None else error.strerror
+    return str(error) or type(error).__name__
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -1,13 +1,15 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and that take the place of nothing their owner needs."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
+
+from mmseg.utils.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -20,18 +22,23 @@ def atomic_file(path: str | Path, sync: bool = True) -> Iterator[IO[bytes]]:
         path: the file.
         sync: have the data on disk before the name is there, so that a power cut leaves a whole file too; many small
             files that can be made again are faster without.
+
+    Raises:
+        OSError: with the name of the file (a full disk, a folder that cannot be written).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent)
+    with named_errors(path, instead=True):
+        handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.part', dir=path.parent)
     try:
-        with os.fdopen(handle, 'wb') as file:
+        with named_errors(path), os.fdopen(handle, 'wb') as file:
             yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        with named_errors(path, instead=True):
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -42,6 +49,42 @@ def write_atomically(path: str | Path, content: str | bytes, sync: bool = True) 
     """Writes ``content`` (text as UTF-8) with :func:`atomic_file`."""
     with atomic_file(path, sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def named_errors(path: str | Path, instead: bool = False) -> Iterator[None]:
+    """Gives an ``OSError`` without a name (a full disk) that of the file being written; ``instead`` of any other."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (instead or error.filename is None):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def refuse_overwriting(
+    outputs: Mapping[str, str | Path | None], inputs: Mapping[str, str | Path | None]
+) -> None:
+    """Refuses an output that is one of the inputs, also by another name or through links.
+
+    Args:
+        outputs: option (``'--out'``) -> file or folder that would be written; None where there is none.
+        inputs: what it is (``'input'``, ``'checkpoint'``) -> file or folder that is read.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    for option, output in outputs.items():
+        for name, source in inputs.items():
+            if output is not None and source is not None and _same(Path(output), Path(source)):
+                raise ConfigError(f"{option}: '{output}' is the {name} and would be overwritten; choose another name")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist (yet)
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _umask() -> int:

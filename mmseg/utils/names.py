@@ -1,0 +1,20 @@
+"""The order of frames and videos by their names, the same in every part of the project."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER = re.compile(r'(\d+)', re.ASCII)
+
+
+def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
+    """Sort key of a file's name: digits count as numbers, wherever they stand; ties are broken by the name itself.
+
+    ``1, 2, 10`` and ``frame_1, frame_2, frame_10`` are in order, and names of digits come before those that begin with
+    a letter.
+
+    >>> sorted(['frame_10', 'frame_2', '010', '9'], key=natural_key)
+    ['9', '010', 'frame_2', 'frame_10']
+    """
+    parts = [part for part in _NUMBER.split(name) if part]
+    return tuple((0, int(part), '') if part[0] in '0123456789' else (1, 0, part) for part in parts), name
