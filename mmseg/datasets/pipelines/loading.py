@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ _JPEG_END = b'\xff\xd9'
 _REPAIR = 'restore the file, take its video out of the split file, or set skip_bad_clips=True'
 
 
+watch: Callable[[str], None] | None = None
+"""Called with each file before it is read; a loader notes so what it waits for."""
+
+
 def _read(path: str) -> bytes:
+    if watch is not None:
+        watch(path)
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
