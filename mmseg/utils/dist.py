@@ -180,8 +180,8 @@ def _is_first_of_machine() -> bool:
 
 
 @contextlib.contextmanager
-def _in_company() -> Iterator[None]:
-    """Inside, a rank that is gone is an :class:`OtherRankError`: it has said, or its launcher says, what ended it."""
+def with_others() -> Iterator[None]:
+    """Inside, the loss of a rank is an :class:`OtherRankError`: it has said, or its launcher says, what ended it."""
     try:
         yield
     except RuntimeError as error:
@@ -193,7 +193,7 @@ def _in_company() -> Iterator[None]:
 def barrier() -> None:
     """Waits for every rank."""
     if get_dist_info()[1] > 1:
-        with _in_company():
+        with with_others():
             dist.barrier(group=_control_group)
 
 
@@ -212,7 +212,7 @@ def largest(value: int) -> int:
     if get_dist_info()[1] == 1:
         return value
     box = torch.tensor(value)
-    with _in_company():
+    with with_others():
         dist.all_reduce(box, dist.ReduceOp.MAX, group=_control_group)
     return int(box)
 
@@ -223,7 +223,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    with _in_company():
+    with with_others():
         dist.all_gather_object(values, value, group=_control_group)
     return values
 
@@ -233,6 +233,6 @@ def broadcast_object(value: Any) -> Any:
     if get_dist_info()[1] == 1:
         return value
     box = [value]
-    with _in_company():
+    with with_others():
         dist.broadcast_object_list(box, src=0, group=_control_group)
     return box[0]
