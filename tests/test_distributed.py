@@ -299,3 +299,48 @@ def test_a_usage_error_is_said_by_the_first_and_ends_all(monkeypatch, capsys, va
     assert end.value.code == 2 and sum(slept) == waits * dist_utils._PATIENCE
     said = "usage: tool [-h] [--seed SEED]\ntool: error: argument --seed: invalid int value: 'one'\n"
     assert capsys.readouterr().err == ('' if rank else said)
+
+
+def groups_and_models(rank, ports):
+    for port in ports:
+        os.environ['MASTER_PORT'] = str(port)
+        dist_utils.close_dist()
+        dist_utils.init_dist('pytorch')
+        model = DistributedDataParallel(Model(), gradient_as_bucket_view=True)
+        for position in range(2):
+            item = batch(position)
+            losses = model(item['img'], item['gt_semantic_seg'])
+            losses['decode.loss_ce'].backward()
+        dist_utils.close_dist()
+        del model  # after its group was closed
+
+
+@pytest.mark.parametrize('rounds', [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_model_may_be_dropped_after_its_group_was_closed(rounds):
+    in_two_ranks(groups_and_models, [free_port() for _ in range(rounds)])
+
+
+class FailsOn(Hook):
+    """An error of one rank alone, between two iterations."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def before_train_iter(self, runner):
+        if runner.iter == 2 and runner.rank == self.rank:
+            raise ZeroDivisionError('of one rank')
+
+
+def error_of_one_rank(rank, failing, work_dir):
+    runner = make_runner(work_dir, 5, [FailsOn(failing)], model=DistributedDataParallel(Model()))
+    with pytest.raises(ZeroDivisionError if rank == failing else OtherRankError):
+        runner.run(iter([batch(2 * i + rank) for i in range(5)]))
+    if rank == 0:
+        checkpoint = read_checkpoint(work_dir / 'iter_2.pth')
+        assert checkpoint['meta']['samples'] == 32 and len(checkpoint['rng']) == 1
+    os._exit(0)  # without the farewell to a rank that is gone
+
+
+@pytest.mark.parametrize('failing', [0, 1])
+def test_an_error_of_one_rank_saves_and_ends_all(tmp_path, failing):
+    in_two_ranks(error_of_one_rank, failing, tmp_path)

@@ -280,10 +280,10 @@ def test_resuming_needs_a_full_checkpoint(tmp_path):
 
 def test_latest_and_kept_checkpoints(tmp_path):
     make_runner(tmp_path, 9, [CheckpointHook(2, max_keep_ckpts=2)]).run(batches())
-    assert sorted(os.listdir(tmp_path)) == ['iter_8.pth', 'iter_9.pth', 'latest.pth']
+    assert sorted(os.listdir(tmp_path)) == ['.latest.run', 'iter_8.pth', 'iter_9.pth', 'latest.pth']
     assert os.readlink(tmp_path / 'latest.pth') == 'iter_9.pth'
     make_runner(tmp_path / 'x', 3, [CheckpointHook(2, save_last=False)]).run(batches())
-    assert sorted(os.listdir(tmp_path / 'x')) == ['iter_2.pth', 'latest.pth']
+    assert sorted(os.listdir(tmp_path / 'x')) == ['.latest.run', 'iter_2.pth', 'latest.pth']
 
 
 @pytest.mark.parametrize('make', [

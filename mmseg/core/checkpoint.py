@@ -23,12 +23,13 @@ import torch
 from torch import nn
 
 from mmseg.utils.errors import CheckpointError
-from mmseg.utils.files import atomic_file
+from mmseg.utils.files import atomic_file, write_atomically
 
 LATEST = 'latest.pth'
 RUN = 'run'
 """Key of ``meta``: the id of the run that saved a checkpoint."""
 
+_LATEST_RUN = '.latest.run'
 _NUMBERED = re.compile(r'iter_(\d+)\.pth')
 _LEFTOVERS = '.*.pth.*.part'
 _REFUSED = re.compile(r'GLOBAL (\S+)')
@@ -86,14 +87,18 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def point_latest(path: Path) -> None:
-    """Makes ``latest.pth`` beside ``path`` a link to it; where the file system has no links, there is none."""
+def point_latest(path: Path, run_id: str | None = None) -> None:
+    """Makes ``latest.pth`` beside ``path`` a link to it; where the file system has no links, there is none.
+
+    The id of its run stands in a file of its own, so that it is known where the checkpoint is damaged.
+    """
     link = path.with_name(LATEST)
     temporary = path.with_name(f'.{LATEST}.{os.getpid()}.part')
     try:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(path.name)
         os.replace(temporary, link)
+        write_atomically(path.with_name(_LATEST_RUN), run_id or '', sync=False)
     except OSError as error:
         logger.warning('no %s pointer: %s', LATEST, error)
 
@@ -196,6 +201,16 @@ def run_of(path: str | Path) -> str | None:
     return None
 
 
+def _latest_run(folder: Path) -> str | None:
+    """The id of the run that ``latest.pth`` of a work dir points to."""
+    latest = folder / LATEST
+    if not os.path.lexists(latest):
+        return None
+    with contextlib.suppress(OSError):
+        return run_of(latest) or (folder / _LATEST_RUN).read_text(encoding='utf-8')
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
 def _run_of(path: str, *_version: int) -> str | None:
     with contextlib.suppress(Exception), torch.serialization.safe_globals(_numpy_constructors()):
@@ -213,8 +228,8 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     """
     alone = Path(folder) / LATEST  # perhaps a copy that somebody took along
     files = checkpoint_files(folder)
-    run_id = run_of(alone)
-    if run_id is not None:
+    run_id = _latest_run(Path(folder))
+    if run_id:
         files = [path for path in files if run_of(path) == run_id]
     if not files and alone.is_file():
         files = [alone]

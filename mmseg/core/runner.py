@@ -405,7 +405,7 @@ class IterBasedRunner:
             try:
                 save_checkpoint(checkpoint, path)
                 if latest:
-                    point_latest(Path(path))
+                    point_latest(Path(path), self.run_id)
             except CheckpointError as error:
                 failure = str(error)
         failure = failure if alone else broadcast_object(failure)
