@@ -32,6 +32,7 @@ from torch import Tensor
 from mmseg.core.checkpoint import open_checkpoint, save_checkpoint
 from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import write_atomically
+from mmseg.utils.numpy_pickles import CONSTRUCTORS
 
 SOURCES = ('themask', 'mit', 'hf-mit', 'mask2former')
 TARGETS = ('themask', 'reference', 'mit', 'hf-mit')
@@ -385,18 +386,15 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Builds numpy arrays and plain data; any other class in the file is refused, so no code of the file can run."""
 
     _ALLOWED = {
-        ('numpy', 'ndarray'): np.ndarray,
-        ('numpy', 'dtype'): np.dtype,
-        ('collections', 'OrderedDict'): dict,
-        ('_codecs', 'encode'): lambda text, encoding: str(text).encode('latin1'),  # bytes in pickles of protocol 2
+        **CONSTRUCTORS,
+        'collections.OrderedDict': dict,
+        '_codecs.encode': lambda text, encoding: str(text).encode('latin1'),  # bytes in pickles of protocol 2
     }
 
     def find_class(self, module: str, name: str) -> Any:
         """The allowed class or function of that name."""
-        if module in ('numpy.core.multiarray', 'numpy._core.multiarray') and name in ('_reconstruct', 'scalar'):
-            return getattr(np._core.multiarray, name)  # type: ignore[attr-defined]
         try:
-            return self._ALLOWED[module, name]
+            return self._ALLOWED[f'{module}.{name}']
         except KeyError:
             raise pickle.UnpicklingError(f'it asks for {module}.{name}') from None
 

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import atomic_file
+from mmseg.utils.numpy_pickles import CONSTRUCTORS
 
 LATEST = 'latest.pth'
 _NUMBERED = re.compile(r'iter_(\d+)\.pth')
@@ -35,15 +35,6 @@ logger = logging.getLogger('mmseg')
 
 class DamagedCheckpointError(CheckpointError):
     """The file is truncated, altered, or no checkpoint at all."""
-
-
-def _numpy_constructors() -> list[Any]:
-    """What numpy arrays and numbers in the ``meta`` of old checkpoints are made with; none of it runs foreign code."""
-    multiarray = np._core.multiarray  # type: ignore[attr-defined]
-    named: list[Any] = [np.ndarray, np.dtype]
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        named += [(getattr(multiarray, name), f'{module}.{name}') for name in ('_reconstruct', 'scalar')]
-    return named + [type(np.dtype(kind)) for kind in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?US']
 
 
 # ---------------------------------------------------------------------------------------------------------- write
@@ -142,12 +133,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                     altered = archive.testzip()
                 if altered:
                     raise DamagedCheckpointError(f"checkpoint '{path}' is damaged: wrong checksum of {altered}")
-            with torch.serialization.safe_globals(_numpy_constructors()):
+            with torch.serialization.safe_globals([(made, name) for name, made in CONSTRUCTORS.items()]):
                 content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = _REFUSED.search(str(error))
+        reason = str(error.__context__ or error)  # torch wraps it in advice that does not hold here
+        refused = _REFUSED.search(reason)
         if refused is None:
-            raise DamagedCheckpointError(f"checkpoint '{path}' is damaged or no checkpoint: {error}") from None
+            reason = reason.splitlines()[0] if reason else type(error).__name__
+            raise DamagedCheckpointError(f"checkpoint '{path}' is damaged or no checkpoint: {reason}") from None
         raise CheckpointError(
             f"checkpoint '{path}' is refused: loading it would call {refused[1]}, which is code and not weights; "
             'ask its author for a file with tensors only'
