@@ -8,14 +8,16 @@ Reading never runs code from the file, checks every byte against the checksums i
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -29,6 +31,9 @@ _NUMBERED = re.compile(r'iter_(\d+)\.pth')
 _LEFTOVERS = '.*.pth.*.part'
 _REFUSED = re.compile(r'GLOBAL (\S+)')
 _SHOWN = 5
+_WRAPPERS = ('module', 'model')
+_COMPILED = re.compile(r'(?<![^.])_orig_mod\.')
+_DIRECTORY = 0x10  # an entry's attribute in a zip file
 
 logger = logging.getLogger('mmseg')
 
@@ -117,24 +122,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint into CPU memory without running code from it.
 
     Returns:
-        A dict with at least ``meta`` (dict) and ``state_dict`` (name -> tensor, without a ``module.`` prefix).
+        A dict with at least ``meta`` (dict) and ``state_dict`` (name -> tensor, without the prefixes of wrappers).
 
     Raises:
         DamagedCheckpointError: the file is truncated or altered, or holds no weights.
-        CheckpointError: it is missing, or is refused because it would run code.
+        CheckpointError: it is missing or cannot be opened, or is refused because it would run code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint '{path}' does not exist (looked from {Path.cwd()})")
+    path = Path(path).expanduser()
     try:
-        with _named_damage(path):
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    altered = archive.testzip()
-                if altered:
-                    raise DamagedCheckpointError(f"checkpoint '{path}' is damaged: wrong checksum of {altered}")
+        with open_for_reading(path) as file, _named_damage(path):
+            _check_archive(file, path)
             with torch.serialization.safe_globals([(made, name) for name, made in CONSTRUCTORS.items()]):
-                content = torch.load(path, map_location='cpu', weights_only=True)
+                content = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error.__context__ or error)  # torch wraps it in advice that does not hold here
         refused = _REFUSED.search(reason)
@@ -149,13 +148,51 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def open_for_reading(path: Path) -> Iterator[IO[bytes]]:
+    """A checkpoint file, open; what the operating system says against reading it is no damage.
+
+    Raises:
+        CheckpointError: it is missing, is no file, may not be read, or its disk fails.
+    """
+    try:
+        with path.open('rb') as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint '{path}' does not exist (looked from {Path.cwd()})") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint '{path}' cannot be read: {error.strerror or error}") from error
+
+
+def _check_archive(file: IO[bytes], path: Path) -> None:
+    """Compares the checksums in a zip file; torch does not, and gives memory as it was for an entry marked a folder.
+
+    Raises:
+        DamagedCheckpointError: naming the entry.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            altered = archive.testzip()
+            folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & _DIRECTORY), None)
+        if altered or folder:
+            fault = f'wrong checksum of {altered}' if altered else f'its entry {folder} is marked as a folder'
+            raise DamagedCheckpointError(f"checkpoint '{path}' is damaged: {fault}")
+    file.seek(0)
+
+
+@contextlib.contextmanager
 def _named_damage(path: Path) -> Iterator[None]:
-    """Turns whatever a reader throws at broken bytes into one error; what is refused as unsafe passes through."""
+    """Turns whatever a reader throws at broken bytes into one error.
+
+    What is refused as unsafe passes through, and so does an error of the operating system; ``EINVAL`` is how it answers
+    an offset in broken bytes.
+    """
     try:
         yield
     except (pickle.UnpicklingError, CheckpointError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         reason = str(error).splitlines()[0] if str(error) else 'the file ends too early'
         raise DamagedCheckpointError(
             f"checkpoint '{path}' is damaged or no checkpoint: {type(error).__name__}: {reason}"
@@ -169,12 +206,41 @@ def _normalised(content: Any, path: Path) -> dict[str, Any]:
     weights = checkpoint.get('state_dict', checkpoint.get('model'))
     if weights is None and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         checkpoint, weights = {}, checkpoint
-    if not isinstance(weights, Mapping) or not weights:
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
         raise DamagedCheckpointError(f"checkpoint '{path}' holds no weights (its keys: {', '.join(map(str, content))})")
     checkpoint.pop('model', None)
-    checkpoint['state_dict'] = {name.removeprefix('module.'): value for name, value in weights.items()}
+    checkpoint['state_dict'] = without_wrappers(weights, path)
     checkpoint['meta'] = dict(checkpoint.get('meta') or {})
     return checkpoint
+
+
+def without_wrappers(weights: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """``weights`` under the names of the model alone; the log says which prefixes of wrappers were stripped."""
+    own = unwrapped_names(weights)
+    stripped = [name for name in weights if own[name] != name]
+    if stripped:
+        logger.info("'%s': the prefixes of wrappers are stripped from %d of %d names (%s -> %s)", source, len(stripped),
+                    len(weights), stripped[0], own[stripped[0]])  # fmt: skip
+    return {own[name]: value for name, value in weights.items()}
+
+
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name -> the name without what DDP, ``torch.compile`` and Lightning put before it, in any order.
+
+    A prefix goes where most names have it and no two become equal; that of ``torch.compile`` also stands inside names.
+    """
+    own = {name: name for name in names}
+    compiled = {name: _COMPILED.sub('', name) for name in own}
+    if len(set(compiled.values())) == len(own):
+        own = compiled
+    while own:
+        first, count = Counter(name.partition('.')[0] for name in own.values()).most_common(1)[0]
+        shorter = {name: now.removeprefix(f'{first}.') for name, now in own.items()}
+        collide = len(set(shorter.values())) < len(own)
+        if first not in _WRAPPERS or 2 * count <= len(own) or collide or shorter == own:
+            break
+        own = shorter
+    return own
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]]:
