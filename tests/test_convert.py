@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import collections
+import errno
 import itertools
 import json
+import os
 import pickle
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -13,8 +17,10 @@ import torch
 
 from mmseg.apis.convert import convert_state_dict, read_weights, write_weights
 from mmseg.models.backbones.mit import MixTransformer
+from mmseg.utils import files
 from mmseg.utils.errors import CheckpointError
 from tests.tool_process import run_tool
+from tools import convert_checkpoint
 
 DEAD = ('conv_seg', 'reference_points')
 
@@ -200,6 +206,86 @@ def test_pickles_of_arrays_and_of_code(tmp_path, capsys, protocol):
     with pytest.raises(CheckpointError):
         read_weights(tmp_path / 'model.pth')
     assert 'must not run' not in capsys.readouterr().out
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """Runs the tool in this process: its status, and what it printed as errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['convert_checkpoint', *map(str, arguments)])
+        return convert_checkpoint.main(), capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file in a work dir."""
+    path = tmp_path / 'work' / 'iter_4.pth'
+    path.parent.mkdir()
+    torch.save({'meta': {'iter': 4}, 'state_dict': tiny_backbone().state_dict()}, path)
+    return path
+
+
+def same(path):
+    return path
+
+
+def link(path):
+    (path.parent.parent / 'linked').symlink_to(path.parent)
+    return path.parent.parent / 'linked' / path.name
+
+
+def hard_link(path):
+    (path.parent.parent / 'hard.pth').hardlink_to(path)
+    return path.parent.parent / 'hard.pth'
+
+
+def detour(path):
+    return path.parent / '..' / path.parent.name / path.name
+
+
+@pytest.mark.parametrize('other_name', [same, link, hard_link, detour])
+def test_tool_never_writes_over_what_it_reads(tmp_path, weights, convert, other_name):
+    before = weights.read_bytes()
+    (tmp_path / 'a.py').write_text('model = dict()')
+    taken, free = other_name(weights), tmp_path / 'free.pth'
+    other = tmp_path / 'other.pth'
+    other.write_bytes(before)
+    for arguments, message in (
+        ((weights, taken), 'out: .* is the checkpoint'),
+        ((weights.parent, taken), 'out: .* is the checkpoint'),  # a work dir
+        ((other, taken, '--add', weights), 'out: .* is the checkpoint'),
+        ((weights, free, '--json', taken), '--json: .* is the checkpoint'),
+        ((weights, tmp_path / 'a.py', '--config', tmp_path / 'a.py'), 'out: .* is the config'),
+        ((weights, free, '--json', tmp_path / 'nowhere' / '..' / 'free.pth'), '--json: .* is the converted checkpoint'),
+    ):
+        status, errors = convert(*arguments)
+        assert status == 1 and re.match(f'error: {message}.*choose another name\n$', errors), errors
+    assert weights.read_bytes() == before and not free.exists()
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('when', ['write', 'open'])
+def test_tool_on_a_full_disk_or_a_read_only_folder(tmp_path, weights, convert, monkeypatch, suffix, when):
+    if suffix == '.safetensors':
+        pytest.importorskip('safetensors')
+    out = tmp_path / f'a{suffix}'
+    out.write_text('earlier')
+    if when == 'write':
+        fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(files.os, 'fsync', lambda handle: raise_(fault))
+    else:
+        fault = OSError(errno.EROFS, os.strerror(errno.EROFS))
+        monkeypatch.setattr(files.tempfile, 'mkstemp', lambda **_: raise_(fault))
+    status, errors = convert(weights, out, '--from', 'mit', '--to', 'mit')
+    assert status == 1 and len(errors.splitlines()) == 1 and str(out) in errors and fault.strerror in errors
+    assert out.read_text() == 'earlier' and sorted(tmp_path.iterdir()) == sorted([out, weights.parent])
+
+
+def raise_(error):
+    raise error
 
 
 def test_tool_there_and_back(reference, tmp_path):

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from mmseg.core.checkpoint import (
+    LATEST,
+    checkpoint_files,
     open_checkpoint,
     open_for_reading,
     save_checkpoint,
@@ -357,6 +359,13 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return without_wrappers(state, path), dict(meta)
 
 
+def files_of(source: str | Path) -> dict[str, Path]:
+    """The checkpoints that a file or a work dir stands for, by names for an error message."""
+    source = Path(source).expanduser()
+    files = [*checkpoint_files(source), source / LATEST] if source.is_dir() else [source]
+    return {f"checkpoint '{file}'": file for file in files}
+
+
 def write_weights(path: str | Path, state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
     """Writes weights so that the file is whole or not there; equal weights give equal bytes.
 
@@ -365,7 +374,7 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], meta: Mapping[s
         state: name -> tensor.
         meta: plain data to keep beside the weights.
     """
-    path, meta = Path(path), dict(meta or {})
+    path, meta = Path(path).expanduser(), dict(meta or {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if path.suffix == '.safetensors':
         _safetensors()
