@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +166,9 @@ def test_containers(tmp_path, suffix):
     loaded, meta = read_weights(tmp_path / f'a{suffix}')
     assert {k: v.tolist() for k, v in loaded.items()} == {k: v.tolist() for k, v in state.items()}
     assert meta == {'CLASSES': ['wall', 'sky']}
+    write_weights(tmp_path / f'b{suffix}', state, {'PALETTE': np.uint8([[1, 2]]), 'best': np.float64(0.5)})
+    meta = read_weights(tmp_path / f'b{suffix}')[1]
+    assert np.array_equal(meta['PALETTE'], [[1, 2]]) and meta['best'] == 0.5
     (tmp_path / f'a{suffix}').write_bytes((tmp_path / f'a{suffix}').read_bytes()[:100])
     with pytest.raises(CheckpointError, match=f'a{suffix}'):
         read_weights(tmp_path / f'a{suffix}')
@@ -210,11 +214,11 @@ def test_pickles_of_arrays_and_of_code(tmp_path, capsys, protocol):
 
 @pytest.fixture
 def convert(monkeypatch, capsys):
-    """Runs the tool in this process: its status, and what it printed as errors."""
+    """Runs the tool in this process: its status, and what it printed."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['convert_checkpoint', *map(str, arguments)])
-        return convert_checkpoint.main(), capsys.readouterr().err
+        return convert_checkpoint.main(), *capsys.readouterr()
 
     return run
 
@@ -247,7 +251,8 @@ def detour(path):
 
 
 @pytest.mark.parametrize('other_name', [same, link, hard_link, detour])
-def test_tool_never_writes_over_what_it_reads(tmp_path, weights, convert, other_name):
+def test_tool_never_writes_over_what_it_reads(tmp_path, weights, convert, monkeypatch, other_name):
+    monkeypatch.setenv('HOME', str(tmp_path))
     before = weights.read_bytes()
     (tmp_path / 'a.py').write_text('model = dict()')
     taken, free = other_name(weights), tmp_path / 'free.pth'
@@ -260,8 +265,9 @@ def test_tool_never_writes_over_what_it_reads(tmp_path, weights, convert, other_
         ((weights, free, '--json', taken), '--json: .* is the checkpoint'),
         ((weights, tmp_path / 'a.py', '--config', tmp_path / 'a.py'), 'out: .* is the config'),
         ((weights, free, '--json', tmp_path / 'nowhere' / '..' / 'free.pth'), '--json: .* is the converted checkpoint'),
+        ((weights, Path('~') / taken.relative_to(tmp_path)), 'out: .* is the checkpoint'),
     ):
-        status, errors = convert(*arguments)
+        status, _, errors = convert(*arguments)
         assert status == 1 and re.match(f'error: {message}.*choose another name\n$', errors), errors
     assert weights.read_bytes() == before and not free.exists()
 
@@ -279,7 +285,7 @@ def test_tool_on_a_full_disk_or_a_read_only_folder(tmp_path, weights, convert, m
     else:
         fault = OSError(errno.EROFS, os.strerror(errno.EROFS))
         monkeypatch.setattr(files.tempfile, 'mkstemp', lambda **_: raise_(fault))
-    status, errors = convert(weights, out, '--from', 'mit', '--to', 'mit')
+    status, _, errors = convert(weights, out, '--from', 'mit', '--to', 'mit')
     assert status == 1 and len(errors.splitlines()) == 1 and str(out) in errors and fault.strerror in errors
     assert out.read_text() == 'earlier' and sorted(tmp_path.iterdir()) == sorted([out, weights.parent])
 
@@ -288,48 +294,48 @@ def raise_(error):
     raise error
 
 
-def test_tool_there_and_back(reference, tmp_path):
+def test_tool_there_and_back(reference, tmp_path, convert):
     shapes = reference('keys_video_b0.json')['state_dict']
     state = tensors(shapes)
     torch.save({'meta': {'iter': 3}, 'state_dict': state, 'optimizer': {}}, tmp_path / 'reference.pth')
     config = 'local_configs/themask/video_themask_mit_b0.py'
-    done = run_tool('convert_checkpoint', tmp_path / 'reference.pth', tmp_path / 'ours.pth', '--config', config,
-                    '--strict', '--json', tmp_path / 'report.json')
-    assert done.returncode == 0, done.stderr
-    assert 'missing: 0' in done.stdout and 'unexplained: 0' in done.stdout
+    status, printed, errors = convert(tmp_path / 'reference.pth', tmp_path / 'ours.pth', '--config', config,
+                                      '--strict', '--json', tmp_path / 'report.json')
+    assert status == 0, errors
+    assert 'missing: 0' in printed and 'unexplained: 0' in printed
     ours, meta = read_weights(tmp_path / 'ours.pth')
     assert_equal(ours, without_dead(state))
     assert meta == {'iter': 3}
     report = json.loads((tmp_path / 'report.json').read_text())
     assert len(report['mapped']) == len(ours) and len(report['dropped']) == 4
 
-    done = run_tool('convert_checkpoint', tmp_path / 'ours.pth', tmp_path / 'back.pth', '--to', 'reference')
-    assert done.returncode == 0, done.stderr
+    status, _, errors = convert(tmp_path / 'ours.pth', tmp_path / 'back.pth', '--to', 'reference')
+    assert status == 0, errors
     assert {k: list(v.shape) for k, v in read_weights(tmp_path / 'back.pth')[0].items()} == dict(shapes)
 
 
-def test_tool_names_what_is_wrong(tmp_path):
+def test_tool_names_what_is_wrong(tmp_path, convert):
     torch.save({'strange.weight': torch.rand(1)}, tmp_path / 'a.pth')
-    done = run_tool('convert_checkpoint', tmp_path / 'a.pth', tmp_path / 'b.pth')
-    assert done.returncode == 1 and 'strange.weight' in done.stderr and 'Traceback' not in done.stderr
+    status, _, errors = convert(tmp_path / 'a.pth', tmp_path / 'b.pth')
+    assert status == 1 and 'strange.weight' in errors and 'Traceback' not in errors
     assert not (tmp_path / 'b.pth').exists()
-    done = run_tool('convert_checkpoint', tmp_path / 'none.pth', tmp_path / 'b.pth')
-    assert done.returncode == 1 and 'does not exist' in done.stderr
+    status, _, errors = convert(tmp_path / 'none.pth', tmp_path / 'b.pth')
+    assert status == 1 and 'does not exist' in errors
     assert 'examples:' in run_tool('convert_checkpoint', '--help').stdout
 
 
-def test_tool_joins_a_decoder_and_a_backbone(reference, tmp_path):
+def test_tool_joins_a_decoder_and_a_backbone(reference, tmp_path, convert):
     shapes = without_dead(dict(reference('keys_1f_b0.json')['state_dict']))
     parts = {'mask2former.pth': ('decode_head.', 'sem_seg_head.'), 'mit.pth': ('backbone.', '')}
     for file, (ours, theirs) in parts.items():
         names = [n for n in shapes if n.startswith(ours) and 'class_embed' not in n and 'criterion' not in n]
         torch.save(tensors([(n.replace(ours, theirs), shapes[n]) for n in names]), tmp_path / file)
-    joined = ('convert_checkpoint', tmp_path / 'mask2former.pth', tmp_path / 'start.pth',
-              '--config', 'local_configs/themask/1f_themask_mit_b0.py', '--add', tmp_path / 'mit.pth')
-    done = run_tool(*joined)
-    assert done.returncode == 0, done.stderr
+    config = 'local_configs/themask/1f_themask_mit_b0.py'
+    joined = (tmp_path / 'mask2former.pth', tmp_path / 'start.pth', '--config', config, '--add', tmp_path / 'mit.pth')
+    status, printed, errors = convert(*joined)
+    assert status == 0, errors
     state, _ = read_weights(tmp_path / 'start.pth')
     assert set(shapes) - set(state) == {n for n in shapes if 'class_embed' in n or 'criterion' in n}
-    assert done.stdout.count('missing: 3') == 2
-    done = run_tool(*joined, tmp_path / 'mask2former.pth')
-    assert done.returncode == 1 and 'second time' in done.stderr
+    assert printed.count('missing: 3') == 2
+    status, _, errors = convert(*joined, tmp_path / 'mask2former.pth')
+    assert status == 1 and 'second time' in errors

@@ -29,6 +29,17 @@ def checkpoint(tmp_path):
     return path
 
 
+@pytest.fixture
+def publish(monkeypatch, capsys):
+    """Runs the tool in this process: its status, and what it printed as errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['publish_model', *map(str, arguments)])
+        return publish_model_tool.main(), capsys.readouterr().err
+
+    return run
+
+
 def test_weights_only_and_the_same_name_for_the_same_weights(checkpoint, tmp_path):
     first = publish_model(checkpoint, tmp_path / 'out' / 'model.pth')
     again = publish_model(checkpoint, tmp_path / 'again' / 'other.pth')
@@ -44,33 +55,22 @@ def test_weights_only_and_the_same_name_for_the_same_weights(checkpoint, tmp_pat
         publish_model(tmp_path / 'none.pth', tmp_path / 'x.pth')
 
 
-def test_tool_and_card(checkpoint, tmp_path):
+def test_tool_and_card(checkpoint, tmp_path, publish):
     metrics = tmp_path / 'metrics.json'
     metrics.write_text(json.dumps({'mIoU': 0.4321, 'VC8': 0.9, 'VC16': None}))
-    done = run_tool('publish_model', checkpoint, tmp_path / 'm.pth', '--config', 'local_configs/themask/mini_video.py',
-                    '--metrics', metrics, '--data', 'mini val')
-    assert done.returncode == 0, done.stderr
+    status, errors = publish(checkpoint, tmp_path / 'm.pth', '--config', 'local_configs/themask/mini_video.py',
+                             '--metrics', metrics, '--data', 'mini val')
+    assert status == 0, errors
     (card,) = tmp_path.glob('m-*.md')
     text = card.read_text()
     for part in ('| mIoU | 43.21 |', '| VC8 | 90.00 |', '## Results on mini val', '2: wall, sky', '1,200',
                  "type='EncoderDecoder_clips'", card.with_suffix('.pth').name, 'segment_video'):
         assert part in text, part
     assert 'VC16' not in text.split('## Config')[0]
-    done = run_tool('publish_model', tmp_path / 'none.pth', tmp_path / 'm.pth')
-    assert done.returncode == 1 and 'does not exist' in done.stderr and 'Traceback' not in done.stderr
+    status, errors = publish(tmp_path / 'none.pth', tmp_path / 'm.pth')
+    assert status == 1 and 'does not exist' in errors and len(errors.splitlines()) == 1
     done = run_tool('publish_model', '--help')
     assert done.returncode == 0 and 'examples:' in done.stdout
-
-
-@pytest.fixture
-def publish(monkeypatch, capsys):
-    """Runs the tool in this process: its status, and what it printed as errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['publish_model', *map(str, arguments)])
-        return publish_model_tool.main(), capsys.readouterr().err
-
-    return run
 
 
 def content(folder):

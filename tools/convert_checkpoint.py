@@ -89,7 +89,7 @@ def convert() -> None:
         print(report)
     if args.json:
         dicts = [report.as_dict() for report in reports]
-        write_atomically(args.json, json.dumps(dicts if args.add else dicts[0], indent=1))
+        write_atomically(args.json.expanduser(), json.dumps(dicts if args.add else dicts[0], indent=1))
     unknown = [name for report in reports for name in report.unknown]
     if unknown:
         raise CheckpointError(f'{len(unknown)} names are unexplained; nothing is written (see --drop)')

@@ -382,7 +382,8 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], meta: Mapping[s
 
         unshared = {name: tensor.clone() for name, tensor in tensors.items()}
         # one entry: the library writes several in random order
-        write_atomically(path, save(unshared, {'meta': json.dumps(meta)} if meta else {'format': 'pt'}))
+        text = json.dumps(meta, default=lambda value: value.tolist() if hasattr(value, 'tolist') else str(value))
+        write_atomically(path, save(unshared, {'meta': text} if meta else {'format': 'pt'}))
     else:
         save_checkpoint({'meta': meta, 'state_dict': tensors}, path)
 
