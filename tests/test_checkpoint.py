@@ -238,7 +238,8 @@ def test_folders_and_the_home_folder_in_paths(tmp_path, monkeypatch, suffix):
 
 
 @pytest.mark.parametrize('content', [
-    [1, 2], {'meta': {}, 'optimizer': {}}, {'state_dict': {}}, {'state_dict': 3}])
+    [1, 2], {'meta': {}, 'optimizer': {}}, {'state_dict': {}}, {'state_dict': 3}, {'state_dict': {1: torch.zeros(1)}},
+    {'state_dict': {'a': torch.zeros(1)}, 'meta': 'text'}])
 def test_files_without_weights_are_named(tmp_path, content):
     torch.save(content, tmp_path / 'odd.pth')
     with pytest.raises(DamagedCheckpointError, match=r'odd.pth'):
@@ -284,6 +285,8 @@ def test_another_model_is_refused_by_name(tmp_path):
     weights = Model(16).state_dict()
     with pytest.raises(CheckpointError, match=r'backbone.weight is \(16, 3\) there and \(8, 3\) here'):
         load_weights(Model(8), weights, 'x.pth')
+    with pytest.raises(CheckpointError, match=r'x\.pth.: extra is a int, expected a tensor'):
+        load_weights(Model(), {**Model().state_dict(), 'extra': 3}, 'x.pth')
     weights = Model().state_dict()
     weights['extra.weight'] = weights.pop('norm.weight')
     with pytest.raises(CheckpointError, match=r'x\.pth.*missing: norm.weight; unexpected: extra.weight'):

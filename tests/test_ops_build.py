@@ -214,6 +214,25 @@ def test_a_cache_that_another_user_could_have_filled_is_not_used(fake_compiler, 
     assert calls(fake_compiler) == built
 
 
+@as_root
+def test_a_cache_that_root_has_built_serves_everybody(fake_compiler, monkeypatch):
+    path = build.library('cpu')
+    path.parent.chmod(0o555)
+    built = calls(fake_compiler)
+    monkeypatch.setattr(native.os, 'geteuid', lambda: OTHER_USER)
+    assert build.library('cpu') == path and calls(fake_compiler) == built
+
+
+@as_root
+def test_a_link_that_another_user_made_is_not_followed(fake_compiler):
+    (fake_compiler / 'elsewhere').mkdir()
+    (fake_compiler / 'cache').symlink_to('elsewhere')
+    assert build.library('cpu').exists(), "one's own link is"
+    os.chown(fake_compiler / 'cache', OTHER_USER, -1, follow_symlinks=False)
+    with pytest.raises(build.BuildError, match='belongs to the user 54321'):
+        build.library('cpu')
+
+
 def test_a_shared_folder_where_nobody_replaces_the_files_of_others_is_used(fake_compiler):
     """As /tmp is."""
     folder = fake_compiler / 'cache'
@@ -277,8 +296,12 @@ def test_a_user_without_a_home_has_a_cache_among_temporary_files(fake_compiler, 
     assert build.cache_dir() == fake_compiler / f'themask-ops-{os.geteuid()}'
 
 
-def test_the_first_build_says_once_what_it_does_and_how_to_do_it_ahead(fake_compiler, capsys):
+def test_the_first_build_says_once_what_it_does_and_how_to_do_it_ahead(fake_compiler, capsys, monkeypatch):
     native._announce.cache_clear()
+    monkeypatch.setenv('THEMASK_OPS_BACKEND', 'pytorch')
+    build.library('cpu').unlink()
+    assert capsys.readouterr().err == ''
+    monkeypatch.delenv('THEMASK_OPS_BACKEND')
     path = build.library('cpu')
     assert capsys.readouterr().err.count('\n') == 1
     native._announce.cache_clear()

@@ -207,10 +207,13 @@ def _normalised(content: Any, path: Path) -> dict[str, Any]:
     if weights is None and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         checkpoint, weights = {}, checkpoint
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
-        raise DamagedCheckpointError(f"checkpoint '{path}' holds no weights (its keys: {', '.join(map(str, content))})")
+        raise DamagedCheckpointError(f"checkpoint '{path}' holds no weights (its keys: {_some([*map(str, content)])})")
+    meta = checkpoint.get('meta') or {}
+    if not isinstance(meta, Mapping):
+        raise DamagedCheckpointError(f"checkpoint '{path}': meta is a {type(meta).__name__}, not a dict")
     checkpoint.pop('model', None)
     checkpoint['state_dict'] = without_wrappers(weights, path)
-    checkpoint['meta'] = dict(checkpoint.get('meta') or {})
+    checkpoint['meta'] = dict(meta)
     return checkpoint
 
 
@@ -274,8 +277,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
     """Puts ``weights`` into ``model``; every name and shape must fit.
 
     Raises:
-        CheckpointError: naming what is missing, unexpected or of another shape.
+        CheckpointError: naming what is missing, unexpected, no tensor or of another shape.
     """
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"checkpoint '{source}': {name} is a {type(value).__name__}, expected a tensor")
     own = model.state_dict()
     wrong = [
         f'{name} is {tuple(weights[name].shape)} there and {tuple(tensor.shape)} here'

@@ -7,7 +7,7 @@ of a library is built anew.  What another user could have put there is not loade
 
 * ``THEMASK_OPS_CACHE``: where libraries are kept (default ``$XDG_CACHE_HOME/themask/ops`` or ``~/.cache/themask/ops``,
   or the folder of temporary files for a user without a home);
-* ``THEMASK_OPS_BACKEND=pytorch``: no warning where a slower form serves;
+* ``THEMASK_OPS_BACKEND=pytorch``: no word about building, nor where a slower form is used;
 * ``THEMASK_OPS_BUILD=0``: never compile, use what was built ahead of time;
 * ``CXX``: the C++ compiler.
 """
@@ -219,8 +219,8 @@ def _build_once(library: Library, compiler: Sequence[str], target: Path, quiet: 
         if not _fault(target):
             return
         if failure.is_file() and not failure.is_symlink() and failure.stat().st_mtime > started:
-            raise BuildError(failure.read_text('utf-8'))
-        if not quiet:
+            raise BuildError(failure.read_text('utf-8', 'replace'))
+        if not quiet and not _silenced():
             _announce(target.parent)
         try:
             compile_library(library, compiler, target)
@@ -269,12 +269,13 @@ def _check_folder(folder: Path) -> None:
 
 
 def _doubt(path: Path) -> str:
-    """Whether others than this user and root could have written a file or folder; empty if not."""
+    """How others than this user and root could have written a file or folder, or a link to it; empty if not."""
     if not hasattr(os, 'geteuid'):
         return ''
     state = path.stat()
-    if state.st_uid not in (os.geteuid(), 0):
-        return f'belongs to the user {state.st_uid}'
+    strangers = {path.lstat().st_uid, state.st_uid} - {os.geteuid(), 0}
+    if strangers:
+        return f'belongs to the user {strangers.pop()}'
     sticky = stat.S_ISDIR(state.st_mode) and state.st_mode & stat.S_ISVTX  # others cannot replace what lies in it
     return 'can be written by others' if state.st_mode & _WRITABLE_BY_OTHERS and not sticky else ''
 
@@ -305,12 +306,16 @@ def loaded(made_of: Callable[[], Library], load: Callable[[Path], ctypes.CDLL]) 
 
 
 def warn_of_slower_form(what: str, reason: BuildError | str, stacklevel: int) -> None:
-    """Warns that a slower form serves, unless the user has asked for it by ``THEMASK_OPS_BACKEND=pytorch``."""
-    if os.environ.get('THEMASK_OPS_BACKEND', '').strip().lower() != 'pytorch':
+    """Warns that a slower form is used, unless the user has asked for it by ``THEMASK_OPS_BACKEND=pytorch``."""
+    if not _silenced():
         warnings.warn(
             f'{what}: {reason}. Mend this and start again, or set THEMASK_OPS_BACKEND=pytorch to be quiet.',
             stacklevel=stacklevel + 1,
         )
+
+
+def _silenced() -> bool:
+    return os.environ.get('THEMASK_OPS_BACKEND', '').strip().lower() == 'pytorch'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
