@@ -98,12 +98,17 @@ def test_hostile_pickles_are_one_line_and_no_crash(tmp_path):
     for name, content in CASES.items():
         (tmp_path / name).mkdir()
         paths += both_files(tmp_path / name, content)
+    numbered = pickle.dumps({'w': np.float32([1])}, 2)
+    assert numbered.startswith(b'\x80\x02}q\x00')  # a dict, and the number under which it may be asked for again
+    (tmp_path / 'number').mkdir()
+    paths.append(tmp_path / 'number' / 'weights.pkl')
+    paths[-1].write_bytes(numbered.replace(b'}q\x00', b'}r\xff\xff\xff\x7f', 1))
     done = subprocess.run([sys.executable, '-c', READ_ALL, *map(str, paths)], capture_output=True, text=True,
                           cwd=Path(__file__).parents[1])  # fmt: skip
     assert done.returncode == 0, f'{done.returncode}: {done.stdout.splitlines()[-1]}\n{done.stderr[-2000:]}'
-    assert done.stdout.count('reading') == 2 * len(CASES)
+    assert done.stdout.count('reading') == len(paths)
     read = [paths[done.stdout[: m.start()].count('reading') - 1] for m in re.finditer('^read$', done.stdout, re.M)]
-    assert [path.parent.name for path in read] == ['flags of objects'], 'flags are not taken from the file'
+    assert [path.parent.name for path in read] == ['flags of objects', 'number'], 'both are ignored'
 
 
 def test_an_array_is_filled_once(tmp_path):

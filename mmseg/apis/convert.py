@@ -396,8 +396,11 @@ def _safetensors() -> Any:
     return safetensors
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain data; any other class in the file is refused, so no code of the file can run."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Builds numpy arrays and plain data; any other class in the file is refused, so no code of the file can run.
+
+    In Python, as the one in C takes gigabytes for a large number in the file.
+    """
 
     _ALLOWED = {
         **CONSTRUCTORS,
