@@ -203,7 +203,7 @@ def test_a_torch_without_a_parallel_loop_is_named(monkeypatch):
     if isinstance(library, BuildError):
         pytest.skip(str(library))
     monkeypatch.setattr(cpu_native, '_torch_library', object)
-    with pytest.raises(OSError, match='has no torch_parallel_for'):
+    with pytest.raises(BuildError, match='has no torch_parallel_for'):
         cpu_native.load(library._name)
 
 

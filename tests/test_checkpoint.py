@@ -1,9 +1,12 @@
 """Checkpoints: whole or absent, never run code, old layouts, the newest whole one of a work dir."""
 
+import errno
 import io
+import itertools
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmseg.apis.convert import read_weights
 from mmseg.core import (
     load_checkpoint,
     load_weights,
@@ -21,7 +25,13 @@ from mmseg.core import (
     read_checkpoint,
     save_checkpoint,
 )
-from mmseg.core.checkpoint import DamagedCheckpointError, checkpoint_files, point_latest, prune_checkpoints
+from mmseg.core.checkpoint import (
+    DamagedCheckpointError,
+    checkpoint_files,
+    point_latest,
+    prune_checkpoints,
+    unwrapped_names,
+)
 from mmseg.utils.errors import CheckpointError
 from tests.engine import Model
 
@@ -114,8 +124,122 @@ def test_a_damaged_newest_file_is_named_and_the_one_before_used(tmp_path, caplog
         read_checkpoint(newest)
 
 
+def directory_spans(data):
+    """Where in a zip file the local header and the directory entry of each file stand, and the directory's end."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        place, entries = archive.start_dir, archive.infolist()
+    for entry in entries:
+        local = entry.header_offset + 30 + sum(struct.unpack_from('<HH', data, entry.header_offset + 26))
+        end = place + 46 + sum(struct.unpack_from('<HHH', data, place + 28))
+        yield f'local {entry.filename}', range(entry.header_offset, local)
+        yield entry.filename, range(place, end)
+        place = end
+    yield 'end', range(place, len(data))
+
+
+@pytest.mark.parametrize('everywhere', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_flipped_bit_beside_the_data_is_found_or_harmless(tmp_path, everywhere):
+    """Nothing checks sizes, names and attributes of the entries in a zip file; one makes torch leave the data out."""
+    path = write(tmp_path / 'iter_1.pth', 2.0)
+    data, expected = path.read_bytes(), read_checkpoint(path)['state_dict']['a']
+    refused = set()
+    for name, positions in directory_spans(data):
+        if not everywhere and name not in ('archive/data/0', 'end'):
+            continue
+        for position, bit in itertools.product(positions, range(8)):
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+            try:
+                read = read_checkpoint(path)
+            except DamagedCheckpointError as error:
+                refused.add(str(error).partition('damaged: ')[2])
+            else:
+                assert torch.equal(read['state_dict']['a'], expected) and read['meta'] == {'iter': 1}, (position, bit)
+    assert 'its entry archive/data/0 is marked as a folder' in refused
+
+
+WRAPPED = {
+    'ddp': ('module.{}', '{}'), 'lightning': ('model.{}', '{}'), 'compiled': ('_orig_mod.{}', '{}'),
+    'compiled, then ddp': ('module._orig_mod.{}', '{}'), 'ddp, then compiled': ('_orig_mod.module.{}', '{}'),
+    'lightning around all': ('model._orig_mod.module.{}', '{}'), 'twice': ('module.module.{}', '{}'),
+    'a compiled part': ('backbone._orig_mod.{}', 'backbone.{}'),
+    'names of ours': ('backbone.model.{}', 'backbone.model.{}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', WRAPPED)
+def test_prefixes_of_wrappers_are_stripped_and_said(tmp_path, caplog, case):
+    caplog.set_level('INFO', logger='mmseg')
+    pattern, expected = WRAPPED[case]
+    torch.save({pattern.format(name): torch.zeros(1) for name in ('a.w', 'b.w')}, tmp_path / 'a.pth')
+    assert list(read_checkpoint(tmp_path / 'a.pth')['state_dict']) == [expected.format(n) for n in ('a.w', 'b.w')]
+    assert ('stripped from 2 of 2 names' in caplog.text) == (pattern != expected)
+
+
+@pytest.mark.parametrize(('names', 'expected'), [
+    (['model.a', 'model.b', 'loss.weight'], ['a', 'b', 'loss.weight']),  # most names have it
+    (['model.a', 'b', 'c'], ['model.a', 'b', 'c']),
+    (['model.a', 'model.b', 'a'], ['model.a', 'model.b', 'a']),  # two would be one
+    (['_orig_mod.a', 'a'], ['_orig_mod.a', 'a']),
+    (['module', 'model.module.a'], ['module', 'model.module.a']),
+    (['module'], ['module']),
+    ([], []),
+])
+def test_prefixes_go_only_where_nothing_is_lost(names, expected):
+    assert list(unwrapped_names(names).values()) == expected
+
+
+@pytest.mark.parametrize('error', [
+    PermissionError(errno.EACCES, 'Permission denied'), OSError(errno.EIO, 'Input/output error')])
+@pytest.mark.parametrize('suffix', ['.pth', '.pkl', '.safetensors'])
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, error, suffix):
+    write(tmp_path / 'iter_1.pth')
+    path = tmp_path / f'iter_9{suffix}'
+    path.touch()
+
+    def refuse(self, *args, **kwargs):
+        if self == path:
+            raise error
+        return open(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, 'open', refuse)
+    with pytest.raises(CheckpointError, match=rf"iter_9{suffix}' cannot be read: {error.strerror}") as caught:
+        read_weights(path)
+    assert not isinstance(caught.value, DamagedCheckpointError)
+    if suffix == '.pth':
+        with pytest.raises(CheckpointError, match='cannot be read'):
+            newest_checkpoint(tmp_path)  # not passed over in silence
+
+
+def test_a_disk_that_fails_while_reading_is_not_called_damage(tmp_path, monkeypatch):
+    path = write(tmp_path / 'iter_1.pth')
+
+    def fail(self):
+        raise OSError(errno.EIO, 'Input/output error')
+
+    monkeypatch.setattr(zipfile.ZipFile, 'testzip', fail)
+    with pytest.raises(CheckpointError, match='cannot be read: Input/output error') as caught:
+        read_checkpoint(path)
+    assert not isinstance(caught.value, DamagedCheckpointError)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.pkl', '.safetensors'])
+def test_folders_and_the_home_folder_in_paths(tmp_path, monkeypatch, suffix):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with pytest.raises(CheckpointError, match=rf'{tmp_path}/a{suffix}.*does not exist'):
+        read_weights(f'~/a{suffix}')
+    (tmp_path / f'a{suffix}').mkdir()
+    if suffix != '.pth':  # a work dir may have any name
+        with pytest.raises(CheckpointError, match='Is a directory'):
+            read_weights(f'~/a{suffix}')
+    write(tmp_path / 'b.pth')
+    assert read_checkpoint('~/b.pth')['meta'] == {'iter': 1} and list(read_weights('~/b.pth')[0]) == ['a']
+    with pytest.raises(CheckpointError, match='Is a directory'):
+        read_checkpoint('~')
+
+
 @pytest.mark.parametrize('content', [
-    [1, 2], {'meta': {}, 'optimizer': {}}, {'state_dict': {}}, {'state_dict': 3}])
+    [1, 2], {'meta': {}, 'optimizer': {}}, {'state_dict': {}}, {'state_dict': 3}, {'state_dict': {1: torch.zeros(1)}},
+    {'state_dict': {'a': torch.zeros(1)}, 'meta': 'text'}])
 def test_files_without_weights_are_named(tmp_path, content):
     torch.save(content, tmp_path / 'odd.pth')
     with pytest.raises(DamagedCheckpointError, match=r'odd.pth'):
@@ -161,6 +285,8 @@ def test_another_model_is_refused_by_name(tmp_path):
     weights = Model(16).state_dict()
     with pytest.raises(CheckpointError, match=r'backbone.weight is \(16, 3\) there and \(8, 3\) here'):
         load_weights(Model(8), weights, 'x.pth')
+    with pytest.raises(CheckpointError, match=r'x\.pth.: extra is a int, expected a tensor'):
+        load_weights(Model(), {**Model().state_dict(), 'extra': 3}, 'x.pth')
     weights = Model().state_dict()
     weights['extra.weight'] = weights.pop('norm.weight')
     with pytest.raises(CheckpointError, match=r'x\.pth.*missing: norm.weight; unexpected: extra.weight'):

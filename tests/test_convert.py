@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import collections
+import errno
+import itertools
 import json
+import os
 import pickle
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +18,10 @@ import torch
 
 from mmseg.apis.convert import convert_state_dict, read_weights, write_weights
 from mmseg.models.backbones.mit import MixTransformer
+from mmseg.utils import files
 from mmseg.utils.errors import CheckpointError
 from tests.tool_process import run_tool
+from tools import convert_checkpoint
 
 DEAD = ('conv_seg', 'reference_points')
 
@@ -158,9 +166,29 @@ def test_containers(tmp_path, suffix):
     loaded, meta = read_weights(tmp_path / f'a{suffix}')
     assert {k: v.tolist() for k, v in loaded.items()} == {k: v.tolist() for k, v in state.items()}
     assert meta == {'CLASSES': ['wall', 'sky']}
+    write_weights(tmp_path / f'b{suffix}', state, {'PALETTE': np.uint8([[1, 2]]), 'best': np.float64(0.5)})
+    meta = read_weights(tmp_path / f'b{suffix}')[1]
+    assert np.array_equal(meta['PALETTE'], [[1, 2]]) and meta['best'] == 0.5
     (tmp_path / f'a{suffix}').write_bytes((tmp_path / f'a{suffix}').read_bytes()[:100])
     with pytest.raises(CheckpointError, match=f'a{suffix}'):
         read_weights(tmp_path / f'a{suffix}')
+
+
+def test_a_flipped_bit_in_the_header_of_safetensors_is_found_or_harmless(tmp_path):
+    """No tensor gets other numbers, another shape or type; a name may change, which loading into a model finds."""
+    pytest.importorskip('safetensors')
+    path = tmp_path / 'a.safetensors'
+    state = {'a': torch.arange(6.0).reshape(2, 3), 'b': torch.arange(3)}
+    write_weights(path, state)
+    data = path.read_bytes()
+    for position, bit in itertools.product(range(8 + int.from_bytes(data[:8], 'little')), range(8)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+        try:
+            read, _ = read_weights(path)
+        except CheckpointError:
+            continue
+        values = zip(sorted(read.values(), key=str), sorted(state.values(), key=str), strict=True)
+        assert all(got.dtype == want.dtype and torch.equal(got, want) for got, want in values), (position, bit)
 
 
 class Evil:
@@ -184,48 +212,130 @@ def test_pickles_of_arrays_and_of_code(tmp_path, capsys, protocol):
     assert 'must not run' not in capsys.readouterr().out
 
 
-def test_tool_there_and_back(reference, tmp_path):
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """Runs the tool in this process: its status, and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['convert_checkpoint', *map(str, arguments)])
+        return convert_checkpoint.main(), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file in a work dir."""
+    path = tmp_path / 'work' / 'iter_4.pth'
+    path.parent.mkdir()
+    torch.save({'meta': {'iter': 4}, 'state_dict': tiny_backbone().state_dict()}, path)
+    return path
+
+
+def same(path):
+    return path
+
+
+def link(path):
+    (path.parent.parent / 'linked').symlink_to(path.parent)
+    return path.parent.parent / 'linked' / path.name
+
+
+def hard_link(path):
+    (path.parent.parent / 'hard.pth').hardlink_to(path)
+    return path.parent.parent / 'hard.pth'
+
+
+def detour(path):
+    return path.parent / '..' / path.parent.name / path.name
+
+
+@pytest.mark.parametrize('other_name', [same, link, hard_link, detour])
+def test_tool_never_writes_over_what_it_reads(tmp_path, weights, convert, monkeypatch, other_name):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    before = weights.read_bytes()
+    (tmp_path / 'a.py').write_text('model = dict()')
+    taken, free = other_name(weights), tmp_path / 'free.pth'
+    other = tmp_path / 'other.pth'
+    other.write_bytes(before)
+    for arguments, message in (
+        ((weights, taken), 'out: .* is the checkpoint'),
+        ((weights.parent, taken), 'out: .* is the checkpoint'),  # a work dir
+        ((other, taken, '--add', weights), 'out: .* is the checkpoint'),
+        ((weights, free, '--json', taken), '--json: .* is the checkpoint'),
+        ((weights, tmp_path / 'a.py', '--config', tmp_path / 'a.py'), 'out: .* is the config'),
+        ((weights, free, '--json', tmp_path / 'nowhere' / '..' / 'free.pth'), '--json: .* is the converted checkpoint'),
+        ((weights, Path('~') / taken.relative_to(tmp_path)), 'out: .* is the checkpoint'),
+    ):
+        status, _, errors = convert(*arguments)
+        assert status == 1 and re.match(f'error: {message}.*choose another name\n$', errors), errors
+    assert weights.read_bytes() == before and not free.exists()
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('when', ['write', 'open'])
+def test_tool_on_a_full_disk_or_a_read_only_folder(tmp_path, weights, convert, monkeypatch, suffix, when):
+    if suffix == '.safetensors':
+        pytest.importorskip('safetensors')
+    out = tmp_path / f'a{suffix}'
+    out.write_text('earlier')
+    if when == 'write':
+        fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(files.os, 'fsync', lambda handle: raise_(fault))
+    else:
+        fault = OSError(errno.EROFS, os.strerror(errno.EROFS))
+        monkeypatch.setattr(files.tempfile, 'mkstemp', lambda **_: raise_(fault))
+    status, _, errors = convert(weights, out, '--from', 'mit', '--to', 'mit')
+    assert status == 1 and len(errors.splitlines()) == 1 and str(out) in errors and fault.strerror in errors
+    assert out.read_text() == 'earlier' and sorted(tmp_path.iterdir()) == sorted([out, weights.parent])
+
+
+def raise_(error):
+    raise error
+
+
+def test_tool_there_and_back(reference, tmp_path, convert):
     shapes = reference('keys_video_b0.json')['state_dict']
     state = tensors(shapes)
     torch.save({'meta': {'iter': 3}, 'state_dict': state, 'optimizer': {}}, tmp_path / 'reference.pth')
     config = 'local_configs/themask/video_themask_mit_b0.py'
-    done = run_tool('convert_checkpoint', tmp_path / 'reference.pth', tmp_path / 'ours.pth', '--config', config,
-                    '--strict', '--json', tmp_path / 'report.json')
-    assert done.returncode == 0, done.stderr
-    assert 'missing: 0' in done.stdout and 'unexplained: 0' in done.stdout
+    status, printed, errors = convert(tmp_path / 'reference.pth', tmp_path / 'ours.pth', '--config', config,
+                                      '--strict', '--json', tmp_path / 'report.json')
+    assert status == 0, errors
+    assert 'missing: 0' in printed and 'unexplained: 0' in printed
     ours, meta = read_weights(tmp_path / 'ours.pth')
     assert_equal(ours, without_dead(state))
     assert meta == {'iter': 3}
     report = json.loads((tmp_path / 'report.json').read_text())
     assert len(report['mapped']) == len(ours) and len(report['dropped']) == 4
 
-    done = run_tool('convert_checkpoint', tmp_path / 'ours.pth', tmp_path / 'back.pth', '--to', 'reference')
-    assert done.returncode == 0, done.stderr
+    status, _, errors = convert(tmp_path / 'ours.pth', tmp_path / 'back.pth', '--to', 'reference')
+    assert status == 0, errors
     assert {k: list(v.shape) for k, v in read_weights(tmp_path / 'back.pth')[0].items()} == dict(shapes)
 
 
-def test_tool_names_what_is_wrong(tmp_path):
+def test_tool_names_what_is_wrong(tmp_path, convert):
     torch.save({'strange.weight': torch.rand(1)}, tmp_path / 'a.pth')
-    done = run_tool('convert_checkpoint', tmp_path / 'a.pth', tmp_path / 'b.pth')
-    assert done.returncode == 1 and 'strange.weight' in done.stderr and 'Traceback' not in done.stderr
+    status, _, errors = convert(tmp_path / 'a.pth', tmp_path / 'b.pth')
+    assert status == 1 and 'strange.weight' in errors and 'Traceback' not in errors
     assert not (tmp_path / 'b.pth').exists()
-    done = run_tool('convert_checkpoint', tmp_path / 'none.pth', tmp_path / 'b.pth')
-    assert done.returncode == 1 and 'does not exist' in done.stderr
+    status, _, errors = convert(tmp_path / 'none.pth', tmp_path / 'b.pth')
+    assert status == 1 and 'does not exist' in errors
     assert 'examples:' in run_tool('convert_checkpoint', '--help').stdout
 
 
-def test_tool_joins_a_decoder_and_a_backbone(reference, tmp_path):
+def test_tool_joins_a_decoder_and_a_backbone(reference, tmp_path, convert):
     shapes = without_dead(dict(reference('keys_1f_b0.json')['state_dict']))
     parts = {'mask2former.pth': ('decode_head.', 'sem_seg_head.'), 'mit.pth': ('backbone.', '')}
     for file, (ours, theirs) in parts.items():
         names = [n for n in shapes if n.startswith(ours) and 'class_embed' not in n and 'criterion' not in n]
         torch.save(tensors([(n.replace(ours, theirs), shapes[n]) for n in names]), tmp_path / file)
-    joined = ('convert_checkpoint', tmp_path / 'mask2former.pth', tmp_path / 'start.pth',
-              '--config', 'local_configs/themask/1f_themask_mit_b0.py', '--add', tmp_path / 'mit.pth')
-    done = run_tool(*joined)
-    assert done.returncode == 0, done.stderr
+    config = 'local_configs/themask/1f_themask_mit_b0.py'
+    joined = (tmp_path / 'mask2former.pth', tmp_path / 'start.pth', '--config', config, '--add', tmp_path / 'mit.pth')
+    status, printed, errors = convert(*joined)
+    assert status == 0, errors
     state, _ = read_weights(tmp_path / 'start.pth')
     assert set(shapes) - set(state) == {n for n in shapes if 'class_embed' in n or 'criterion' in n}
-    assert done.stdout.count('missing: 3') == 2
-    done = run_tool(*joined, tmp_path / 'mask2former.pth')
-    assert done.returncode == 1 and 'second time' in done.stderr
+    assert printed.count('missing: 3') == 2
+    status, _, errors = convert(*joined, tmp_path / 'mask2former.pth')
+    assert status == 1 and 'second time' in errors

@@ -1,4 +1,4 @@
-"""How a training ends and goes on: errors anywhere, stalled data, signals, owed evaluations, runs that share a folder."""
+"""How a training ends and goes on: errors anywhere, stalled data, signals, owed evaluations, runs in one folder."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_longer_run_after_a_partial_group_begins_a_whole_group(tmp_path):
     longer = make_runner(tmp_path, 10, [Divisors()], update=update, optimizer=SGD)
     longer.resume(read_checkpoint(tmp_path / 'iter_5.pth'), 'iter_5.pth')
     backward = longer.precision.backward
-    longer.precision.backward = lambda loss: (shares.append(float(loss)), backward(loss))
+    longer.precision.backward = lambda loss: (shares.append(float(loss.detach())), backward(loss))
     longer.run(batches(5))
     assert shares == [2, 2, 2, 2, 1]
 
@@ -329,8 +329,9 @@ def stalled(tmp_path_factory):
     mask = next((data / 'data/a/mask').iterdir())
     mask.unlink()
     os.mkfifo(mask)
-    return {workers: write_tiny_config(root / f'{workers}.py', data, workers=workers, extra='data.update(stall_seconds=1)')
-            for workers in (0, 2)}, mask
+    extra = 'data.update(stall_seconds=1)'
+    configs = {n: write_tiny_config(root / f'{n}.py', data, workers=n, extra=extra) for n in (0, 2)}
+    return configs, mask
 
 
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -450,3 +450,28 @@ def test_the_bare_op_checks_too(name, index, spoil):
         torch.ops.themask.ms_deform_attn_fused(*arguments)
     with pytest.raises(RuntimeError, match=name):
         torch.ops.themask.ms_deform_attn_fused_backward(torch.zeros(2, 5, 16), *arguments, False)
+
+
+WRAPPING = {
+    'product': [2**32, 2**32, 3, 4, 2, 2],
+    'product of both levels': [2**32, 2**32, 2**32, 2**32, 3, 4, 2, 2],
+    'product below zero': [2**62, 2, 2**62, 2, 3, 4, 2, 2],
+    'sum': [2**62, 1, 2**62, 1, 2**62, 1, 2**62, 1, 16, 1],
+    'largest': [2**63 - 1, 2**63 - 1, 3, 5],
+    'two below zero': [-(2**32), -(2**32), 4, 4],
+    'beside the smallest': [-(2**63), -1, 4, 4],
+}
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('sizes', WRAPPING.values(), ids=WRAPPING)
+def test_the_bare_op_checks_sizes_whose_products_or_sums_wrap(sizes, fused):
+    """Taken for 16 pixels they would read and write far outside of value."""
+    cpu_library()
+    value, _, *others = problem(fused=fused, shapes=((1, 1),) * (len(sizes) // 2))
+    value = value.new_zeros(2, 16, *value.shape[2:])
+    name = 'ms_deform_attn_fused' if fused else 'ms_deform_attn'
+    with pytest.raises(RuntimeError, match='spatial_shapes'):
+        getattr(torch.ops.themask, name)(value, sizes, *others)
+    with pytest.raises(RuntimeError, match='spatial_shapes'):
+        getattr(torch.ops.themask, f'{name}_backward')(torch.zeros(2, 5, 16), value, sizes, *others, False)

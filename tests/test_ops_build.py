@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmseg.core.evaluation import run_lengths
+from mmseg.models import cpu_native
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import backend, build, ms_deform_attn_fused
+from mmseg.models.segmentors import label_map_native
 from mmseg.utils import native
 from tests.test_ops import INSTRUCTION_SETS, cpu_library, problem
 
@@ -154,6 +157,178 @@ def test_without_a_compiler_a_library_built_elsewhere_is_used(fake_compiler, mon
         build.library('cpu')
 
 
+@pytest.mark.parametrize('damage', [
+    lambda path: path.write_bytes(b''),
+    lambda path: path.write_bytes(path.read_bytes()[:-1] + b'x'),
+    lambda path: path.with_suffix('.sha256').unlink(),
+    lambda path: path.with_suffix('.sha256').write_bytes(b''),
+], ids=['truncated', 'altered', 'no checksum', 'empty checksum'])
+def test_a_damaged_library_is_built_anew(fake_compiler, monkeypatch, damage):
+    """Loaded, a truncated one ends the process with SIGBUS, at every start."""
+    script = fake_compiler / 'fake++'
+    script.write_text(script.read_text().replace(': > "$2"', 'echo code > "$2"'))
+    path = build.library('cpu')
+    whole, built = path.read_bytes(), calls(fake_compiler)
+    damage(path)
+    with pytest.raises(build.BuildError, match=r'is damaged|has no checksum'):
+        build.library('cpu', allow_build=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, 'find_compiler', lambda kind: None)
+        with pytest.raises(build.BuildError, match='no C'):
+            build.library('cpu')
+    assert build.library('cpu').read_bytes() == whole and calls(fake_compiler) == 2 * built
+    assert build.library('cpu', allow_build=False) == path
+
+
+OTHER_USER = 54321
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason='only root can give files away')
+DOUBTFUL = [
+    (lambda path: path.chmod(0o666), 'can be written by others'),
+    (lambda path: path.chmod(0o775), 'can be written by others'),
+    pytest.param(lambda path: os.chown(path, OTHER_USER, -1), 'belongs to the user 54321', marks=as_root),
+]
+
+
+@pytest.mark.parametrize(('change', 'message'), DOUBTFUL)
+def test_a_library_that_another_user_could_have_written_is_built_anew(fake_compiler, change, message):
+    path = build.library('cpu')
+    built = calls(fake_compiler)
+    change(path)
+    with pytest.raises(build.BuildError, match=message):
+        build.library('cpu', allow_build=False)
+    assert build.library('cpu') == path and calls(fake_compiler) == 2 * built
+    assert build.library('cpu', allow_build=False) == path
+
+
+@pytest.mark.parametrize('exists', [False, True])
+@pytest.mark.parametrize(('change', 'message'), DOUBTFUL)
+def test_a_cache_that_another_user_could_have_filled_is_not_used(fake_compiler, change, message, exists):
+    folder = fake_compiler / 'cache'
+    folder.mkdir()
+    if exists:
+        build.library('cpu')
+    built = calls(fake_compiler)
+    change(folder)
+    with pytest.raises(build.BuildError, match=rf'{message}.*THEMASK_OPS_CACHE'):
+        build.library('cpu')
+    assert calls(fake_compiler) == built
+
+
+@as_root
+def test_a_cache_that_root_has_built_serves_everybody(fake_compiler, monkeypatch):
+    path = build.library('cpu')
+    path.parent.chmod(0o555)
+    built = calls(fake_compiler)
+    monkeypatch.setattr(native.os, 'geteuid', lambda: OTHER_USER)
+    assert build.library('cpu') == path and calls(fake_compiler) == built
+
+
+@as_root
+def test_a_link_that_another_user_made_is_not_followed(fake_compiler):
+    (fake_compiler / 'elsewhere').mkdir()
+    (fake_compiler / 'cache').symlink_to('elsewhere')
+    assert build.library('cpu').exists(), "one's own link is"
+    os.chown(fake_compiler / 'cache', OTHER_USER, -1, follow_symlinks=False)
+    with pytest.raises(build.BuildError, match='belongs to the user 54321'):
+        build.library('cpu')
+
+
+def test_a_shared_folder_where_nobody_replaces_the_files_of_others_is_used(fake_compiler):
+    """As /tmp is."""
+    folder = fake_compiler / 'cache'
+    folder.mkdir()
+    folder.chmod(0o1777)
+    assert build.library('cpu') == build.library('cpu', allow_build=False)
+
+
+def test_a_umask_that_lets_the_group_write_does_no_harm(fake_compiler, monkeypatch):
+    """Many systems have it by default; earlier versions left such a default folder."""
+    monkeypatch.delenv('THEMASK_OPS_CACHE')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(fake_compiler))
+    before = os.umask(0o002)
+    try:
+        (fake_compiler / 'themask/ops').mkdir(parents=True)
+        path = build.library('cpu')
+    finally:
+        os.umask(before)
+    assert path.parent == fake_compiler / 'themask/ops' and path.parent.stat().st_mode & 0o777 == 0o755
+    assert build.library('cpu', allow_build=False) == path
+
+
+@pytest.mark.parametrize('suffix', ['.lock', '.failed', '.sha256', '.so'])
+@pytest.mark.parametrize('fails', [False, True])
+def test_links_in_the_cache_are_not_followed(fake_compiler, suffix, fails):
+    precious = fake_compiler / 'precious'
+    path = build.library('cpu')
+    precious.write_text('precious')
+    path.unlink()
+    path.with_suffix(suffix).unlink(missing_ok=True)
+    path.with_suffix(suffix).symlink_to(precious)
+    if fails:
+        (fake_compiler / 'fail').touch()
+    if fails or suffix == '.lock':
+        with pytest.raises(build.BuildError):
+            build.library('cpu')
+    else:
+        assert build.library('cpu') == path
+    assert precious.read_text() == 'precious'
+
+
+def test_a_library_without_a_function_leads_to_the_slower_form():
+    other = run_lengths.native()
+    if isinstance(other, native.BuildError):
+        pytest.skip(f'no native library: {other}')
+    path = Path(other._name)
+    for load in (label_map_native.load, cpu_native.load, lambda path: backend.load('cpu', path)):
+        with pytest.raises(build.BuildError, match=r'does not load: .*themask_\w+; delete it'):
+            native.loading(path, load)
+    failed = native.loaded(run_lengths.made_of, label_map_native.load)
+    assert isinstance(failed, build.BuildError)
+
+
+def test_a_user_without_a_home_has_a_cache_among_temporary_files(fake_compiler, monkeypatch):
+    for name in ('THEMASK_OPS_CACHE', 'XDG_CACHE_HOME', 'HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr('pwd.getpwuid', lambda uid: {}[uid])
+    monkeypatch.setattr(native.tempfile, 'gettempdir', lambda: str(fake_compiler))
+    assert build.library('cpu').parent == fake_compiler / f'themask-ops-{os.geteuid()}'
+    monkeypatch.setenv('THEMASK_OPS_CACHE', '~/cache')
+    assert build.cache_dir() == fake_compiler / f'themask-ops-{os.geteuid()}'
+
+
+def test_the_first_build_says_once_what_it_does_and_how_to_do_it_ahead(fake_compiler, capsys, monkeypatch):
+    native._announce.cache_clear()
+    monkeypatch.setenv('THEMASK_OPS_BACKEND', 'pytorch')
+    build.library('cpu').unlink()
+    assert capsys.readouterr().err == ''
+    monkeypatch.delenv('THEMASK_OPS_BACKEND')
+    path = build.library('cpu')
+    assert capsys.readouterr().err.count('\n') == 1
+    native._announce.cache_clear()
+    for quiet in (True, False):
+        assert build.library('cpu') == path  # nothing to build
+        path.unlink()
+        build.library('cpu', quiet=quiet)
+        said = capsys.readouterr().err
+        assert said == '' if quiet else str(path.parent) in said and f'sh {native.MAKE}' in said
+    assert native.MAKE.is_file()
+
+
+@pytest.mark.parametrize('part', [cpu_native, label_map_native])
+@pytest.mark.parametrize('choice', ['auto', 'pytorch'])
+def test_asking_for_the_pytorch_form_silences_the_warnings_of_all_parts(monkeypatch, part, choice):
+    monkeypatch.setenv('THEMASK_OPS_BACKEND', choice)
+    monkeypatch.setattr(part, 'native', lambda: build.BuildError('no compiler'))
+    monkeypatch.setattr(cpu_native, '_X86', True)
+    part.usable.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        assert not part.usable()
+    part.usable.cache_clear()
+    said = ['THEMASK_OPS_BACKEND=pytorch' in str(warning.message) for warning in caught]
+    assert said == ([True] if choice == 'auto' else [])
+
+
 EIGHT_PROCESSES = f"""
 import importlib.util, os, sys, torch
 path = {str(ROOT / OPS.replace('.', '/') / 'build.py')!r}
@@ -184,6 +359,7 @@ def test_of_many_processes_one_builds(fake_compiler, fails):
     units = len(build.cpu_units())
     assert lines[0].startswith('failed: no such header') == fails
     assert calls(fake_compiler) == (units if fails else units + 1)
+    assert result.stderr.count('compiling native') == 1, 'the one that builds says so'
 
 
 def test_fallback_warns_once_and_says_how_to_mend_it(fresh, monkeypatch):

@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from mmseg.apis.convert import SOURCES, TARGETS, convert_state_dict, read_weights, write_weights
+from mmseg.apis.convert import SOURCES, TARGETS, convert_state_dict, files_of, read_weights, write_weights
 from mmseg.models import build_segmentor
+from mmseg.utils.cli import run_tool
 from mmseg.utils.config import load_config
-from mmseg.utils.errors import CheckpointError, ConfigError
-from mmseg.utils.files import write_atomically
+from mmseg.utils.errors import CheckpointError
+from mmseg.utils.files import refuse_overwriting, write_atomically
 
 EXAMPLES = r"""examples:
   # a checkpoint of the reference into ours, checked against a config; and back again
@@ -64,40 +65,45 @@ def expected_shapes(config: str) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def convert() -> None:
+    """Converts one file, or joins several."""
+    args = parse_args()
+    inputs = files_of(args.source) | {'config': args.config}
+    for path in args.add:
+        inputs |= files_of(path)
+    refuse_overwriting({'out': args.out, '--json': args.json}, inputs)
+    refuse_overwriting({'--json': args.json}, {'converted checkpoint': args.out})
+    state, meta = read_weights(args.source)
+    expected = expected_shapes(args.config) if args.config else None
+    converted, report = convert_state_dict(state, args.source_format, args.target_format, expected, args.drop)
+    reports = [report]
+    for path in args.add:
+        more, report = convert_state_dict(read_weights(path)[0], 'auto', args.target_format, expected, args.drop)
+        twice = sorted(set(converted) & set(more))
+        if twice:
+            raise CheckpointError(f"--add: '{path}' gives {len(twice)} tensors a second time, such as {twice[0]}")
+        converted |= more
+        reports.append(report)
+    for report in reports:  # what one file does not give, another may
+        report.missing = [name for name in report.missing if name not in converted]
+        print(report)
+    if args.json:
+        dicts = [report.as_dict() for report in reports]
+        write_atomically(args.json.expanduser(), json.dumps(dicts if args.add else dicts[0], indent=1))
+    unknown = [name for report in reports for name in report.unknown]
+    if unknown:
+        raise CheckpointError(f'{len(unknown)} names are unexplained; nothing is written (see --drop)')
+    if args.strict and any(report.missing or report.mismatched for report in reports):
+        raise CheckpointError('--strict: not every tensor of the model is given; nothing is written')
+    if not converted:
+        raise CheckpointError('no tensor is left; nothing is written')
+    write_weights(args.out, converted, meta)
+    print(f'wrote {args.out}: {len(converted)} tensors, {sum(t.numel() for t in converted.values()):,} numbers')
+
+
 def main() -> int:
     """Converts one file; returns the exit status."""
-    args = parse_args()
-    try:
-        state, meta = read_weights(args.source)
-        expected = expected_shapes(args.config) if args.config else None
-        converted, report = convert_state_dict(state, args.source_format, args.target_format, expected, args.drop)
-        reports = [report]
-        for path in args.add:
-            more, report = convert_state_dict(read_weights(path)[0], 'auto', args.target_format, expected, args.drop)
-            twice = sorted(set(converted) & set(more))
-            if twice:
-                raise CheckpointError(f"--add: '{path}' gives {len(twice)} tensors a second time, such as {twice[0]}")
-            converted |= more
-            reports.append(report)
-        for report in reports:  # what one file does not give, another may
-            report.missing = [name for name in report.missing if name not in converted]
-            print(report)
-        if args.json:
-            dicts = [report.as_dict() for report in reports]
-            write_atomically(args.json, json.dumps(dicts if args.add else dicts[0], indent=1))
-        unknown = [name for report in reports for name in report.unknown]
-        if unknown:
-            raise CheckpointError(f'{len(unknown)} names are unexplained; nothing is written (see --drop)')
-        if args.strict and any(report.missing or report.mismatched for report in reports):
-            raise CheckpointError('--strict: not every tensor of the model is given; nothing is written')
-        if not converted:
-            raise CheckpointError('no tensor is left; nothing is written')
-        write_weights(args.out, converted, meta)
-    except (CheckpointError, ConfigError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    print(f'wrote {args.out}: {len(converted)} tensors, {sum(t.numel() for t in converted.values()):,} numbers')
-    return 0
+    return run_tool(convert)
 
 
 if __name__ == '__main__':

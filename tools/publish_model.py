@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.apis.publish import publish_model
-from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.cli import run_tool
 
 EXAMPLES = r"""examples:
   # work_dirs/video_b1/latest.pth -> models/video_themask_mit_b1-1a2b3c4d.pth and .md
@@ -35,17 +34,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def publish() -> None:
+    """Publishes one model."""
+    args = parse_args()
+    published = publish_model(args.checkpoint, args.out, args.config, args.metrics, args.data)
+    print(f'weights: {published.weights}\ncard:    {published.card}\nsha256:  {published.sha256}')
+
+
 def main() -> int:
     """Publishes one model; returns the exit status."""
-    args = parse_args()
-    try:
-        metrics = json.loads(args.metrics.read_text()) if args.metrics else None
-        published = publish_model(args.checkpoint, args.out, args.config, metrics, args.data)
-    except (CheckpointError, ConfigError, OSError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    print(f'weights: {published.weights}\ncard:    {published.card}\nsha256:  {published.sha256}')
-    return 0
+    return run_tool(publish)
 
 
 if __name__ == '__main__':

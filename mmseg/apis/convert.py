@@ -29,9 +29,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmseg.core.checkpoint import open_checkpoint, save_checkpoint
+from mmseg.core.checkpoint import (
+    LATEST,
+    checkpoint_files,
+    open_checkpoint,
+    open_for_reading,
+    save_checkpoint,
+    unwrapped_names,
+    without_wrappers,
+)
 from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import write_atomically
+from mmseg.utils.numpy_pickles import CONSTRUCTORS
 
 SOURCES = ('themask', 'mit', 'hf-mit', 'mask2former')
 TARGETS = ('themask', 'reference', 'mit', 'hf-mit')
@@ -165,7 +174,7 @@ def detect_format(names: Iterable[str]) -> str:
     Raises:
         CheckpointError: none is recognised; the message shows some of the names.
     """
-    names = [name.removeprefix('module.') for name in names]
+    names = list(unwrapped_names(names).values())
     signs = {
         'mask2former': r'sem_seg_head\.',
         'hf-mit': r'(segformer\.)?encoder\.patch_embeddings\.',
@@ -183,12 +192,12 @@ def _to_ours(
     state: Mapping[str, Tensor], report: ConversionReport, drop: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under our names, and for each of these names where it came from."""
-    waiting: dict[str, str] = {}  # name without the wrapper's prefix -> name in the file
-    for name in state:
+    waiting: dict[str, str] = {}  # name without the wrappers' prefixes -> name in the file
+    for name, own in unwrapped_names(state).items():
         if any(fnmatchcase(name, pattern) for pattern in drop):
             report.dropped[name] = 'as asked'
         else:
-            waiting[name.removeprefix('module.')] = name
+            waiting[own] = name
     ours: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
 
@@ -331,25 +340,30 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: the file is missing, damaged, holds other objects than tensors and plain data, or needs the
             package ``safetensors`` and it is not installed.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"checkpoint '{path}' does not exist")
+    path = Path(path).expanduser()
     meta: Any = {}
     if path.suffix == '.safetensors':
         safetensors = _safetensors()
         try:
-            with safetensors.safe_open(str(path), framework='pt') as file:
+            with open_for_reading(path), safetensors.safe_open(str(path), framework='pt') as file:
                 state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                meta = json.loads((file.metadata() or {}).get('meta', '{}'))
-        except (safetensors.SafetensorError, ValueError) as error:
+                meta = dict(json.loads((file.metadata() or {}).get('meta', '{}')))
+        except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"'{path}' is no whole safetensors file: {error}") from error
     else:
         checkpoint = {'state_dict': _read_arrays(path)} if path.suffix == '.pkl' else open_checkpoint(path)[1]
         state, meta = checkpoint['state_dict'], checkpoint.get('meta', {})
-    bad = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if bad:
-        raise CheckpointError(f"'{path}' is no checkpoint of weights: '{bad[0]}' is a {type(state[bad[0]]).__name__}")
-    return dict(state), dict(meta)
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"'{path}' is no checkpoint of weights: {name!r} is a {type(value).__name__}")
+    return without_wrappers(state, path), dict(meta)
+
+
+def files_of(source: str | Path) -> dict[str, Path]:
+    """The checkpoints that a file or a work dir stands for, by names for an error message."""
+    source = Path(source).expanduser()
+    files = [*checkpoint_files(source), source / LATEST] if source.is_dir() else [source]
+    return {f"checkpoint '{file}'": file for file in files}
 
 
 def write_weights(path: str | Path, state: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
@@ -360,7 +374,7 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], meta: Mapping[s
         state: name -> tensor.
         meta: plain data to keep beside the weights.
     """
-    path, meta = Path(path), dict(meta or {})
+    path, meta = Path(path).expanduser(), dict(meta or {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if path.suffix == '.safetensors':
         _safetensors()
@@ -368,7 +382,8 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], meta: Mapping[s
 
         unshared = {name: tensor.clone() for name, tensor in tensors.items()}
         # one entry: the library writes several in random order
-        write_atomically(path, save(unshared, {'meta': json.dumps(meta)} if meta else {'format': 'pt'}))
+        text = json.dumps(meta, default=lambda value: value.tolist() if hasattr(value, 'tolist') else str(value))
+        write_atomically(path, save(unshared, {'meta': text} if meta else {'format': 'pt'}))
     else:
         save_checkpoint({'meta': meta, 'state_dict': tensors}, path)
 
@@ -381,41 +396,39 @@ def _safetensors() -> Any:
     return safetensors
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain data; any other class in the file is refused, so no code of the file can run."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Builds numpy arrays and plain data; any other class in the file is refused, so no code of the file can run.
+
+    In Python, as the one in C takes gigabytes for a large number in the file.
+    """
 
     _ALLOWED = {
-        ('numpy', 'ndarray'): np.ndarray,
-        ('numpy', 'dtype'): np.dtype,
-        ('collections', 'OrderedDict'): dict,
-        ('_codecs', 'encode'): lambda text, encoding: str(text).encode('latin1'),  # bytes in pickles of protocol 2
+        **CONSTRUCTORS,
+        'collections.OrderedDict': dict,
+        '_codecs.encode': lambda text, encoding: str(text).encode('latin1'),  # bytes in pickles of protocol 2
     }
 
     def find_class(self, module: str, name: str) -> Any:
         """The allowed class or function of that name."""
-        if module in ('numpy.core.multiarray', 'numpy._core.multiarray') and name in ('_reconstruct', 'scalar'):
-            return getattr(np._core.multiarray, name)  # type: ignore[attr-defined]
         try:
-            return self._ALLOWED[module, name]
+            return self._ALLOWED[f'{module}.{name}']
         except KeyError:
             raise pickle.UnpicklingError(f'it asks for {module}.{name}') from None
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
     """The arrays of a pickle, or those under its key ``model``, as tensors."""
-
-    def tensors(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: tensors(inner) for key, inner in value.items()}
-        return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
-
-    try:
-        with path.open('rb') as file:
+    with open_for_reading(path) as file:
+        try:
             loaded = _ArrayUnpickler(file, encoding='latin1').load()
-    except Exception as error:  # a damaged pickle raises anything
-        raise CheckpointError(
-            f"'{path}' is not a pickle of numpy arrays only, and others may run code: {error}") from error
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"'{path}' holds a {type(loaded).__name__}, expected a dict of arrays")
-    weights = tensors(loaded)
-    return weights['model'] if isinstance(weights.get('model'), Mapping) else weights
+            weights = loaded['model'] if isinstance(loaded.get('model'), Mapping) else loaded
+            return {
+                name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+                for name, value in weights.items()
+            }
+        except OSError:
+            raise
+        except Exception as error:  # a damaged pickle raises anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"'{path}' is not a pickle of numpy arrays only, and others may run code: {reason}") from error

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mmseg.apis.convert import read_weights, write_weights
+from mmseg.apis.convert import files_of, read_weights, write_weights
 from mmseg.utils.config import load_config
-from mmseg.utils.errors import CheckpointError
-from mmseg.utils.files import write_atomically
+from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.files import named_errors, refuse_overwriting, write_atomically
 from mmseg.version import __version__
 
 _HASH_DIGITS = 8
@@ -42,7 +45,7 @@ def publish_model(
     checkpoint: str | Path,
     out: str | Path,
     config: str | Path | None = None,
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | str | Path | None = None,
     data: str | None = None,
 ) -> PublishedModel:
     """Writes the weights of a checkpoint, without optimizer and other training state, and a model card beside them.
@@ -53,30 +56,51 @@ def publish_model(
         checkpoint: file of training.
         out: ``folder/name.pth`` or ``.safetensors``; becomes ``folder/name-<hash>.pth``.
         config: the config file of the model; goes into the card as a whole, overrides and bases resolved.
-        metrics: what ``tools/test.py`` writes as JSON: scores as fractions.
+        metrics: what ``tools/test.py`` writes as JSON, or that file: scores as fractions.
         data: the data set and split of the metrics, for the card.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or holds no model.
-        ConfigError: the config cannot be read.
+        ConfigError: the config or the metrics cannot be read, or a file to be written is one of the files read.
     """
     state, meta = read_weights(checkpoint)
     if not state:
         raise CheckpointError(f"'{checkpoint}' holds no weights")
     cfg_text = load_config(config).pretty_text if config else None
-    out = Path(out)
-    unnamed = out.with_name(f'.{out.stem}.unnamed{out.suffix}')
-    write_weights(unnamed, state, {key: meta[key] for key in _KEPT_META if key in meta})
-    digest = hashlib.sha256(unnamed.read_bytes()).hexdigest()
-    weights = out.with_name(f'{out.stem}-{digest[:_HASH_DIGITS]}{out.suffix}')
-    unnamed.replace(weights)
-    card = weights.with_suffix('.md')
-    write_atomically(card, _card(weights, out.stem, digest, state, meta, cfg_text, config, metrics, data))
+    scores = metrics if metrics is None or isinstance(metrics, Mapping) else _read_metrics(Path(metrics).expanduser())
+    inputs = {'config': config, 'file of metrics': None if isinstance(metrics, Mapping) else metrics}
+    out = Path(out).expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with named_errors(out, instead=True), tempfile.TemporaryDirectory(prefix=f'.{out.stem}.', dir=out.parent) as folder:
+        unnamed = Path(folder) / f'weights{out.suffix}'
+        write_weights(unnamed, state, {key: meta[key] for key in _KEPT_META if key in meta})
+        digest, size = hashlib.sha256(unnamed.read_bytes()).hexdigest(), unnamed.stat().st_size
+        weights = out.with_name(f'{out.stem}-{digest[:_HASH_DIGITS]}{out.suffix}')
+        card = weights.with_suffix('.md')
+        refuse_overwriting({'weights': weights, 'card': card}, inputs | files_of(checkpoint))
+        text = Path(folder) / 'card.md'
+        write_atomically(text, _card(weights, size, out.stem, digest, state, meta, cfg_text, config, scores, data))
+        os.replace(unnamed, weights)
+        os.replace(text, card)
     return PublishedModel(weights, card, digest)
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics = json.loads(path.read_text('utf-8'))
+    except ValueError as error:
+        raise ConfigError(f"'{path}' is no JSON file of metrics: {error}") from error
+    if not isinstance(metrics, dict):
+        raise ConfigError(f"'{path}' holds a {type(metrics).__name__}, expected the metrics that tools/test.py writes")
+    for key in _SUMMARY:
+        if not isinstance(metrics.get(key), float | int | None):
+            raise ConfigError(f"'{path}': {key} is {metrics[key]!r}, expected a fraction or null")
+    return metrics
 
 
 def _card(
     weights: Path,
+    size: int,
     name: str,
     digest: str,
     state: Mapping[str, Tensor],
@@ -87,18 +111,18 @@ def _card(
     data: str | None,
 ) -> str:
     """The model card; says only what the files say."""
-    sizes = Counter(dict.fromkeys(_PARTS, 0))
+    counts = Counter(dict.fromkeys(_PARTS, 0))
     for key, tensor in state.items():
-        sizes[next((part for part in _PARTS if key.startswith(f'{part}.')), 'other')] += tensor.numel()
+        counts[next((part for part in _PARTS if key.startswith(f'{part}.')), 'other')] += tensor.numel()
     facts = {
-        'File': f'`{weights.name}` ({weights.stat().st_size / 2**20:.1f} MiB)',
+        'File': f'`{weights.name}` ({size / 2**20:.1f} MiB)',
         'SHA-256': f'`{digest}`',
-        'Parameters': f'{sum(sizes.values()) / 1e6:.2f} M ('
-        + ', '.join(f'{part.rsplit(".", 1)[-1]} {size / 1e6:.2f} M' for part, size in sizes.items() if size) + ')',
+        'Parameters': f'{sum(counts.values()) / 1e6:.2f} M ('
+        + ', '.join(f'{part.rsplit(".", 1)[-1]} {count / 1e6:.2f} M' for part, count in counts.items() if count) + ')',
         'Number type': ', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in state.values()})),
         'Made with': f'THE-Mask {__version__}',
     }
-    if 'iter' in meta:
+    if isinstance(meta.get('iter'), int):
         facts['Iterations'] = f'{meta["iter"]:,}'
     config_name = config or 'CONFIG.py'
     sections = [

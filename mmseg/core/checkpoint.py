@@ -8,22 +8,24 @@ Reading never runs code from the file, checks every byte against the checksums i
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import atomic_file, write_atomically
+from mmseg.utils.numpy_pickles import CONSTRUCTORS
 
 LATEST = 'latest.pth'
 RUN = 'run'
@@ -34,21 +36,15 @@ _NUMBERED = re.compile(r'iter_(\d+)\.pth')
 _LEFTOVERS = '.*.pth.*.part'
 _REFUSED = re.compile(r'GLOBAL (\S+)')
 _SHOWN = 5
+_WRAPPERS = ('module', 'model')
+_COMPILED = re.compile(r'(?<![^.])_orig_mod\.')
+_DIRECTORY = 0x10  # an entry's attribute in a zip file
 
 logger = logging.getLogger('mmseg')
 
 
 class DamagedCheckpointError(CheckpointError):
     """The file is truncated, altered, or no checkpoint at all."""
-
-
-def _numpy_constructors() -> list[Any]:
-    """What numpy arrays and numbers in the ``meta`` of old checkpoints are made with; none of it runs foreign code."""
-    multiarray = np._core.multiarray  # type: ignore[attr-defined]
-    named: list[Any] = [np.ndarray, np.dtype]
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        named += [(getattr(multiarray, name), f'{module}.{name}') for name in ('_reconstruct', 'scalar')]
-    return named + [type(np.dtype(kind)) for kind in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?US']
 
 
 # ---------------------------------------------------------------------------------------------------------- write
@@ -135,28 +131,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint into CPU memory without running code from it.
 
     Returns:
-        A dict with at least ``meta`` (dict) and ``state_dict`` (name -> tensor, without a ``module.`` prefix).
+        A dict with at least ``meta`` (dict) and ``state_dict`` (name -> tensor, without the prefixes of wrappers).
 
     Raises:
         DamagedCheckpointError: the file is truncated or altered, or holds no weights.
-        CheckpointError: it is missing, or is refused because it would run code.
+        CheckpointError: it is missing or cannot be opened, or is refused because it would run code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint '{path}' does not exist (looked from {Path.cwd()})")
+    path = Path(path).expanduser()
     try:
-        with _named_damage(path):
-            if zipfile.is_zipfile(path):
-                with zipfile.ZipFile(path) as archive:
-                    altered = archive.testzip()
-                if altered:
-                    raise DamagedCheckpointError(f"checkpoint '{path}' is damaged: wrong checksum of {altered}")
-            with torch.serialization.safe_globals(_numpy_constructors()):
-                content = torch.load(path, map_location='cpu', weights_only=True)
+        with open_for_reading(path) as file, _named_damage(path):
+            _check_archive(file, path)
+            with _safe_globals():
+                content = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = _REFUSED.search(str(error))
+        reason = str(error.__context__ or error)  # torch wraps it in advice that does not hold here
+        refused = _REFUSED.search(reason)
         if refused is None:
-            raise DamagedCheckpointError(f"checkpoint '{path}' is damaged or no checkpoint: {error}") from None
+            reason = reason.splitlines()[0] if reason else type(error).__name__
+            raise DamagedCheckpointError(f"checkpoint '{path}' is damaged or no checkpoint: {reason}") from None
         raise CheckpointError(
             f"checkpoint '{path}' is refused: loading it would call {refused[1]}, which is code and not weights; "
             'ask its author for a file with tensors only'
@@ -165,13 +157,56 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def open_for_reading(path: Path) -> Iterator[IO[bytes]]:
+    """A checkpoint file, open; what the operating system says against reading it is no damage.
+
+    Raises:
+        CheckpointError: it is missing, is no file, may not be read, or its disk fails.
+    """
+    try:
+        with path.open('rb') as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint '{path}' does not exist (looked from {Path.cwd()})") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint '{path}' cannot be read: {error.strerror or error}") from error
+
+
+def _check_archive(file: IO[bytes], path: Path) -> None:
+    """Compares the checksums in a zip file; torch does not, and gives memory as it was for an entry marked a folder.
+
+    Raises:
+        DamagedCheckpointError: naming the entry.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            altered = archive.testzip()
+            folder = next((entry.filename for entry in archive.infolist() if entry.external_attr & _DIRECTORY), None)
+        if altered or folder:
+            fault = f'wrong checksum of {altered}' if altered else f'its entry {folder} is marked as a folder'
+            raise DamagedCheckpointError(f"checkpoint '{path}' is damaged: {fault}")
+    file.seek(0)
+
+
+def _safe_globals() -> Any:
+    """A context inside which numpy's numbers and strings may be read from a checkpoint."""
+    return torch.serialization.safe_globals([(made, name) for name, made in CONSTRUCTORS.items()])
+
+
+@contextlib.contextmanager
 def _named_damage(path: Path) -> Iterator[None]:
-    """Turns whatever a reader throws at broken bytes into one error; what is refused as unsafe passes through."""
+    """Turns whatever a reader throws at broken bytes into one error.
+
+    What is refused as unsafe passes through, and so does an error of the operating system; ``EINVAL`` is how it answers
+    an offset in broken bytes.
+    """
     try:
         yield
     except (pickle.UnpicklingError, CheckpointError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         reason = str(error).splitlines()[0] if str(error) else 'the file ends too early'
         raise DamagedCheckpointError(
             f"checkpoint '{path}' is damaged or no checkpoint: {type(error).__name__}: {reason}"
@@ -185,12 +220,44 @@ def _normalised(content: Any, path: Path) -> dict[str, Any]:
     weights = checkpoint.get('state_dict', checkpoint.get('model'))
     if weights is None and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         checkpoint, weights = {}, checkpoint
-    if not isinstance(weights, Mapping) or not weights:
-        raise DamagedCheckpointError(f"checkpoint '{path}' holds no weights (its keys: {', '.join(map(str, content))})")
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
+        raise DamagedCheckpointError(f"checkpoint '{path}' holds no weights (its keys: {_some([*map(str, content)])})")
+    meta = checkpoint.get('meta') or {}
+    if not isinstance(meta, Mapping):
+        raise DamagedCheckpointError(f"checkpoint '{path}': meta is a {type(meta).__name__}, not a dict")
     checkpoint.pop('model', None)
-    checkpoint['state_dict'] = {name.removeprefix('module.'): value for name, value in weights.items()}
-    checkpoint['meta'] = dict(checkpoint.get('meta') or {})
+    checkpoint['state_dict'] = without_wrappers(weights, path)
+    checkpoint['meta'] = dict(meta)
     return checkpoint
+
+
+def without_wrappers(weights: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """``weights`` under the names of the model alone; the log says which prefixes of wrappers were stripped."""
+    own = unwrapped_names(weights)
+    stripped = [name for name in weights if own[name] != name]
+    if stripped:
+        logger.info("'%s': the prefixes of wrappers are stripped from %d of %d names (%s -> %s)", source, len(stripped),
+                    len(weights), stripped[0], own[stripped[0]])  # fmt: skip
+    return {own[name]: value for name, value in weights.items()}
+
+
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name -> the name without what DDP, ``torch.compile`` and Lightning put before it, in any order.
+
+    A prefix goes where most names have it and no two become equal; that of ``torch.compile`` also stands inside names.
+    """
+    own = {name: name for name in names}
+    compiled = {name: _COMPILED.sub('', name) for name in own}
+    if len(set(compiled.values())) == len(own):
+        own = compiled
+    while own:
+        first, count = Counter(name.partition('.')[0] for name in own.values()).most_common(1)[0]
+        shorter = {name: now.removeprefix(f'{first}.') for name, now in own.items()}
+        collide = len(set(shorter.values())) < len(own)
+        if first not in _WRAPPERS or 2 * count <= len(own) or collide or shorter == own:
+            break
+        own = shorter
+    return own
 
 
 def run_of(path: str | Path) -> str | None:
@@ -213,7 +280,7 @@ def _latest_run(folder: Path) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _run_of(path: str, *_version: int) -> str | None:
-    with contextlib.suppress(Exception), torch.serialization.safe_globals(_numpy_constructors()):
+    with contextlib.suppress(Exception), _safe_globals():
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta'].get(RUN)
     return None
 
@@ -244,7 +311,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def open_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """Reads a checkpoint file, or the newest whole one of a work dir; returns its path and content."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         return newest_checkpoint(path)
     return path, read_checkpoint(path)
@@ -254,8 +321,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
     """Puts ``weights`` into ``model``; every name and shape must fit.
 
     Raises:
-        CheckpointError: naming what is missing, unexpected or of another shape.
+        CheckpointError: naming what is missing, unexpected, no tensor or of another shape.
     """
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"checkpoint '{source}': {name} is a {type(value).__name__}, expected a tensor")
     own = model.state_dict()
     wrong = [
         f'{name} is {tuple(weights[name].shape)} there and {tuple(tensor.shape)} here'

@@ -11,13 +11,12 @@ import ctypes
 import functools
 import platform
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmseg.utils.native import BuildError, Library, Unit, loaded
+from mmseg.utils.native import BuildError, Library, Unit, loaded, warn_of_slower_form
 
 _HERE = Path(__file__).parent
 DRIVER, HEADER = _HERE / 'cpu.cpp', _HERE / 'cpu.h'
@@ -48,14 +47,15 @@ def made_of() -> Library:
         if (task, name) != ('normalize', 'avx512_bf16')  # it has no products
     )
     units = (Unit(DRIVER, FLAGS, 'driver'), *kernels)
-    return Library('cpu', (DRIVER, *KERNELS.values(), HEADER, VECTORS), units, ahead='run make.sh')
+    return Library('cpu', (DRIVER, *KERNELS.values(), HEADER, VECTORS), units)
 
 
 def load(path: Path) -> ctypes.CDLL:
     """A built library.
 
     Raises:
-        OSError: it does not load, or torch has no parallel loop.
+        OSError, AttributeError: it does not load, or lacks a function.
+        BuildError: torch has no parallel loop.
     """
     library = ctypes.CDLL(str(path))
     number, address = ctypes.c_int64, ctypes.c_void_p
@@ -70,7 +70,7 @@ def load(path: Path) -> ctypes.CDLL:
     try:
         loop = _torch_library().torch_parallel_for
     except AttributeError as error:
-        raise OSError(f'torch {torch.__version__} has no torch_parallel_for') from error
+        raise BuildError(f'torch {torch.__version__} has no torch_parallel_for') from error
     library.themask_cpu_pool.argtypes = [address]
     library.themask_cpu_pool(ctypes.cast(loop, address))
     return library
@@ -94,7 +94,7 @@ def usable() -> bool:
         return False
     library = native()
     if isinstance(library, BuildError):
-        warnings.warn(f"Attention and LayerNorm run in torch's slower form on the CPU: {library}", stacklevel=4)
+        warn_of_slower_form("Attention and LayerNorm run in torch's slower form on the CPU", library, stacklevel=4)
         return False
     return instruction_sets()[0] != 'portable'
 

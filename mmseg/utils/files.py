@@ -76,11 +76,12 @@ def refuse_overwriting(
     """
     for option, output in outputs.items():
         for name, source in inputs.items():
-            if output is not None and source is not None and _same(Path(output), Path(source)):
+            if output is not None and source is not None and _same(output, source):
                 raise ConfigError(f"{option}: '{output}' is the {name} and would be overwritten; choose another name")
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same(one: str | Path, other: str | Path) -> bool:
+    one, other = Path(os.path.expanduser(one)), Path(os.path.expanduser(other))
     try:
         return one.samefile(other)
     except OSError:  # one of them does not exist (yet)

@@ -24,17 +24,18 @@ FLAGS = ('-std=c++17', '-O3', '-fPIC', '-fvisibility=hidden', '-Wno-psabi')
 def made_of() -> Library:
     """What the compiler is given."""
     unit = Unit(SOURCE, FLAGS, 'run_lengths')
-    return Library('run_lengths', (SOURCE,), (unit,), ahead='run make.sh')
+    return Library('run_lengths', (SOURCE,), (unit,))
 
 
 def load(path: Path) -> ctypes.CDLL:
     """A built library.
 
     Raises:
-        OSError: it does not load.
+        OSError, AttributeError: it does not load, or lacks a function.
     """
     library = ctypes.CDLL(str(path))
     number, address = ctypes.c_int, ctypes.c_void_p
+    library.themask_widest_vector.restype = number
     library.themask_extend_runs.restype = None
     library.themask_extend_runs.argtypes = [
         number, *[address] * 4, ctypes.c_int64, address, number, address, number, address]

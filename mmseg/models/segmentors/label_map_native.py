@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmseg.utils.native import BuildError, Library, Unit, loaded
+from mmseg.utils.native import BuildError, Library, Unit, loaded, warn_of_slower_form
 
 DRIVER, KERNEL, HEADER = (Path(__file__).with_name(f'label_map{end}') for end in ('.cpp', '_kernel.cpp', '.h'))
 FLAGS = ('-std=c++17', '-O3', '-fPIC', '-fvisibility=hidden', '-Wno-psabi', '-pthread')
@@ -38,17 +37,18 @@ def made_of() -> Library:
         for width, own in sets.items()
     )
     units = (Unit(DRIVER, FLAGS, 'driver'), *kernels)
-    return Library('label_map', (DRIVER, KERNEL, HEADER), units, link=('-pthread',), ahead='run make.sh')
+    return Library('label_map', (DRIVER, KERNEL, HEADER), units, link=('-pthread',))
 
 
 def load(path: Path) -> ctypes.CDLL:
     """A built library.
 
     Raises:
-        OSError: it does not load.
+        OSError, AttributeError: it does not load, or lacks a function.
     """
     library = ctypes.CDLL(str(path))
     number, address = ctypes.c_int64, ctypes.c_void_p
+    library.themask_widest_vector.restype = ctypes.c_int
     library.themask_label_map.restype = ctypes.c_bool
     library.themask_label_map.argtypes = [
         number, address, ctypes.c_int, *[number] * 4, address, address, number, address, number, address, number]
@@ -66,7 +66,7 @@ def usable() -> bool:
     """Whether there is a library; says once why not."""
     library = native()
     if isinstance(library, BuildError):
-        warnings.warn(f'Label maps are made in their slower PyTorch form on the CPU: {library}', stacklevel=4)
+        warn_of_slower_form('Label maps are made in their slower PyTorch form on the CPU', library, stacklevel=4)
         return False
     return True
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mmseg.utils.native import building_allowed
+from mmseg.utils.native import building_allowed, loading, warn_of_slower_form
 
 from .build import BuildError, Kind, library
 
@@ -53,27 +52,33 @@ def load(kind: Kind, path: Path) -> Native:
     Raises:
         BuildError: it does not load, or has no code for this machine.
     """
-    try:
-        torch.ops.load_library(path)
-        functions = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f'{path} does not load: {error}') from error
+    functions = loading(path, functools.partial(_declare, kind))
     native = Native(path, functions)
     if kind == 'cpu':
         wanted = os.environ.get('THEMASK_OPS_INSTRUCTION_SET')
         if wanted:
             choose_instruction_set(native, wanted)
     else:
-        functions.themask_cuda_problem.restype = ctypes.c_char_p
         problem = functions.themask_cuda_problem().decode()
         if problem:
             raise BuildError(f'{path} cannot run on this GPU: {problem}; set TORCH_CUDA_ARCH_LIST to its architecture')
     return native
 
 
+def _declare(kind: Kind, path: Path) -> ctypes.CDLL:
+    torch.ops.load_library(path)
+    functions = ctypes.CDLL(str(path))
+    if kind == 'cpu':
+        functions.themask_instruction_set.restype = ctypes.c_char_p
+        functions.themask_choose_instruction_set.restype = ctypes.c_bool
+        functions.themask_choose_instruction_set.argtypes = [ctypes.c_char_p]
+    else:
+        functions.themask_cuda_problem.restype = ctypes.c_char_p
+    return functions
+
+
 def instruction_set(native: Native) -> str:
     """The instruction set that the CPU library uses."""
-    native.functions.themask_instruction_set.restype = ctypes.c_char_p
     return native.functions.themask_instruction_set().decode()
 
 
@@ -83,9 +88,7 @@ def choose_instruction_set(native: Native, name: str) -> None:
     Raises:
         BackendError: the processor lacks it, or the name is none.
     """
-    choose = native.functions.themask_choose_instruction_set
-    choose.restype, choose.argtypes = ctypes.c_bool, [ctypes.c_char_p]
-    if not choose(name.encode()):
+    if not native.functions.themask_choose_instruction_set(name.encode()):
         raise BackendError(f'the CPU library has no instruction set {name!r} that this processor can run')
 
 
@@ -100,11 +103,7 @@ def native(kind: Kind) -> Native | BuildError:
 
 @functools.cache
 def _warn_once(kind: Kind, reason: str) -> None:
-    warnings.warn(
-        f'MSDeformAttn runs in its slower PyTorch form on {kind}: {reason}. Mend this and start again, or set '
-        'THEMASK_OPS_BACKEND=pytorch to be quiet.',
-        stacklevel=4,
-    )
+    warn_of_slower_form(f'MSDeformAttn runs in its slower PyTorch form on {kind}', reason, stacklevel=4)
 
 
 @torch.compiler.assume_constant_result

@@ -95,19 +95,19 @@ def made_of(kind: Kind, units: Sequence[Unit]) -> Library:
         sources=tuple(SOURCES.iterdir()),
         units=tuple(units),
         link=(*keep, f'-L{TORCH}/lib', '-ltorch', '-ltorch_cpu'),
-        ahead='run make.sh',
     )
 
 
-def library(kind: Kind, allow_build: bool = True) -> Path:
+def library(kind: Kind, allow_build: bool = True, quiet: bool = False) -> Path:
     """The built library of this torch and compiler, building it where it is missing.
 
     Args:
         kind: ``cpu`` or ``cuda``.
         allow_build: False only looks into the cache.
+        quiet: do not say that the compiler works.
 
     Raises:
-        BuildError: there is no compiler, it failed, or the cache cannot be written.
+        BuildError: there is no compiler, it failed, or the cache cannot be used.
     """
     compiler = find_compiler(kind)
     if kind == 'cpu':
@@ -116,7 +116,7 @@ def library(kind: Kind, allow_build: bool = True) -> Path:
         raise BuildError('there is no nvcc (install CUDA, or set CUDACXX)')
     else:
         units = cuda_units(compiler)
-    return cached_library(made_of(kind, units), compiler, allow_build)
+    return cached_library(made_of(kind, units), compiler, allow_build, quiet)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind in kinds:
         started = time.perf_counter()
         try:
-            path = library(kind)
+            path = library(kind, quiet=True)
             print(f'{kind}: {path} ({time.perf_counter() - started:.1f} s)')
         except BuildError as error:
             print(f'{kind}: not built: {error}', file=sys.stderr)

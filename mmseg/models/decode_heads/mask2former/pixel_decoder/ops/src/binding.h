@@ -21,6 +21,8 @@ using torch::stable::Tensor;
 using Shapes = std::vector<int64_t>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of value, points, weights
 
+constexpr int64_t max_pixels = (int64_t(1) << 31) - 3;  // the CUDA kernel counts them in int
+
 inline std::string listed(const int64_t* sizes, size_t n) {
   std::string text = "[";
   for (size_t i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
@@ -54,13 +56,17 @@ inline Attention checked(const Tensor& value, const Shapes& shapes,
   a.n = value.size(0), a.pixels = value.size(1), a.heads = value.size(2), a.width = value.size(3);
   a.queries = points.size(1), a.levels = shapes.size() / 2, a.samples = points.size(4);
   a.reference_n = reference && reference->dim() == 4 ? reference->size(0) : a.n;
-  int64_t pixels = 0;
+  STD_TORCH_CHECK(a.pixels <= max_pixels, "ms_deform_attn: value has too many pixels");
+  int64_t left = a.pixels;  // a comparison by division and subtraction cannot wrap, as products and sums of sizes do
   for (int64_t l = 0; l < a.levels; ++l) {
-    STD_TORCH_CHECK(shapes[2 * l] > 0 && shapes[2 * l + 1] > 0, "ms_deform_attn: spatial_shapes holds a size below 1");
-    pixels += shapes[2 * l] * shapes[2 * l + 1];
+    const int64_t h = shapes[2 * l], w = shapes[2 * l + 1];
+    STD_TORCH_CHECK(h > 0 && w > 0, "ms_deform_attn: spatial_shapes holds a size below 1");
+    STD_TORCH_CHECK(h <= left / w, "ms_deform_attn: spatial_shapes ", listed(shapes.data(), shapes.size()),
+                    " hold more pixels than value, which has ", a.pixels);
+    left -= h * w;
   }
-  STD_TORCH_CHECK(pixels == a.pixels, "ms_deform_attn: spatial_shapes hold ", pixels, " pixels, value has ", a.pixels);
-  STD_TORCH_CHECK(pixels < (int64_t(1) << 31) - 2, "ms_deform_attn: value has too many pixels");
+  STD_TORCH_CHECK(left == 0, "ms_deform_attn: spatial_shapes ", listed(shapes.data(), shapes.size()), " hold ",
+                  a.pixels - left, " pixels, value has ", a.pixels);
   check_tensor("value", value, value, {a.n, a.pixels, a.heads, a.width});
   check_tensor(reference ? "sampling_offsets" : "sampling_locations", points, value,
                {a.n, a.queries, a.heads, a.levels, a.samples, 2});
