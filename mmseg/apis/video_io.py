@@ -196,7 +196,8 @@ class VideoFileSource(Source):
 
     def _open(self) -> Any:
         try:
-            return self._av.open(f'file:{self._path}', metadata_errors='replace')  # without "file:", a colon names a protocol
+            # Without "file:" a colon would mean a protocol; a title in another encoding is no reason to refuse a video.
+            return self._av.open(f'file:{self._path}', metadata_errors='replace')
         except self._errors as error:
             reason = getattr(error, 'strerror', None) or error
             raise DataError(f'{self._path}: cannot be opened as a video: {reason}') from error
