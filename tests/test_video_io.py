@@ -190,7 +190,8 @@ def write_stream(path, image, frames=3, fps=10, codec='libx264', size=None, matr
             setattr(stream.codec_context, key, value)
         for _ in range(frames):
             frame = av.VideoFrame.from_ndarray(image, format='bgr24').reformat(
-                format='yuv420p', dst_colorspace={6: 5}.get(matrix, matrix), dst_color_range=value_range)
+                format='yuv420p', src_colorspace=5, dst_colorspace={6: 5}.get(matrix, matrix),
+                dst_color_range=value_range)
             frame.colorspace, frame.color_range = 2, 0
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -358,9 +359,8 @@ def test_a_file_is_read_and_written_under_its_exact_name(tmp_path, name, monkeyp
 
 def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ('fr[1]', 'fr1'):
-        write_frames(tmp_path / folder, ['1.png', '2.png', '3.jpg'])
-    (tmp_path / 'fr1' / '4.png').write_bytes(b'')
+    write_frames(tmp_path / 'fr[1]', ['1.png', '2.png', '3.jpg'])
+    write_frames(tmp_path / 'fr1', ['1.png'])
     patterns = [('fr[1]', 3), ('fr[1]/', 3), ('fr[1]/*.png', 2), (f'{tmp_path}/fr[1]/[12].png', 2), ('*/1.png', 2)]
     for source, want in patterns:
         assert len(list(open_source(source))) == want, source

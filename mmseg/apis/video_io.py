@@ -204,7 +204,7 @@ class VideoFileSource(Source):
 
     def _best_stream(self, container: Any) -> Any:
         """The stream that a player shows, which cover art is not."""
-        streams = [stream for stream in container.streams.video if not int(stream.disposition) & _ATTACHED_PICTURE]
+        streams = [stream for stream in container.streams.video if not _is_cover(stream)]
         if not streams:
             raise DataError(f'{self._path}: holds no video stream')
         best = container.streams.best('video')
@@ -258,14 +258,26 @@ class VideoFileSource(Source):
         reformatter = self._av.video.reformatter.VideoReformatter()
 
         def convert(raw: Any) -> np.ndarray:
-            if raw.colorspace not in _MATRICES and not raw.format.is_rgb:
-                raw.colorspace = self.display.matrix
-            image = reformatter.reformat(raw, format='bgr24').to_ndarray()
+            matrix = raw.colorspace if raw.colorspace in _MATRICES else self.display.matrix
+            image = reformatter.reformat(raw, format='bgr24', **_conversion(raw, matrix)).to_ndarray()
             if raw.rotation % 90 == 0 and raw.rotation:
                 return np.ascontiguousarray(np.rot90(image, raw.rotation // 90))
             return image
 
         return convert
+
+
+def _conversion(raw: Any, matrix: int | None) -> dict[str, int]:
+    """What PyAV must be told so that a decoded frame is converted by its matrix and range."""
+    if raw.format.is_rgb or matrix is None:
+        return {}
+    return dict(src_colorspace=_SWS_MATRICES.get(matrix, matrix), src_color_range=raw.color_range or _LIMITED,
+                dst_colorspace=_SWS_MATRICES[_BT601])
+
+
+def _is_cover(stream: Any) -> bool:
+    disposition = getattr(stream, 'disposition', 0)  # PyAV 14 does not tell; from 18 on it is an int
+    return bool(getattr(disposition, 'value', disposition) & _ATTACHED_PICTURE)
 
 
 def _packets(container: Any, stream: Any, errors: tuple[type[Exception], ...]) -> Iterator[Any]:
@@ -520,13 +532,14 @@ class VideoWriter:
             if self._frames:
                 self._container.mux(self._stream.encode(None))
             self._container.close()
-        if not self._frames:
+        if not self._frames or not self._file.path.stat().st_size:
             self._file.path.unlink()
-        elif whole:
+        if whole:
             self._file.check()
+        if whole and self._frames:
             os.replace(self._file.path, self.path)
-        else:
-            get_logger().warning(f'{self._file.path}: holds the {self._frames} frames before the error')
+        elif self._file.path.exists():
+            get_logger().warning(f'{self._file.path}: holds what was written before the error')
 
     def _fitted(self, image: np.ndarray) -> np.ndarray:
         """With square pixels where the format has no others, and even sides."""
@@ -559,9 +572,9 @@ class VideoWriter:
             colours = np.array(indexed.getpalette('RGB'), np.uint8).reshape(-1, 3)
             palette[: len(colours), 1:] = colours
             return self._av.VideoFrame.from_ndarray((np.array(indexed), palette), format='pal8')
-        matrix = _SWS_MATRICES.get(self._matrix, self._matrix)
         return self._av.VideoFrame.from_ndarray(image, format='bgr24').reformat(
-            format='yuv420p', dst_colorspace=matrix, dst_color_range=self._display.value_range)
+            format='yuv420p', src_colorspace=_SWS_MATRICES[_BT601],
+            dst_colorspace=_SWS_MATRICES.get(self._matrix, self._matrix), dst_color_range=self._display.value_range)
 
 
 class _VideoFile:
@@ -754,5 +767,5 @@ def import_av() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise DataError("video files need PyAV: pip install 'themask[video]' (or: pip install 'av>=14')") from error
+        raise DataError("video files need PyAV: pip install 'themask[video]' (or: pip install 'av>=15')") from error
     return av
