@@ -105,7 +105,8 @@ class Outputs:
         if args.out is not None:
             view = FrameView(*classes_of(model), args.view, args.opacity, args.legend, float(source.fps))
         if args.video is not None:
-            video = self._video = VideoWriter(args.video, source.fps, source.time_base, args.crf, source.display)
+            video = self._video = VideoWriter(
+                args.video, source.fps, source.time_base, args.crf, source.display, source.live)
             self._writes.append(lambda frame, labels: video.write(view(frame.image, labels), frame.time))
         if args.pictures is not None:
             folder = FolderWriter(args.pictures, f'.{args.image_format}')
@@ -241,7 +242,8 @@ def report(args: argparse.Namespace, source: Source, progress: Progress, interru
     }  # fmt: skip
     if args.json:
         write_atomically(args.json, json.dumps(summary, indent=1))
-    written = ' and '.join(str(path) for path in (args.video, args.pictures, args.labels) if path is not None)
+    outputs = [str(path) for path in (args.video, args.pictures, args.labels) if path is not None and progress.frames]
+    written = ' and '.join(outputs) or 'nothing'
     print(f'{"interrupted; " if interrupted else ""}{progress.frames} frames -> {written}; {source.broken} broken; '
           f'{summary["frames_per_second"]} frames/s; peak memory {peak:.0f} MiB')
 

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -380,43 +380,47 @@ def _matching(pattern: Path) -> list[Path]:
     return [folder / name for name in glob.glob(str(rest), root_dir=folder)]
 
 
+# What a kill may lose: FFmpeg starts a new part of the file every half second, and hands every part over to the system.
+_FLUSHED = {'flush_packets': '1'}
+_FRAGMENTS = {'movflags': 'hybrid_fragmented+negative_cts_offsets', 'frag_duration': '500000', **_FLUSHED}
+_CLUSTERS = {'cluster_time_limit': '500', **_FLUSHED}
+
+
 @dataclass(frozen=True)
 class _Container:
     """A kind of video file.
 
     Attributes:
         muxer: FFmpeg's name of the format.
-        encoder: FFmpeg's name of the encoder.
         options: of the muxer.
+        encoder: FFmpeg's name of the encoder.
         constant_rate: every frame lasts equally long.
         time_base: the unit of times, where the format has one of its own.
         keeps_aspect: pixels may be other than square.
     """
 
     muxer: str
+    options: Mapping[str, str]
     encoder: str = 'libx264'
-    options: Mapping[str, str] = field(default_factory=dict)
     constant_rate: bool = False
     time_base: Fraction | None = None
     keeps_aspect: bool = True
 
 
-# What a kill may lose: FFmpeg starts a new part of the file every half second, and hands every part over to the system.
-_FRAGMENTS = {'movflags': 'hybrid_fragmented', 'frag_duration': '500000', 'flush_packets': '1'}
-_CLUSTERS = {'cluster_time_limit': '500', 'flush_packets': '1'}
 _CONTAINERS = {
-    '.mp4': _Container('mp4', options=_FRAGMENTS),
-    '.m4v': _Container('mp4', options=_FRAGMENTS),
-    '.mov': _Container('mov', options=_FRAGMENTS),
-    '.mkv': _Container('matroska', options=_CLUSTERS),
-    '.avi': _Container('avi', constant_rate=True),
-    '.ts': _Container('mpegts'),
-    '.webm': _Container('webm', 'libvpx-vp9', _CLUSTERS, keeps_aspect=False),
-    '.gif': _Container('gif', 'gif', time_base=Fraction(1, 100), keeps_aspect=False),
+    '.mp4': _Container('mp4', _FRAGMENTS),
+    '.m4v': _Container('mp4', _FRAGMENTS),
+    '.mov': _Container('mov', _FRAGMENTS),
+    '.mkv': _Container('matroska', _CLUSTERS),
+    '.avi': _Container('avi', _FLUSHED, constant_rate=True),
+    '.ts': _Container('mpegts', _FLUSHED),
+    '.webm': _Container('webm', _CLUSTERS, 'libvpx-vp9', keeps_aspect=False),
+    '.gif': _Container('gif', _FLUSHED, 'gif', time_base=Fraction(1, 100), keeps_aspect=False),
 }
 VIDEO_SUFFIXES = tuple(_CONTAINERS)  # that can be written
 _MAX_CRF = 51
-_ENCODER_THREADS = 4
+_ENCODER_THREADS = 4  # every one holds a frame
+_LOOKAHEAD_FPS = 15  # from here on, the dozen frames by which H.264 looks ahead are less than a second
 
 
 def is_video(path: str | Path) -> bool:
@@ -443,10 +447,9 @@ def part_of(path: Path) -> Path:
 class VideoWriter:
     """A video in a container by the suffix of the file; memory does not grow with the video.
 
-    It grows as ``<name>.part.<suffix>`` and takes its name when it is closed.  In MP4, MOV, Matroska and WebM it can be
-    played at any time: a process that is killed loses about half a second.  Nothing else is held back, because the
-    encoder neither looks ahead nor reorders frames.  Odd sides grow by one pixel, because H.264 as every player knows
-    it stores colour at half the resolution.
+    It grows as ``<name>.part.<suffix>`` and takes its name when it is closed.  Until then it can be played, too: a
+    process that is killed loses half a second and what the encoder holds, a dozen frames at most.  Odd sides grow by
+    one pixel, because H.264 as every player knows it stores colour at half the resolution.
 
     Args:
         path: the file; folders are made.
@@ -454,6 +457,7 @@ class VideoWriter:
         time_base: unit of the times given to :meth:`write`.
         crf: constant quality, 0 (lossless) to 51.
         display: how players are to show the pictures.
+        live: they may come much more slowly than ``fps`` says, so that the encoder must not hold any.
 
     Raises:
         ConfigError: an unknown suffix or quality.
@@ -466,6 +470,7 @@ class VideoWriter:
         time_base: Fraction | None = None,
         crf: int = 18,
         display: Display | None = None,
+        live: bool = False,
     ) -> None:
         self._av = import_av()
         self.path = user_path(path)
@@ -480,15 +485,19 @@ class VideoWriter:
         self._last = -1
         self._file = _VideoFile(part_of(self.path))
         self._container = self._av.open(self._file, 'w', format=self._kind.muxer, options=dict(self._kind.options))
-        self._stream = self._container.add_stream(self._kind.encoder, rate=fps, options=self._encoder_options(crf))
+        options = self._encoder_options(crf, live or fps < _LOOKAHEAD_FPS)
+        self._stream = self._container.add_stream(self._kind.encoder, rate=fps, options=options)
         self._codec = self._stream.codec_context
         self._codec.thread_count = _ENCODER_THREADS
         self._codec.gop_size = max(1, round(_KEY_FRAME_SECONDS * fps))
         self._codec.time_base = self._time_base
 
-    def _encoder_options(self, crf: int) -> dict[str, str]:
+    def _encoder_options(self, crf: int, at_once: bool) -> dict[str, str]:
         if self._kind.encoder == 'libx264':
-            return {'crf': str(crf), 'preset': 'veryfast', 'tune': 'zerolatency'}
+            options = {'crf': str(crf), 'preset': 'veryfast'}
+            if self._kind.constant_rate:  # AVI has no place for times, so frames must come in order
+                options['bf'] = '0'
+            return {**options, 'tune': 'zerolatency'} if at_once else options
         if self._kind.encoder == 'libvpx-vp9':
             crf = round(crf * 63 / _MAX_CRF)
             return {'crf': str(crf), 'b': '0', 'deadline': 'realtime', 'cpu-used': '6', 'lag-in-frames': '0'}
@@ -528,10 +537,14 @@ class VideoWriter:
         Raises:
             OSError: it could not be written to its end.
         """
-        with contextlib.closing(self._file):
-            if self._frames:
-                self._container.mux(self._stream.encode(None))
-            self._container.close()
+        try:
+            with contextlib.closing(self._file):
+                if self._frames:
+                    self._container.mux(self._stream.encode(None))
+                self._container.close()
+        except self._av.FFmpegError as error:
+            if whole:
+                raise DataError(f'{self._file.path}: cannot be finished: {error.strerror}') from error
         if not self._frames or not self._file.path.stat().st_size:
             self._file.path.unlink()
         if whole:
