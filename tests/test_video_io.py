@@ -249,6 +249,19 @@ def test_pictures_become_a_tagged_video(tmp_path, size, matrix):
     assert np.abs(next(iter(open_source(tmp_path / 'v.mp4'))).image.astype(int) - RED).max() <= 4
 
 
+def test_a_motion_jpeg_has_the_full_range(tmp_path):
+    with av.open(str(tmp_path / 'v.avi'), 'w') as container:
+        stream = container.add_stream('mjpeg', rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuvj420p'
+        for value in (16, 235):  # black and white of the limited range
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), value, np.uint8), format='bgr24')
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    source = open_source(tmp_path / 'v.avi')
+    assert source.display.value_range == 2
+    assert [frame.image.mean() for frame in source] == pytest.approx([16, 235], abs=4)
+
+
 def test_the_pixels_of_a_turned_video_are_turned(tmp_path):
     with av.open(str(tmp_path / 'phone.mp4'), 'w') as container:
         stream = container.add_stream('libx264', rate=10)

@@ -195,7 +195,7 @@ def choose_outputs(args: argparse.Namespace, source: Source) -> None:
     videos = {} if args.video is None else {'--out': args.video, '--out, while it grows': part_of(args.video)}
     frames = {f"input '{path}'": path for path in source.files}
     refuse_overwriting({'--json': args.json, **videos}, {
-        'config': args.config, 'checkpoint': args.checkpoint, **frames})
+        'config': user_path(args.config), 'checkpoint': user_path(args.checkpoint), **frames})
     refuse_overwriting({'--json': args.json}, videos)
     folders = {'--out': args.pictures, '--labels': args.labels}
     if isinstance(source, FolderSource):

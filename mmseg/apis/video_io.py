@@ -44,7 +44,7 @@ _Item = TypeVar('_Item')
 _BT709, _BT601, _UNKNOWN = 1, 6, 2
 _MATRICES = (_BT709, 4, 5, _BT601, 7, 9)  # that it converts from and to
 _SWS_MATRICES = {_BT601: 5}  # the conversion has a number of its own for this one
-_LIMITED = 1
+_LIMITED, _FULL = 1, 2
 _ATTACHED_PICTURE = 0x400
 
 
@@ -223,10 +223,11 @@ class VideoFileSource(Source):
                     display = replace(display, pixel_aspect=1 / display.pixel_aspect)
         if codec.format is None or codec.format.is_rgb:
             return display
+        full = codec.color_range == _FULL or codec.format.name.startswith('yuvj')
         return replace(
             display,
             matrix=codec.colorspace if codec.colorspace in _MATRICES else display.matrix,
-            value_range=codec.color_range or _LIMITED, primaries=codec.color_primaries, transfer=codec.color_trc)
+            value_range=_FULL if full else _LIMITED, primaries=codec.color_primaries, transfer=codec.color_trc)
 
     def _frames(self) -> Iterator[Frame]:
         index = 0
@@ -271,12 +272,12 @@ def _conversion(raw: Any, matrix: int | None) -> dict[str, int]:
     """What PyAV must be told so that a decoded frame is converted by its matrix and range."""
     if raw.format.is_rgb or matrix is None:
         return {}
-    return dict(src_colorspace=_SWS_MATRICES.get(matrix, matrix), src_color_range=raw.color_range or _LIMITED,
+    return dict(src_colorspace=_SWS_MATRICES.get(matrix, matrix), src_color_range=raw.color_range,
                 dst_colorspace=_SWS_MATRICES[_BT601])
 
 
 def _is_cover(stream: Any) -> bool:
-    disposition = getattr(stream, 'disposition', 0)  # PyAV 14 does not tell; from 18 on it is an int
+    disposition = getattr(stream, 'disposition', 0)  # an int, an enum in older versions of PyAV, or not told
     return bool(getattr(disposition, 'value', disposition) & _ATTACHED_PICTURE)
 
 
@@ -512,7 +513,7 @@ class VideoWriter:
 
         Raises:
             OSError: the disk is full, for instance; what was written before stays in the unfinished file.
-        DataError: the encoder takes no picture of this size.
+            DataError: the encoder takes no picture of this size.
         """
         image = self._fitted(image)
         if not self._frames:
