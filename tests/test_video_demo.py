@@ -207,6 +207,8 @@ def test_a_full_disk_is_one_line(demo, inputs, capsys, output):
     (inputs / 'noise').mkdir()
     for i in range(24):
         cv2.imwrite(f'noise/{i}.jpg', rng.integers(0, 256, (64, 64, 3), np.uint8))
+    assert demo('jpg', '--labels', 'labels') == 0  # builds native code, if need be
+    capsys.readouterr()
     with files_of_at_most(100):
         assert demo('noise', output, '--image-format=png') == 1
     errors = capsys.readouterr().err
