@@ -39,7 +39,7 @@ setup(
         'rich>=13',
     ],
     extras_require={
-        'video': ['av>=14'],
+        'video': ['av>=15'],
         'convert': ['safetensors>=0.4'],
         'test': [
             'pytest>=8',

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 
@@ -18,7 +21,8 @@ from PIL import Image
 
 from mmseg.apis import init_segmentor
 from mmseg.apis.video_io import VideoWriter, open_source
-from tests.test_video_io import FakeCamera
+from mmseg.utils.errors import DataError
+from tests.test_video_io import FakeCamera, files_of_at_most
 from tests.tiny_config import write_tiny_config
 from tests.tool_process import ROOT, command, environment, run_tool
 from tests.vspw_fixture import write_vspw
@@ -114,30 +118,155 @@ def test_a_broken_frame_is_skipped_and_reported(model, demo, tmp_path):
 
 def test_the_default_output_and_one_line_errors(model, demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path))
     assert demo(write_input(tmp_path / 'street.mp4', 3)) == 0
     assert len(list(open_source(tmp_path / 'street_themask.mp4'))) == 3
     (tmp_path / 'all_broken').mkdir()
     (tmp_path / 'all_broken' / 'a.jpg').write_bytes(b'\xff\xd8')
     capsys.readouterr()
     for args, message in ((('nowhere',), 'no file, folder'), (('street.mp4', '--overlap', 9), 'overlap'),
-                          (('street.mp4', '--opacity', 2), 'opacity'), (('all_broken',), 'no frame could be read')):
+                          (('street.mp4', '--opacity', 2), 'opacity'), (('all_broken',), 'no frame could be read'),
+                          (('street.mp4', '--fps', 'nan'), 'positive number, got nan'),
+                          (('street.mp4', '--fps', 'inf'), 'positive number, got inf'),
+                          (('street.mp4', '--fps', 0), 'positive number, got 0'),
+                          (('street.mp4', '--fps', -1), 'positive number, got -1'),
+                          (('street.mp4', '--max-frames', 0), '--max-frames: expected at least 1, got 0'),
+                          (('street.mp4', '--crf', 99), 'crf: expected 0 (lossless) to 51, got 99'),
+                          (('street.mp4', '--out', 'o.wmv'), "o.wmv: '.wmv' cannot be written"),
+                          (('street.mp4', '--device', 'gpu'), "got 'gpu'")):
+        before = sorted(os.listdir())
         assert demo(*args) == 1
-        assert message in capsys.readouterr().err
+        errors = capsys.readouterr().err
+        assert message in errors and errors.count('error: ') == 1 and 'Traceback' not in errors
+        assert sorted(os.listdir()) == before
+    assert demo('street.mp4', '--max-frames', 1, '--out', 'o.v1/', '--labels', '~/l') == 0
+    assert os.listdir('o.v1') == ['000000.jpg']
+    assert os.listdir(tmp_path / 'l') == ['000000.png']
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.fixture
+def inputs(model, tmp_path, monkeypatch):
+    """A folder with a video, frames and links to them."""
+    monkeypatch.chdir(tmp_path)
+    write_input(tmp_path / 'in.mp4', 3)
+    shutil.copy('in.mp4', 'half.part.mp4')
+    for folder, suffix, frames in (('jpg', 'jpg', 2), ('png', 'png', 2), ('six', 'png', 6)):
+        (tmp_path / folder).mkdir()
+        for i in range(frames):
+            cv2.imwrite(f'{folder}/{i}.{suffix}', np.full((32, 32, 3), 9 * i, np.uint8))
+    for name, target in (('link.mp4', 'in.mp4'), ('png_link', 'png')):
+        os.symlink(target, name)
+    os.link('in.mp4', 'hard.mp4')
+    (tmp_path / 'farm').mkdir()
+    for i in range(2):
+        os.symlink(f'../png/{i}.png', f'farm/{i}.png')
+    return tmp_path
+
+
+@pytest.mark.parametrize('arguments', [
+    'in.mp4 --out in.mp4',
+    'in.mp4 --out link.mp4',
+    'link.mp4 --out in.mp4',
+    'in.mp4 --out hard.mp4',
+    'in.mp4 --json in.mp4',
+    'half.part.mp4 --out half.mp4',
+    'jpg --out jpg',
+    'jpg --out ./jpg/',
+    'jpg/*.jpg --out jpg',
+    'jpg --json jpg/0.jpg',
+    'png --labels png',
+    'png_link --labels png',
+    'png --out png_link --image-format png',
+    'farm --labels png',
+    'in.mp4 --out new --labels new --image-format png',
+    'in.mp4 --out new.mp4 --json new.mp4',
+])  # fmt: skip
+def test_no_output_overwrites_an_input_or_another_output(demo, inputs, capsys, arguments):
+    files = {path: path.read_bytes() for path in inputs.rglob('*') if path.is_file()}
+    assert demo(*arguments.split()) == 1
+    assert 'would be overwritten' in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in inputs.rglob('*') if path.is_file()} == files
+
+
+def test_config_and_checkpoint_are_inputs_too(demo, model, inputs, capsys):
+    for path in model[:2]:
+        assert demo('in.mp4', '--json', path) == 1
+        assert 'would be overwritten' in capsys.readouterr().err
+
+
+def test_frames_that_differ_in_their_suffix_have_outputs_of_their_own(demo, inputs):
+    shutil.copy('png/0.png', 'jpg/0.png')
+    assert demo('jpg', '--out', 'out', '--labels', 'labels') == 0
+    assert sorted(os.listdir('out')) == ['0.jpg.jpg', '0.png.jpg', '1.jpg.jpg']
+    assert sorted(os.listdir('labels')) == ['0.jpg.png', '0.png.png', '1.jpg.png']
+
+
+@pytest.mark.parametrize('output', ['--out=o.mp4', '--out=o.mkv', '--out=o', '--labels=o'])
+def test_a_full_disk_is_one_line(demo, inputs, capsys, output):
+    rng = np.random.default_rng(0)
+    (inputs / 'noise').mkdir()
+    for i in range(24):
+        cv2.imwrite(f'noise/{i}.jpg', rng.integers(0, 256, (64, 64, 3), np.uint8))
+    assert demo('jpg', '--labels', 'labels') == 0  # builds native code, if need be
+    capsys.readouterr()
+    with files_of_at_most(100):
+        assert demo('noise', output, '--image-format=png') == 1
+    errors = capsys.readouterr().err
+    assert 'File too large' in errors and errors.count('error: ') == 1 and 'Traceback' not in errors
+    assert not [name for name in ('o.mp4', 'o.mkv') if os.path.exists(name)]
+    assert not os.path.isdir('o') or not os.listdir('o')
+
+
+def test_a_video_that_an_error_ends_keeps_the_name_of_an_unfinished_one(demo, inputs, monkeypatch, capsys):
+    shutil.copy('in.mp4', 'out.mp4')
+    before = (inputs / 'out.mp4').read_bytes()
+
+    def fail(*_):
+        raise DataError('an error in the middle')
+
+    monkeypatch.setattr(VideoWriter, '_fitted', lambda self, image: image if self._frames < 4 else fail())
+    assert demo('six', '--out', 'out.mp4') == 1
+    assert 'an error in the middle' in capsys.readouterr().err
+    assert (inputs / 'out.mp4').read_bytes() == before
+    assert len(list(open_source('out.part.mp4'))) == 4
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_run_whose_input_has_stalled(demo, inputs, monkeypatch, number, capsys):
+    monkeypatch.setattr('mmseg.apis.video_io._PATIENCE', 0.1)
+    os.mkfifo('six/6.png')
+
+    def interrupt():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            time.sleep(0.02)
+            if (inputs / 'labels' / '3.png').exists():
+                return os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        assert demo('six', '--online', '--out', 'out.mp4', '--labels', 'labels', '--json', 's.json') == 128 + number
+    finally:
+        with open('six/6.png', 'wb'):  # lets the thread that reads it end
+            pass
+    frames = len(list(open_source('out.mp4')))
+    assert json.loads((inputs / 's.json').read_text())['interrupted'] and frames == len(os.listdir('labels')) >= 4
+    assert 'interrupted' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_a_file_that_plays(model, tmp_path, number):
     source = write_input(tmp_path / 'long.mp4', 3000)
     out = tmp_path / 'out.mp4'
+    part = tmp_path / 'out.part.mp4'
     with (tmp_path / 'errors.txt').open('w') as file:
         running = subprocess.Popen(
-            command('video_demo', *model[:2], source, '--out', out, '--json', tmp_path / 's.json', '--clip-len', 1),
-            cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=file)
+            command('video_demo', *model[:2], source, '--out', out, '--labels', tmp_path / 'labels', '--json',
+                    tmp_path / 's.json', '--clip-len', 1), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+            stderr=file)  # fmt: skip
     try:
-        # A fragment is written for every key frame; a killed process leaves those that are on disk.
-        enough = 30_000 if number == signal.SIGKILL else 0
         deadline = time.monotonic() + 200
-        while not (out.exists() and out.stat().st_size > enough):
+        while not (tmp_path / 'labels' / '000100.png').exists():
             assert running.poll() is None and time.monotonic() < deadline, (tmp_path / 'errors.txt').read_text()
             time.sleep(0.05)
         running.send_signal(number)
@@ -145,13 +274,14 @@ def test_an_interrupted_run_leaves_a_file_that_plays(model, tmp_path, number):
     finally:
         running.kill()
     errors = (tmp_path / 'errors.txt').read_text()
-    frames = list(open_source(out))
+    labelled = len(list((tmp_path / 'labels').glob('*.png')))
     if number == signal.SIGKILL:
-        assert len(frames) > 40
+        assert not out.exists() and labelled - 48 <= len(list(open_source(part))) <= labelled + 1, 'two seconds at most'
     else:
-        assert running.returncode == 130, errors
+        assert running.returncode == 128 + number, errors
         summary = json.loads((tmp_path / 's.json').read_text())
-        assert summary['interrupted'] and len(frames) == summary['frames'] and 0 < len(frames) < 3000
+        assert not part.exists() and summary['interrupted']
+        assert len(list(open_source(out))) == summary['frames'] == labelled < 3000
         assert 'Traceback' not in errors
 
 

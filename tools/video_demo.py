@@ -1,6 +1,7 @@
 """Runs a model on a video file, a folder of frames or a camera, and writes a video, pictures or label maps.
 
-Memory stays the same for a video of any length.  A broken frame is reported and skipped.  Ctrl-C finishes the files.
+Memory stays the same for a video of any length.  A broken frame is reported and skipped.  Ctrl-C finishes the files; a
+second one ends at once.  A video grows as NAME.part.SUFFIX, which plays at any time, and takes its name at the end.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import argparse
 import contextlib
 import json
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,17 +26,22 @@ from mmseg.apis.video import VIEWS, FrameView, VideoSegmenter, classes_of
 from mmseg.apis.video_io import (
     VIDEO_SUFFIXES,
     Background,
+    FolderSource,
     FolderWriter,
     Frame,
     Source,
     VideoWriter,
+    is_video,
     open_source,
+    part_of,
 )
 from mmseg.utils.allocator import use_huge_pages
+from mmseg.utils.cli import run_tool
 from mmseg.utils.config import OptionsAction
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError
-from mmseg.utils.files import write_atomically
+from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.files import refuse_overwriting, user_path, write_atomically
 from mmseg.utils.logger import setup_logger
+from mmseg.utils.signals import Interrupted, Interruption
 from mmseg.utils.visual import write_label_png
 
 EXAMPLES = r"""examples:
@@ -53,7 +58,6 @@ EXAMPLES = r"""examples:
   # pictures from files that match a pattern, at 25 frames per second
   python tools/video_demo.py CONFIG.py CKPT.pth 'frames/*.png' --fps 25 --out pictures/
 """
-INTERRUPTED = 130
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,14 +68,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('input', help="video file, folder of images, pattern ('frames/*.jpg') or number of a camera")
     out = parser.add_argument_group('output (default: --out <name>_themask.mp4)')
-    out.add_argument('--out', type=Path, help=f'video ({", ".join(VIDEO_SUFFIXES)}), or else a folder for pictures')
-    out.add_argument('--labels', type=Path, help='folder for palette PNGs of training labels')
+    out.add_argument('--out', help=f'video ({", ".join(VIDEO_SUFFIXES)}), or a folder for pictures (NAME, NAME/)')
+    out.add_argument('--labels', type=user_path, help='folder for palette PNGs of training labels')
     out.add_argument('--view', choices=VIEWS, default='overlay', help='what a picture shows')
     out.add_argument('--opacity', type=float, default=0.5, help='of the colours over the frame, 0..1')
     out.add_argument('--legend', action='store_true', help='name the classes in sight below the picture')
     out.add_argument('--image-format', choices=('jpg', 'png'), default='jpg', help='of pictures in a folder')
     out.add_argument('--crf', type=int, default=18, help='quality of the video, 0 (lossless) to 51')
-    out.add_argument('--json', type=Path, help='write a summary: frames, broken ones, seconds, peak memory')
+    out.add_argument('--json', type=user_path, help='write a summary: frames, broken ones, seconds, peak memory')
     clips = parser.add_argument_group('clips')
     clips.add_argument('--clip-len', type=int, help='frames in a clip; default: data.test.test_size of the config')
     clips.add_argument('--stride', type=int, help='frames from one frame of a clip to the next; default 3')
@@ -87,7 +91,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Outputs:
-    """Everything that is written for a frame, in a thread of its own.
+    """Everything that is written for a frame, in a thread of its own; a context that finishes all files.
 
     Args:
         args: command line.
@@ -100,12 +104,13 @@ class Outputs:
         self._video: VideoWriter | None = None
         if args.out is not None:
             view = FrameView(*classes_of(model), args.view, args.opacity, args.legend, float(source.fps))
-            if args.out.suffix in VIDEO_SUFFIXES:
-                video = self._video = VideoWriter(args.out, source.fps, source.time_base, args.crf)
-                self._writes.append(lambda frame, labels: video.write(view(frame.image, labels), frame.time))
-            else:
-                folder = FolderWriter(args.out, f'.{args.image_format}')
-                self._writes.append(lambda frame, labels: folder.write(view(frame.image, labels), frame.name))
+        if args.video is not None:
+            video = self._video = VideoWriter(
+                args.video, source.fps, source.time_base, args.crf, source.display, source.live)
+            self._writes.append(lambda frame, labels: video.write(view(frame.image, labels), frame.time))
+        if args.pictures is not None:
+            folder = FolderWriter(args.pictures, f'.{args.image_format}')
+            self._writes.append(lambda frame, labels: folder.write(view(frame.image, labels), frame.name))
         if args.labels is not None:
             _, palette = classes_of(model)
             self._writes.append(
@@ -116,13 +121,17 @@ class Outputs:
         """Hands one frame over."""
         self._thread.put((frame, labels))
 
-    def close(self) -> None:
-        """Finishes all files."""
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        whole = False
         try:
             self._thread.close()
+            whole = kind is None
         finally:
             if self._video is not None:
-                self._video.close()
+                self._video.close(whole)
 
     def _write(self, item: tuple[Frame, np.ndarray]) -> None:
         for write in self._writes:
@@ -170,54 +179,57 @@ def _clock(seconds: float) -> str:
     return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
 
 
-class Interruption:
-    """Whether SIGINT or SIGTERM has come; the second one raises KeyboardInterrupt at once.
+def choose_outputs(args: argparse.Namespace, source: Source) -> None:
+    """Splits ``--out`` into ``args.video`` and ``args.pictures``.
 
-    The first only sets a flag: an exception out of a signal handler may be raised where Python cannot pass it on.
+    Raises:
+        ConfigError: an output would overwrite an input or another output.
     """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, _number: int, _frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+    if args.out is None and args.labels is None:
+        args.out = f'{source.name}_themask.mp4'
+    args.video = args.pictures = None
+    if args.out is not None and is_video(args.out):
+        args.video = user_path(args.out)
+    elif args.out is not None:
+        args.pictures = user_path(args.out)
+    videos = {} if args.video is None else {'--out': args.video, '--out, while it grows': part_of(args.video)}
+    frames = {f"input '{path}'": path for path in source.files}
+    refuse_overwriting({'--json': args.json, **videos}, {
+        'config': user_path(args.config), 'checkpoint': user_path(args.checkpoint), **frames})
+    refuse_overwriting({'--json': args.json}, videos)
+    folders = {'--out': args.pictures, '--labels': args.labels}
+    if isinstance(source, FolderSource):
+        parents = {path.parent for path in source.files} | {path.resolve().parent for path in source.files}
+        refuse_overwriting(folders, {f"folder of the input '{parent}'": parent for parent in parents})
+    if args.image_format == 'png':
+        refuse_overwriting({'--labels': args.labels}, {'folder of --out': args.pictures})
 
 
 def run(args: argparse.Namespace) -> int:
     """Labels the input; returns the exit status."""
+    if args.max_frames is not None and args.max_frames < 1:
+        raise ConfigError(f'--max-frames: expected at least 1, got {args.max_frames}')
     source = open_source(args.input, args.fps)
-    if args.out is None and args.labels is None:
-        args.out = Path(f'{source.name}_themask.mp4')
+    choose_outputs(args, source)
     model = init_segmentor(args.config, args.checkpoint, args.device, args.options)
     segmenter = VideoSegmenter(model, args.clip_len, args.stride, args.overlap, args.online, args.dtype)
-    outputs = Outputs(args, source, model)
-    total = min(filter(None, (source.num_frames, args.max_frames)), default=None)
-    progress = Progress(total)
-    with Interruption() as interruption:
-        try:
-            with contextlib.closing(segmenter(source)) as labelled:
-                for frame, labels in labelled:
-                    outputs.put(frame, labels)
-                    progress.step()
-                    if interruption.requested or progress.frames == args.max_frames:
-                        break
-        finally:
-            outputs.close()
+    progress = Progress(min(filter(None, (source.num_frames, args.max_frames)), default=None))
+    with (
+        Interruption('finishing the files') as interruption,
+        Outputs(args, source, model) as outputs,
+        contextlib.suppress(Interrupted),
+        contextlib.closing(segmenter(source, interruption.__bool__)) as labelled,
+    ):
+        for frame, labels in labelled:
+            outputs.put(frame, labels)
+            progress.step()
+            if progress.frames == args.max_frames:
+                break
     progress.show(end=True)
-    if not progress.frames:
+    if not progress.frames and not interruption:
         raise DataError(f"'{args.input}': no frame could be read")
-    report(args, source, progress, interruption.requested)
-    return INTERRUPTED if interruption.requested else 0
+    report(args, source, progress, bool(interruption))
+    return interruption.status
 
 
 def report(args: argparse.Namespace, source: Source, progress: Progress, interrupted: bool) -> None:
@@ -230,7 +242,8 @@ def report(args: argparse.Namespace, source: Source, progress: Progress, interru
     }  # fmt: skip
     if args.json:
         write_atomically(args.json, json.dumps(summary, indent=1))
-    written = ' and '.join(str(path) for path in (args.out, args.labels) if path is not None)
+    outputs = [str(path) for path in (args.video, args.pictures, args.labels) if path is not None and progress.frames]
+    written = ' and '.join(outputs) or 'nothing'
     print(f'{"interrupted; " if interrupted else ""}{progress.frames} frames -> {written}; {source.broken} broken; '
           f'{summary["frames_per_second"]} frames/s; peak memory {peak:.0f} MiB')
 
@@ -240,13 +253,7 @@ def main() -> int:
     use_huge_pages()
     args = parse_args()
     setup_logger()
-    try:
-        return run(args)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run_tool(lambda: run(args))
 
 
 if __name__ == '__main__':

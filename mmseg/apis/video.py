@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmseg.apis.inference import as_frame
 from mmseg.apis.video_io import DEFAULT_FPS, Frame, Source, open_source, prefetch
 from mmseg.core.precision import Precision
 from mmseg.datasets.pipelines import Compose
 from mmseg.models.segmentors.label_map import ScoreView, label_map, resize_matrix
 from mmseg.registry import DATASETS, find
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.visual import Palette, colourise, legend, overlay
 
 CLIP_STRIDE = 3
@@ -54,7 +55,7 @@ def segment_video(
     Args:
         model: a segmentor of :func:`mmseg.apis.init_segmentor`.
         source: a video file, a folder of images or a pattern such as ``'frames/*.jpg'``, the number of a camera, a
-            :class:`~mmseg.apis.video_io.Source`, or frames in memory (uint8 [H, W, 3] BGR).
+            :class:`~mmseg.apis.video_io.Source`, or an iterable of frames (uint8 [H, W, 3] BGR, PIL images or paths).
         clip_len: frames in a clip, T; default ``data.test.test_size`` of the model's config.
         stride: see :class:`VideoSegmenter`.
         overlap: likewise.
@@ -66,7 +67,8 @@ def segment_video(
         The frame, uint8 [H, W, 3] BGR, and its labels, uint8 [H, W].
 
     Raises:
-        DataError: the source is missing or holds no video.  Broken frames are reported and skipped.
+        DataError: the source is missing or holds no video, or something in memory is no frame.  Broken frames of files
+            are reported and skipped.
         ConfigError: the options do not fit each other or the model.
 
     Example:
@@ -85,13 +87,16 @@ def segment_video(
 class _InMemory(Source):
     """Frames that the caller has."""
 
-    def __init__(self, images: Iterable[np.ndarray]) -> None:
+    def __init__(self, images: Iterable[Any]) -> None:
+        if not isinstance(images, Iterable) or (isinstance(images, np.ndarray) and images.ndim != 4):
+            raise DataError('source: expected a path, the number of a camera, or a list of frames, got '
+                            f'{type(images).__name__}; wrap a single frame in []')
         super().__init__('frames', Fraction(DEFAULT_FPS), None)
         self._images = images
 
     def _frames(self) -> Iterator[Frame]:
         for index, image in enumerate(self._images):
-            yield Frame(image, index, index / self.fps, f'{index:06d}')
+            yield Frame(as_frame(image, f'frame #{index}'), index, index / self.fps, f'{index:06d}')
 
 
 @dataclass
@@ -159,9 +164,16 @@ class VideoSegmenter:
         self._pipeline = Compose(model.cfg.data.test.pipeline)
         self._whole = model.inference.mode == 'whole'
 
-    def __call__(self, source: Source) -> Generator[tuple[Frame, np.ndarray], None, None]:
-        """Yields every frame with its labels, uint8 [H, W] at the frame's size, in order."""
-        slots = prefetch(map(self._prepare, source), _PREPARED_AHEAD, newest=source.live)
+    def __call__(
+        self, source: Source, stopped: Callable[[], object] = bool
+    ) -> Generator[tuple[Frame, np.ndarray], None, None]:
+        """Yields every frame with its labels, uint8 [H, W] at the frame's size, in order.
+
+        Args:
+            source: the frames.
+            stopped: see :func:`~mmseg.apis.video_io.prefetch`.
+        """
+        slots = prefetch(map(self._prepare, source), _PREPARED_AHEAD, source.live, stopped)
         with contextlib.closing(slots):  # type: ignore[type-var]
             yield from (self._online(slots) if self.online else self._offline(slots))
 

@@ -6,13 +6,15 @@ written runs in step with the one that was read.
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import math
+import os
 import queue
-import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -20,19 +22,30 @@ from typing import Any, Generic, TypeVar
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from mmseg.datasets.pipelines.loading import read_frame
-from mmseg.utils.errors import DataError
+from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.files import named_errors, user_path
 from mmseg.utils.logger import get_logger
+from mmseg.utils.names import natural_key
+from mmseg.utils.signals import Interrupted
 from mmseg.utils.visual import write_picture
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
-VIDEO_SUFFIXES = ('.mp4', '.mkv', '.mov')  # that can be written
 DEFAULT_FPS = 15  # of VSPW; for frames in a folder, which do not say
-_ENCODER = 'libx264'
-_FRAGMENT_SECONDS = 2  # what a killed process may lose; also how finely a player can jump
+_KEY_FRAME_SECONDS = 2  # how finely a player can jump
 _REPORTED = 20  # broken frames that are named; later ones are counted
+_LOOK = 0.2  # seconds from one look to the next whether to go on waiting
+_PATIENCE = 2.0  # seconds in which a thread ends that waits for nothing
 _Item = TypeVar('_Item')
+
+# Numbers of FFmpeg (AVCOL_*, AV_DISPOSITION_*), the same in all of its versions.
+_BT709, _BT601, _UNKNOWN = 1, 6, 2
+_MATRICES = (_BT709, 4, 5, _BT601, 7, 9)  # that it converts from and to
+_SWS_MATRICES = {_BT601: 5}  # the conversion has a number of its own for this one
+_LIMITED, _FULL = 1, 2
+_ATTACHED_PICTURE = 0x400
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Frame:
         image: uint8 [H, W, 3] BGR.
         index: its position in the source; broken frames count.
         time: seconds since the first frame.
-        name: stem of its file, or its position in six digits.
+        name: of its file (see :class:`FolderSource`), or its position in six digits.
     """
 
     image: np.ndarray
@@ -52,11 +65,37 @@ class Frame:
     name: str
 
 
+@dataclass(frozen=True)
+class Display:
+    """How a player shows the samples of a video; the numbers are FFmpeg's.
+
+    Attributes:
+        pixel_aspect: width of a pixel by its height.
+        matrix: from Y'CbCr to R'G'B' (``AVCOL_SPC_*``); None for the usual one of the picture's size.
+        value_range: limited (1) or full (2).
+        primaries: of the colours (``AVCOL_PRI_*``).
+        transfer: curve of the values (``AVCOL_TRC_*``).
+    """
+
+    pixel_aspect: Fraction = Fraction(1)
+    matrix: int | None = None
+    value_range: int = _LIMITED
+    primaries: int = _UNKNOWN
+    transfer: int = _UNKNOWN
+
+
+def usual_matrix(width: int, height: int) -> int:
+    """The matrix that players assume where a video does not say: BT.709 for HD, BT.601 for less."""
+    return _BT709 if width >= 1280 or height >= 720 else _BT601
+
+
 class Source:
     """Frames of one size, in order; iterate once.
 
     Attributes:
         name: of the video, for file names.
+        files: that the frames are read from.
+        display: how the frames are shown.
         fps: frames per second; an average where the rate varies.
         time_base: unit of which all frame times are multiples.
         num_frames: how many there are, or None where nobody knows; an estimate for some video files.
@@ -72,6 +111,8 @@ class Source:
         self.fps = fps
         self.time_base = time_base or 1 / fps
         self.num_frames = num_frames
+        self.files: list[Path] = []
+        self.display = Display()
         self.broken = 0
         self.broken_names: list[str] = []
 
@@ -100,6 +141,8 @@ class Source:
 class FolderSource(Source):
     """Image files as the frames of a video, in the natural order of their names (2 before 10).
 
+    A frame is called by the path of its file below the folder, without the suffix unless files differ in that alone.
+
     Args:
         paths: the files.
         name: of the video.
@@ -108,21 +151,21 @@ class FolderSource(Source):
 
     def __init__(self, paths: Sequence[Path], name: str, fps: Fraction) -> None:
         super().__init__(name, fps, len(paths))
-        self._paths = sorted(paths, key=_natural)
+        self.files = sorted(paths, key=lambda path: (natural_key(str(path.parent)), natural_key(path.name)))
+        folder = os.path.commonpath([path.parent for path in self.files])
+        names = [path.relative_to(folder) for path in self.files]
+        stems = [str(path.with_suffix('')) for path in names]
+        distinct = len({stem.casefold() for stem in stems}) == len(stems)
+        self._names = stems if distinct else [str(path) for path in names]
 
     def _frames(self) -> Iterator[Frame]:
-        for index, path in enumerate(self._paths):
+        for index, (path, name) in enumerate(zip(self.files, self._names)):
             try:
                 image = read_frame(str(path))
             except DataError as error:
                 self._skip(path.name, error)
             else:
-                yield Frame(image, index, index / self.fps, path.stem)
-
-
-def _natural(path: Path) -> list[int | str]:
-    """Sort key that takes digits in a name as a number."""
-    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', str(path))]
+                yield Frame(image, index, index / self.fps, name)
 
 
 class VideoFileSource(Source):
@@ -138,37 +181,65 @@ class VideoFileSource(Source):
 
     def __init__(self, path: Path, fps: Fraction | None = None) -> None:
         self._av = import_av()
+        self._errors = (self._av.FFmpegError, OSError, ValueError, EOFError, LookupError)  # that PyAV raises
         self._path = path
         self._retimed = fps is not None
         with self._open() as container:
-            stream = container.streams.video[0]
+            stream = self._best_stream(container)
             rate = Fraction(fps or stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
             num_frames = stream.frames or None
             if num_frames is None and container.duration:
                 num_frames = round(container.duration / self._av.time_base * rate)
             super().__init__(path.stem, rate, num_frames, None if self._retimed else stream.time_base)
+            self.files = [path]
+            self.display = self._display_of(container, stream)
 
     def _open(self) -> Any:
         try:
-            container = self._av.open(str(self._path))
-        except (OSError, ValueError) as error:  # PyAV's errors are one or the other
-            raise DataError(f'{self._path}: cannot be opened as a video: {error}') from error
-        if not container.streams.video:
-            container.close()
+            # Without "file:" a colon would mean a protocol; a title in another encoding is no reason to refuse a video.
+            return self._av.open(f'file:{self._path}', metadata_errors='replace')
+        except self._errors as error:
+            reason = getattr(error, 'strerror', None) or error
+            raise DataError(f'{self._path}: cannot be opened as a video: {reason}') from error
+
+    def _best_stream(self, container: Any) -> Any:
+        """The stream that a player shows, which cover art is not."""
+        streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+        if not streams:
             raise DataError(f'{self._path}: holds no video stream')
-        return container
+        best = container.streams.best('video')
+        stream = best if best in streams else streams[0]
+        if stream.codec_context is None:
+            raise DataError(f'{self._path}: FFmpeg has no decoder for its video stream')
+        return stream
+
+    def _display_of(self, container: Any, stream: Any) -> Display:
+        codec = stream.codec_context
+        display = Display(Fraction(stream.sample_aspect_ratio or 1), usual_matrix(codec.width, codec.height))
+        if display.pixel_aspect != 1:
+            with contextlib.suppress(*self._errors):
+                first = next(container.decode(stream), None)
+                if first is not None and first.rotation % 180:
+                    display = replace(display, pixel_aspect=1 / display.pixel_aspect)
+        if codec.format is None or codec.format.is_rgb:
+            return display
+        full = codec.color_range == _FULL or codec.format.name.startswith('yuvj')
+        return replace(
+            display,
+            matrix=codec.colorspace if codec.colorspace in _MATRICES else display.matrix,
+            value_range=_FULL if full else _LIMITED, primaries=codec.color_primaries, transfer=codec.color_trc)
 
     def _frames(self) -> Iterator[Frame]:
-        reformatter = self._av.video.reformatter.VideoReformatter()
         index = 0
         start: Fraction | None = None
+        convert = self._converter()
         with self._open() as container:
-            stream = container.streams.video[0]
+            stream = self._best_stream(container)
             stream.thread_type = 'AUTO'
-            for packet in _packets(container, stream, self._av):
+            for packet in _packets(container, stream, self._errors):
                 try:
                     decoded = packet.decode()
-                except self._av.FFmpegError as error:
+                except self._errors as error:
                     self._skip(f'{index:06d}', error)
                     index += 1
                     continue
@@ -180,19 +251,48 @@ class VideoFileSource(Source):
                         if not self._retimed and raw.pts is not None:
                             start = raw.pts * raw.time_base if start is None else start
                             seconds = raw.pts * raw.time_base - start
-                        image = reformatter.reformat(raw, format='bgr24').to_ndarray()
-                        if raw.rotation % 90 == 0 and raw.rotation:
-                            image = np.ascontiguousarray(np.rot90(image, raw.rotation // 90))
-                        yield Frame(image, index, seconds, f'{index:06d}')
+                        yield Frame(convert(raw), index, seconds, f'{index:06d}')
                     index += 1
 
+    def _converter(self) -> Callable[[Any], np.ndarray]:
+        """A function from a decoded frame to uint8 [H, W, 3] BGR, upright."""
+        reformatter = self._av.video.reformatter.VideoReformatter()
 
-def _packets(container: Any, stream: Any, av: ModuleType) -> Iterator[Any]:
+        def convert(raw: Any) -> np.ndarray:
+            matrix = raw.colorspace if raw.colorspace in _MATRICES else self.display.matrix
+            image = reformatter.reformat(raw, format='bgr24', **_conversion(raw, matrix)).to_ndarray()
+            if raw.rotation % 90 == 0 and raw.rotation:
+                return np.ascontiguousarray(np.rot90(image, raw.rotation // 90))
+            return image
+
+        return convert
+
+
+def _conversion(raw: Any, matrix: int | None) -> dict[str, int]:
+    """What PyAV must be told so that a decoded frame is converted by its matrix and range."""
+    if raw.format.is_rgb or matrix is None:
+        return {}
+    return dict(src_colorspace=_SWS_MATRICES.get(matrix, matrix), src_color_range=raw.color_range,
+                dst_colorspace=_SWS_MATRICES[_BT601])
+
+
+def _is_cover(stream: Any) -> bool:
+    disposition = getattr(stream, 'disposition', 0)  # an int, an enum in older versions of PyAV, or not told
+    return bool(getattr(disposition, 'value', disposition) & _ATTACHED_PICTURE)
+
+
+def _packets(container: Any, stream: Any, errors: tuple[type[Exception], ...]) -> Iterator[Any]:
     """Packets of a stream; where the file is cut off, what came before counts."""
-    try:
-        yield from container.demux(stream)
-    except av.FFmpegError as error:
-        get_logger().warning(f'{container.name}: reading stops early: {error}')
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except errors as error:
+            get_logger().warning(f'{container.name}: reading stops early: {error}')
+            return
+        if packet is None:
+            return
+        yield packet
 
 
 class CameraSource(Source):
@@ -246,52 +346,163 @@ def open_source(source: str | Path | int, fps: float | Fraction | None = None) -
     Raises:
         DataError: there is nothing of that name, or it holds no frames.
     """
-    rate = None if fps is None else Fraction(fps).limit_denominator(100_000)
-    if rate is not None and rate <= 0:
-        raise DataError(f'frames per second: expected a positive number, got {fps}')
-    text = str(source)
-    path = Path(source) if not isinstance(source, int) else Path(text)
-    if isinstance(source, int) or (text.isdigit() and not path.exists()):
+    rate = None if fps is None else _rate(fps)
+    path = user_path(str(source))
+    text = str(path)
+    if isinstance(source, int) or (text.isdecimal() and not path.exists()):
         return CameraSource(int(text), rate)
     if path.is_file():
         return VideoFileSource(path, rate)
     if path.is_dir():
         files, name = list(path.iterdir()), path.resolve().name
     elif glob.has_magic(text):
-        files, name = [Path(file) for file in glob.glob(text)], path.parent.name or 'frames'
+        files, name = _matching(path), path.parent.name or 'frames'
     else:
         raise DataError(f"'{source}' is no file, folder, pattern of files or camera number")
-    files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith('.')]
-    if not files:
-        raise DataError(f"'{source}' holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return FolderSource(files, name, rate or Fraction(DEFAULT_FPS))
+    files = [file for file in files if not file.name.startswith('.')]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        others = ', '.join(sorted({file.suffix or file.name for file in files})[:5]) or 'nothing'
+        raise DataError(f"'{source}' holds no images ({', '.join(IMAGE_SUFFIXES)}); there is {others}")
+    return FolderSource(images, name, rate or Fraction(DEFAULT_FPS))
+
+
+def _rate(fps: float | Fraction) -> Fraction:
+    rate = Fraction(fps).limit_denominator(100_000) if math.isfinite(fps) else Fraction(0)
+    if rate <= 0:
+        raise DataError(f'frames per second: expected a positive number, got {fps}')
+    return rate
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Files that match; brackets in the name of a folder that exists are no pattern."""
+    folder = next(parent for parent in pattern.parents if parent.exists() or parent == parent.parent)
+    rest = pattern.relative_to(folder)
+    return [folder / name for name in glob.glob(str(rest), root_dir=folder)]
+
+
+# What a kill may lose: FFmpeg starts a new part of the file every half second, and hands every part over to the system.
+_FLUSHED = {'flush_packets': '1'}
+_FRAGMENTS = {'movflags': 'hybrid_fragmented+negative_cts_offsets', 'frag_duration': '500000', **_FLUSHED}
+_CLUSTERS = {'cluster_time_limit': '500', **_FLUSHED}
+
+
+@dataclass(frozen=True)
+class _Container:
+    """A kind of video file.
+
+    Attributes:
+        muxer: FFmpeg's name of the format.
+        options: of the muxer.
+        encoder: FFmpeg's name of the encoder.
+        constant_rate: every frame lasts equally long.
+        time_base: the unit of times, where the format has one of its own.
+        keeps_aspect: pixels may be other than square.
+    """
+
+    muxer: str
+    options: Mapping[str, str]
+    encoder: str = 'libx264'
+    constant_rate: bool = False
+    time_base: Fraction | None = None
+    keeps_aspect: bool = True
+
+
+_CONTAINERS = {
+    '.mp4': _Container('mp4', _FRAGMENTS),
+    '.m4v': _Container('mp4', _FRAGMENTS),
+    '.mov': _Container('mov', _FRAGMENTS),
+    '.mkv': _Container('matroska', _CLUSTERS),
+    '.avi': _Container('avi', _FLUSHED, constant_rate=True),
+    '.ts': _Container('mpegts', _FLUSHED),
+    '.webm': _Container('webm', _CLUSTERS, 'libvpx-vp9', keeps_aspect=False),
+    '.gif': _Container('gif', _FLUSHED, 'gif', time_base=Fraction(1, 100), keeps_aspect=False),
+}
+VIDEO_SUFFIXES = tuple(_CONTAINERS)  # that can be written
+_MAX_CRF = 51
+_ENCODER_THREADS = 4  # every one holds a frame
+_LOOKAHEAD_FPS = 15  # from here on, the dozen frames by which H.264 looks ahead are less than a second
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether an output of that name is a video; with a slash at its end or without a suffix it is a folder.
+
+    Raises:
+        ConfigError: it has the suffix of something that cannot be written.
+    """
+    is_folder = str(path).endswith(('/', os.sep))
+    path = user_path(path)
+    if is_folder or path.is_dir() or not path.suffix:
+        return False
+    if path.suffix.lower() not in _CONTAINERS:
+        raise ConfigError(f"{path}: '{path.suffix}' cannot be written; a video is one of {', '.join(VIDEO_SUFFIXES)}, "
+                          'the name of a folder ends with a slash or has no dot')
+    return True
+
+
+def part_of(path: Path) -> Path:
+    """The name under which a video grows until it is closed."""
+    return path.with_name(f'{path.stem}.part{path.suffix}')
 
 
 class VideoWriter:
-    """H.264 in a container by the suffix of the file; memory does not grow with the video.
+    """A video in a container by the suffix of the file; memory does not grow with the video.
 
-    The file is written in fragments and finished when closed, so a process that is killed leaves a playable file, too.
-    Odd sides grow by one pixel, because H.264 as every player knows it stores colour at half the resolution.
+    It grows as ``<name>.part.<suffix>`` and takes its name when it is closed.  Until then it can be played, too: a
+    process that is killed loses half a second and what the encoder holds, a dozen frames at most.  Odd sides grow by
+    one pixel, because H.264 as every player knows it stores colour at half the resolution.
 
     Args:
         path: the file; folders are made.
         fps: nominal frames per second.
         time_base: unit of the times given to :meth:`write`.
         crf: constant quality, 0 (lossless) to 51.
+        display: how players are to show the pictures.
+        live: they may come much more slowly than ``fps`` says, so that the encoder must not hold any.
+
+    Raises:
+        ConfigError: an unknown suffix or quality.
     """
 
-    def __init__(self, path: str | Path, fps: Fraction, time_base: Fraction | None = None, crf: int = 18) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        fps: Fraction,
+        time_base: Fraction | None = None,
+        crf: int = 18,
+        display: Display | None = None,
+        live: bool = False,
+    ) -> None:
         self._av = import_av()
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        flags = {} if path.suffix == '.mkv' else {'movflags': 'hybrid_fragmented'}
-        self._container = self._av.open(str(path), 'w', options=flags)
-        self._stream = self._container.add_stream(_ENCODER, rate=fps, options={'crf': str(crf), 'preset': 'veryfast'})
-        self._stream.pix_fmt = 'yuv420p'
-        self._stream.codec_context.gop_size = max(1, round(_FRAGMENT_SECONDS * fps))
-        self._stream.codec_context.time_base = time_base or 1 / fps
-        self._time_base = time_base or 1 / fps
+        self.path = user_path(path)
+        if not is_video(self.path):
+            raise ConfigError(f"{path}: expected a file with one of the suffixes {', '.join(VIDEO_SUFFIXES)}")
+        if not 0 <= crf <= _MAX_CRF:
+            raise ConfigError(f'crf: expected 0 (lossless) to {_MAX_CRF}, got {crf}')
+        self._kind = _CONTAINERS[self.path.suffix.lower()]
+        self._time_base = 1 / fps if self._kind.constant_rate else self._kind.time_base or time_base or 1 / fps
+        self._display = display or Display()
+        self._frames = 0
         self._last = -1
+        self._file = _VideoFile(part_of(self.path))
+        self._container = self._av.open(self._file, 'w', format=self._kind.muxer, options=dict(self._kind.options))
+        options = self._encoder_options(crf, live or fps < _LOOKAHEAD_FPS)
+        self._stream = self._container.add_stream(self._kind.encoder, rate=fps, options=options)
+        self._codec = self._stream.codec_context
+        self._codec.thread_count = _ENCODER_THREADS
+        self._codec.gop_size = max(1, round(_KEY_FRAME_SECONDS * fps))
+        self._codec.time_base = self._time_base
+
+    def _encoder_options(self, crf: int, at_once: bool) -> dict[str, str]:
+        if self._kind.encoder == 'libx264':
+            options = {'crf': str(crf), 'preset': 'veryfast'}
+            if self._kind.constant_rate:  # AVI has no place for times, so frames must come in order
+                options['bf'] = '0'
+            return {**options, 'tune': 'zerolatency'} if at_once else options
+        if self._kind.encoder == 'libvpx-vp9':
+            crf = round(crf * 63 / _MAX_CRF)
+            return {'crf': str(crf), 'b': '0', 'deadline': 'realtime', 'cpu-used': '6', 'lag-in-frames': '0'}
+        return {}
 
     def write(self, image: np.ndarray, seconds: Fraction) -> None:
         """Adds a picture.
@@ -299,22 +510,132 @@ class VideoWriter:
         Args:
             image: uint8 [H, W, 3] BGR, of one size in all calls.
             seconds: when it is shown; a time that is not later than the one before is moved behind it.
+
+        Raises:
+            OSError: the disk is full, for instance; what was written before stays in the unfinished file.
+            DataError: the encoder takes no picture of this size.
         """
-        height, width = image.shape[:2]
-        if height % 2 or width % 2:
-            image = cv2.copyMakeBorder(image, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-        if self._last < 0:
-            self._stream.height, self._stream.width = image.shape[:2]
-        frame = self._av.VideoFrame.from_ndarray(image, format='bgr24')
+        image = self._fitted(image)
+        if not self._frames:
+            self._set_up(*image.shape[1::-1])
+        frame = self._encoded(image)
         self._last = max(self._last + 1, round(seconds / self._time_base))
         frame.pts, frame.time_base = self._last, self._time_base
-        self._container.mux(self._stream.encode(frame))
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except self._av.FFmpegError as error:
+            raise DataError(f'{self.path}: a picture of {image.shape[1]}x{image.shape[0]} cannot be written: '
+                            f'{error.strerror}') from error
+        self._frames += 1
+        self._file.check()
+
+    def close(self, whole: bool = True) -> None:
+        """Finishes the file and gives it its name; one without a picture is taken away.
+
+        Args:
+            whole: false after an error: the file keeps the name of an unfinished one.
+
+        Raises:
+            OSError: it could not be written to its end.
+        """
+        try:
+            with contextlib.closing(self._file):
+                if self._frames:
+                    self._container.mux(self._stream.encode(None))
+                self._container.close()
+        except self._av.FFmpegError as error:
+            if whole:
+                raise DataError(f'{self._file.path}: cannot be finished: {error.strerror}') from error
+        if not self._frames or not self._file.path.stat().st_size:
+            self._file.path.unlink()
+        if whole:
+            self._file.check()
+        if whole and self._frames:
+            os.replace(self._file.path, self.path)
+        elif self._file.path.exists():
+            get_logger().warning(f'{self._file.path}: holds what was written before the error')
+
+    def _fitted(self, image: np.ndarray) -> np.ndarray:
+        """With square pixels where the format has no others, and even sides."""
+        aspect = self._display.pixel_aspect
+        if aspect != 1 and not self._kind.keeps_aspect:
+            image = cv2.resize(image, (max(1, round(image.shape[1] * aspect)), image.shape[0]))
+        height, width = image.shape[:2]
+        if (height % 2 or width % 2) and self._kind.encoder != 'gif':
+            image = cv2.copyMakeBorder(image, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        return image
+
+    def _set_up(self, width: int, height: int) -> None:
+        """Tells the encoder what is known with the first picture."""
+        display = self._display
+        self._matrix = display.matrix or usual_matrix(width, height)
+        self._stream.width, self._stream.height = width, height
+        if self._kind.encoder == 'gif':
+            self._stream.pix_fmt = 'pal8'
+            return
+        self._stream.pix_fmt = 'yuv420p'
+        self._codec.sample_aspect_ratio = display.pixel_aspect if self._kind.keeps_aspect else Fraction(1)
+        self._codec.colorspace, self._codec.color_range = self._matrix, display.value_range
+        self._codec.color_primaries, self._codec.color_trc = display.primaries, display.transfer
+
+    def _encoded(self, image: np.ndarray) -> Any:
+        """The picture in the encoder's pixel format."""
+        if self._kind.encoder == 'gif':
+            indexed = Image.fromarray(image[..., ::-1]).quantize(256)
+            palette = np.full((256, 4), 255, np.uint8)
+            colours = np.array(indexed.getpalette('RGB'), np.uint8).reshape(-1, 3)
+            palette[: len(colours), 1:] = colours
+            return self._av.VideoFrame.from_ndarray((np.array(indexed), palette), format='pal8')
+        return self._av.VideoFrame.from_ndarray(image, format='bgr24').reformat(
+            format='yuv420p', src_colorspace=_SWS_MATRICES[_BT601],
+            dst_colorspace=_SWS_MATRICES.get(self._matrix, self._matrix), dst_color_range=self._display.value_range)
+
+
+class _VideoFile:
+    """A file for FFmpeg, which may crash after a write that fails: from the first error on, data are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._error: OSError | None = None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, 'wb', buffering=0)  # noqa: SIM115
+
+    def write(self, data: bytes) -> int:
+        """Called by FFmpeg."""
+        left = memoryview(data)
+        while left and self._error is None:
+            with self._noted():
+                left = left[self._file.write(left) :]
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Called by FFmpeg."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Called by FFmpeg."""
+        return self._file.tell()
+
+    def check(self) -> None:
+        """Raises the error that has come, once."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def close(self) -> None:
-        """Writes what the encoder still holds and finishes the file."""
-        if self._last >= 0:
-            self._container.mux(self._stream.encode(None))
-        self._container.close()
+        """Puts the data on the disk."""
+        with self._noted():
+            os.fsync(self._file.fileno())
+        with self._noted():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            with named_errors(self.path):
+                yield
+        except OSError as error:
+            self._error = self._error or error
 
 
 class FolderWriter:
@@ -326,7 +647,7 @@ class FolderWriter:
     """
 
     def __init__(self, folder: str | Path, suffix: str = '.jpg') -> None:
-        self._folder = Path(folder)
+        self._folder = user_path(folder)
         self._suffix = suffix
 
     def write(self, image: np.ndarray, name: str) -> None:
@@ -334,13 +655,22 @@ class FolderWriter:
         write_picture(self._folder / f'{name}{self._suffix}', image)
 
 
-def prefetch(items: Iterable[_Item], depth: int = 8, newest: bool = False) -> Iterator[_Item]:
+def prefetch(
+    items: Iterable[_Item],
+    depth: int = 8,
+    newest: bool = False,
+    stopped: Callable[[], object] = bool,
+) -> Iterator[_Item]:
     """``items``, made ahead by a thread.
 
     Args:
         items: iterated in the thread; what it raises is raised here.
         depth: how many are made ahead.
         newest: where the reader is slower, drop the oldest instead of waiting (cameras).
+        stopped: whether to give up, even while the thread waits for an input that has stalled.
+
+    Raises:
+        Interrupted: ``stopped`` says so.
     """
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stop = threading.Event()
@@ -367,7 +697,7 @@ def prefetch(items: Iterable[_Item], depth: int = 8, newest: bool = False) -> It
     thread.start()
     try:
         while True:
-            more, item = ready.get()
+            more, item = _waited_for(ready, stopped)
             if more:
                 yield item
             elif item is None:
@@ -376,10 +706,17 @@ def prefetch(items: Iterable[_Item], depth: int = 8, newest: bool = False) -> It
                 raise item
     finally:
         stop.set()
-        thread.join()
+        thread.join(_PATIENCE)
         close = getattr(items, 'close', None)
-        if close is not None:
+        if close is not None and not thread.is_alive():
             close()
+
+
+def _waited_for(ready: queue.Queue[Any], stopped: Callable[[], object]) -> Any:
+    while not stopped():
+        with contextlib.suppress(queue.Empty):
+            return ready.get(timeout=_LOOK)
+    raise Interrupted
 
 
 def _discard(ready: queue.Queue[Any]) -> None:
@@ -444,5 +781,5 @@ def import_av() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise DataError("video files need PyAV: pip install 'themask[video]' (or: pip install 'av>=14')") from error
+        raise DataError("video files need PyAV: pip install 'themask[video]' (or: pip install 'av>=15')") from error
     return av

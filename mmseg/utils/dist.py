@@ -108,6 +108,27 @@ def _export_rank_variables(launcher: str) -> int:
     return int(os.environ['LOCAL_RANK'])
 
 
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device of that name (``cpu``, ``cuda``, ``cuda:1``), after a look whether this machine has it.
+
+    Raises:
+        ConfigError: there is no such kind of device, or this machine has none or fewer of it.
+    """
+    try:
+        picked = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device: expected cpu, cuda or cuda:N, got '{device}'") from None
+    if picked.type == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError(f"device: '{device}', but this machine has no GPU that torch can use; take cpu")
+    if picked.type == 'cuda' and (picked.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: '{device}', but the GPUs here are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    try:
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError, ImportError):
+        raise ConfigError(f"device: '{device}' cannot be used on this machine; take cpu") from None
+    return picked
+
+
 def close_dist() -> None:
     """Leaves the process group, if there is one; models that it served may be dropped before or after."""
     global _control_group

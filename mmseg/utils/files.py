@@ -62,6 +62,12 @@ def named_errors(path: str | Path, instead: bool = False) -> Iterator[None]:
         raise
 
 
+def user_path(path: str | Path) -> Path:
+    """``path`` with ``~`` as the home folder, unless there is something of that very name."""
+    path = Path(path)
+    return path if not str(path).startswith('~') or path.exists() else Path(os.path.expanduser(path))
+
+
 def refuse_overwriting(
     outputs: Mapping[str, str | Path | None], inputs: Mapping[str, str | Path | None]
 ) -> None:

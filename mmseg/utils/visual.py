@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmseg.utils.files import write_atomically
+from mmseg.utils.errors import ConfigError
+from mmseg.utils.files import user_path, write_atomically
 
 Palette = Sequence[Sequence[int]]
 
@@ -134,10 +135,17 @@ def compare(frame: np.ndarray, pred: np.ndarray, gt: np.ndarray | None, names: S
 
 
 def write_picture(path: str | Path, picture: np.ndarray) -> None:
-    """Writes uint8 BGR as the type that the suffix names (``.jpg``, ``.png``); folders are made, the file is whole."""
-    done, data = cv2.imencode(Path(path).suffix, picture)
+    """Writes uint8 BGR as the type that the suffix names; folders are made, the file is whole.
+
+    Raises:
+        ConfigError: OpenCV does not write this type, or not a picture of this size.
+    """
+    path = user_path(path)
+    if not cv2.haveImageWriter(str(path)):
+        raise ConfigError(f"{path}: pictures cannot be written as '{path.suffix}'; take .png, .jpg, .webp or .bmp")
+    done, data = cv2.imencode(path.suffix, picture)
     if not done:
-        raise ValueError(f'{path}: OpenCV cannot write this type of picture')
+        raise ConfigError(f'{path}: a picture of {picture.shape[1]}x{picture.shape[0]} does not fit into {path.suffix}')
     write_atomically(path, data.tobytes(), sync=False)
 
 
@@ -147,4 +155,4 @@ def write_label_png(path: str | Path, labels: np.ndarray, palette: Palette) -> N
     image.putpalette(colour_table(palette).ravel().tolist())
     buffer = io.BytesIO()
     image.save(buffer, 'PNG')
-    write_atomically(path, buffer.getvalue(), sync=False)
+    write_atomically(user_path(path), buffer.getvalue(), sync=False)
