@@ -183,6 +183,7 @@ def stream_test(
         metrics = metrics_for(dataset)
     skipped: list[str] = []
     frames = 0
+    left = {video.name: len(video.frames) for video in dataset.videos}
     start = time.perf_counter()
     training = segmentor.training
     segmentor.eval()
@@ -191,7 +192,7 @@ def stream_test(
         with fail_together(), _closing(sinks), torch.no_grad(), autocast(), _Progress(loader, progress) as show:
             video = None
             for item in _until(interruption, loader):
-                if video is not None and item['video'] != video:
+                if video is not None and item['video'] != video and left[video]:
                     _finish_video(video, metrics, sinks)
                 video = item['video']
                 if item['skipped']:
@@ -206,8 +207,11 @@ def stream_test(
                     for sink in sinks:
                         sink.write(item, labels)
                     frames += len(labels)
+                left[video] -= len(item['frames'])
+                if not left[video]:  # now, since the next clip may never come
+                    _finish_video(video, metrics, sinks)
                 show.advance(len(item['frames']))
-            if video is not None:
+            if video is not None and left[video]:
                 _finish_video(video, metrics, sinks)
     finally:
         segmentor.train(training)
