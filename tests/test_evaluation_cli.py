@@ -2,10 +2,13 @@
 
 import io
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import zlib
 from types import SimpleNamespace
 
@@ -199,6 +202,30 @@ def test_frames_count_in_natural_order_and_videos_may_lie_deeper(folders, score)
     assert {key: first[key] for key in KEYS} == {key: second[key] for key in KEYS}
     wrong = score(folders / 'pred.deep' / 'city', folders / 'gt.deep', '--num-classes', 124, status=1)
     assert "video 'a' is not in" in wrong.stderr and 'whose videos are city/a, city/b' in wrong.stderr
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_a_signal_ends_the_command(folders, capsys, jobs):
+    pipe = folders / 'gt' / 'b' / 'mask' / '00000004.png'
+    pipe.unlink()
+    os.mkfifo(pipe)
+    done = threading.Event()
+
+    def signal_a_reader():
+        with pipe.open('wb'):  # as soon as somebody reads it
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.wait(60)
+
+    thread = threading.Thread(target=signal_a_reader)
+    thread.start()
+    try:
+        args = (folders / 'pred', folders / 'gt', '--num-classes', 124, '--reduce-zero-label', '--jobs', jobs)
+        assert main(list(map(str, args))) == 128 + signal.SIGTERM
+    finally:
+        done.set()
+        thread.join()
+    out, err = capsys.readouterr()
+    assert not out and 'Traceback' not in err and not multiprocessing.active_children()
 
 
 def test_names_are_no_markup_and_files_are_utf8_whatever_the_locale(folders):

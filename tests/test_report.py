@@ -164,6 +164,8 @@ def test_the_page_is_bounded_and_gives_its_runs_back(tmp_path):
     small = write_report([run], tmp_path / 'small', max_mib=0.15)
     assert small.stat().st_size <= 0.15 * 2**20 < page.stat().st_size
     assert 0 < len(read_report(small)[0]['players'][0]['frames']) < 20
+    least = write_report([run], tmp_path / 'least', max_mib=0.0001)  # less than a page without players
+    assert not any(player['frames'] for player in read_report(least)[0]['players'])
     (tmp_path / 'other.html').write_text('<p>')
     for path in (tmp_path / 'other.html', tmp_path / 'nowhere'):
         with pytest.raises(DataError, match='no report'):

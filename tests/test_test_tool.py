@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +361,33 @@ def test_a_signal_ends_the_wait_for_a_file_that_does_not_come(tmp_path, experime
     done.set()
     assert returned == 130 and not lines
     assert [path.name for path in (tmp_path / 'maps').iterdir()] == ['v0.npz']
+
+
+@pytest.mark.slow
+def test_a_signal_ends_two_ranks_of_which_one_waits_for_the_other(tmp_path, experiment):
+    data = write_vspw(tmp_path / 'data', {'val': {f'v{i}': 4 for i in range(4)}})
+    mask = data / 'data' / 'v3' / 'mask' / '00000002.png'
+    mask.unlink()
+    os.mkfifo(mask)
+    config = tmp_path / 'tiny.py'
+    config.write_text(CONFIG.format(root=ROOT, test=dataset_config(data, test_size=2)))
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
+           'MASTER_PORT': str(free_port())}
+    command = [sys.executable, 'tools/test.py', config, experiment[1], '--out', tmp_path / 'maps',
+               '--launcher', 'pytorch']
+    ranks = [subprocess.Popen(command, cwd=ROOT, env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+    with mask.open('wb'):
+        for _ in range(600):
+            if len(list((tmp_path / 'maps').glob('*.npz'))) == 3:
+                break
+            time.sleep(0.1)
+        for rank in ranks:
+            rank.terminate()
+        printed = ''.join(rank.communicate(timeout=60)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [143, 143], printed
+    assert 'Traceback' not in printed and 'interrupted: no results are written' in printed
+    assert {path.name for path in (tmp_path / 'maps').iterdir()} == {'v0.npz', 'v1.npz', 'v2.npz'}
 
 
 class FailingSink:

@@ -361,7 +361,7 @@ def _fitted(runs: Sequence[Mapping[str, Any]], budget: int) -> str:
     frames = max((len(player['frames']) for run in runs for player in run['players']), default=0)
     data = encode(frames)
     while len(data) > budget and frames:
-        frames = min(frames - 1, int(frames * budget / len(data)))
+        frames = max(0, min(frames - 1, int(frames * budget / len(data))))
         data = encode(frames)
     return data
 

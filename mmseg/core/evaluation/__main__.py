@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,11 +17,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmseg.utils.cli import run_all, run_tool
+from mmseg.utils.cli import INTERRUPTED, run_all, run_tool
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import read_lines, refuse_overwriting
 from mmseg.utils.names import natural_key, some
+from mmseg.utils.signals import Interruption, stop_signals
 
 from .metrics import ConsistencyOptions, StreamingMetrics
 from .results import CSV_FILES
@@ -44,7 +46,14 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     args = _parser().parse_args(argv)
-    return run_tool(lambda: _run(args))
+    with Interruption('stopping') as interruption:
+        status = run_tool(lambda: _run_until(interruption, args))
+    return interruption.status if status == INTERRUPTED else status
+
+
+def _run_until(interruption: Interruption, args: argparse.Namespace) -> None:
+    with interruption.raising():
+        _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -179,13 +188,17 @@ def _score_all(metrics: StreamingMetrics, score: partial[dict[str, Any]],
                 metrics.merge(state)
         except BrokenExecutor:
             raise DataError('a process that scores was killed; where memory ran out, take fewer --jobs') from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # the videos that are being scored are not waited for
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def _leave_signals() -> None:
-    """Leaves Ctrl-C to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leaves signals to the main process, which ends the others."""
+    signal.set_wakeup_fd(-1)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _score(make: partial[StreamingMetrics], images: Path | None,
