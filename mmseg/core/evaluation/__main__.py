@@ -27,6 +27,7 @@ from mmseg.utils.signals import Interruption, stop_signals
 from .metrics import ConsistencyOptions, StreamingMetrics
 from .results import CSV_FILES
 
+_GREY_SCALES = {'L;2': 85, 'L;4': 17}  # by which Pillow multiplies grey values of fewer than 8 bits
 EPILOG = """layouts (both folders, one may differ from the other):
   DIR/<video>/<frame>.png        label maps, 8-bit, grey or palette
   DIR/<video>/mask/<frame>.png   VSPW's data folder
@@ -223,7 +224,7 @@ def _read_image(root: Path, video: str, frame: str) -> np.ndarray:
 
 
 def read_label_map(path: Path) -> np.ndarray:
-    """The labels of an 8-bit grey or palette PNG, uint8 [H, W].
+    """The labels of a grey or palette PNG of up to 8 bits, uint8 [H, W], as stored.
 
     Raises:
         DataError: not readable, damaged, or not a label map.
@@ -231,11 +232,11 @@ def read_label_map(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=['PNG']) as image:
             stored = image.tile[0][3] if image.tile else None
-            if image.mode not in ('L', 'P') or stored in ('L;2', 'L;4'):  # which Pillow would scale to 0..255
-                raise DataError(f'{path}: expected an 8-bit grey or palette PNG, got mode {stored or image.mode}')
+            if image.mode not in ('L', 'P'):
+                raise DataError(f'{path}: expected an 8-bit grey or palette PNG, got mode {image.mode}')
             image.verify()  # the checksums of all chunks, which reading passes over
         with Image.open(path, formats=['PNG']) as image:
-            return np.array(image)
+            return np.array(image) // np.uint8(_GREY_SCALES.get(str(stored), 1))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f'{path} cannot be read: {error}') from None
 
