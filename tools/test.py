@@ -27,7 +27,16 @@ from mmseg.apis.sinks import (
     parts_folder,
     remove_parts,
 )
-from mmseg.apis.test import TestOutcome, check_classes, check_model, gather_by, log_skipped, metrics_for, stream_test
+from mmseg.apis.test import (
+    Gather,
+    TestOutcome,
+    check_classes,
+    check_model,
+    gather_by,
+    log_skipped,
+    metrics_for,
+    stream_test,
+)
 from mmseg.core.checkpoint import load_weights, open_checkpoint
 from mmseg.core.evaluation import StreamingMetrics
 from mmseg.core.evaluation.results import CSV_FILES
@@ -158,26 +167,21 @@ def test(args: argparse.Namespace, cfg: Config, device: torch.device, interrupti
         model, dataset, loader, device=device, metrics=metrics, evaluate=metrics is not None,
         sinks=[*sinks, page] if page else sinks,
         autocast=Precision.from_config(cfg, device).autocast, gather=gather, interruption=interruption)
-    shown = None
-    if page is not None and outcome.results is not None:
-        about = {'config': args.config, 'checkpoint': checkpoint, **args.options}
-        if outcome.skipped:
-            about['left out'] = f'{len(outcome.skipped)} clips'
-        shown = page.gathered(gather, outcome.results, Path(args.config).stem, about)
-    if rank == 0:
+    main_process, results = is_main_process(), outcome.results
+    steps: list[Callable[[], object]] = []
+    if main_process:
         logger.info('%d frames, %.1f frames/s on rank 0 of %d', outcome.frames,
                     outcome.frames / world_size / outcome.seconds, world_size)
         log_skipped(outcome)
-        steps: list[Callable[[], object]] = []
-        if outcome.results is not None:
-            steps += [partial(write_metrics, args, outcome, checkpoint), outcome.results.check_scored]
-        if shown is not None:
-            steps.append(partial(write_page, shown, args.report))
-        if args.out and any(isinstance(sink, VideoFiles) for sink in sinks):
-            steps.append(partial(join_parts, args.out, [video.name for video in dataset.videos]))
-        if outcome.results is not None:
-            steps.append(partial(outcome.results.print, per_class=True))
-        run_all(*steps)
+        if results is not None:
+            steps += [partial(write_metrics, args, outcome, checkpoint), results.check_scored]
+    if page is not None and results is not None:
+        steps.append(partial(write_page, args, page, gather, outcome, checkpoint))
+    if main_process and args.out and any(isinstance(sink, VideoFiles) for sink in sinks):
+        steps.append(partial(join_parts, args.out, [video.name for video in dataset.videos]))
+    if main_process and results is not None:
+        steps.append(partial(results.print, per_class=True))
+    run_all(*steps)
 
 
 def chosen_metrics(args: argparse.Namespace, dataset: VideoDataset) -> StreamingMetrics | None:
@@ -301,9 +305,16 @@ def write_metrics(args: argparse.Namespace, outcome: TestOutcome, checkpoint: Pa
     get_logger().info('metrics written to %s', path)
 
 
-def write_page(run: Mapping[str, Any], folder: Path) -> None:
-    """Writes the page of ``--report``."""
-    get_logger().info('report written to %s', write_report([run], folder))
+def write_page(
+        args: argparse.Namespace, page: ReportSink, gather: Gather, outcome: TestOutcome, checkpoint: Path) -> None:
+    """Writes the page of ``--report``; every rank must call it."""
+    assert outcome.results is not None
+    about = {'config': args.config, 'checkpoint': checkpoint, **args.options}
+    if outcome.skipped:
+        about['left out'] = f'{len(outcome.skipped)} clips'
+    run_of = page.gathered(gather, outcome.results, Path(args.config).stem, about)
+    if is_main_process():
+        get_logger().info('report written to %s', write_report([run_of], args.report))
 
 
 if __name__ == '__main__':
