@@ -1,8 +1,6 @@
-"""tools/analyze_logs.py and tools/print_config.py as processes."""
+"""tools/analyze_logs.py and tools/print_config.py."""
 
 import json
-import re
-import sys
 
 import cv2
 import pytest
@@ -32,12 +30,12 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_curves_of_two_runs(runs):
+def test_curves_of_two_runs(runs, capsys):
     out = runs / 'new' / 'curves.png'
-    done = run_tool('analyze_logs', runs / 'a', runs / 'b.log.json', '--keys', 'loss', 'decode.*', 'mIoU', '--legend',
-                    'one', 'two', '--smooth', 5, '--log-scale', '--out', out)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f'{out}: loss, decode.loss_ce, mIoU'
+    args = [runs / 'a', runs / 'b.log.json', '--keys', 'loss', 'decode.*', 'mIoU', '--legend', 'one', 'two',
+            '--smooth', 5, '--log-scale', '--out', out]
+    assert analyze_logs.main(list(map(str, args))) == 0
+    assert capsys.readouterr().out.strip() == f'{out}: loss, decode.loss_ce, mIoU'
     picture = cv2.imread(str(out))
     assert picture.shape[1] > 1500 and picture.min() < 100
 
@@ -59,14 +57,62 @@ def test_a_resumed_run_counts_once(runs, capsys):
     (['empty'], 'no file *.log.json'),
     (['b.log.json', '--keys', 'losss'], "did you mean 'loss'"),
     (['b.log.json', '--smooth', '0'], '--smooth'),
-    (['picture.log.json'], 'line 1: no JSON record'),
+    (['b.log.json', '--legend', 'x', 'y'], '--legend'),
+    (['b.log.json', '--out', 'x.xyz'], '--out: expected a file that ends in .png, .svg, .pdf'),
+    (['b.log.json', '--out', 'b.log.json/x.png'], 'b.log.json'),
+    (['b.log.json', '--out', 'link.png'], 'is the log'),
 ])
-def test_wrong_logs(runs, args, message, monkeypatch):
+def test_wrong_usage(runs, args, message, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
     (runs / 'empty').mkdir()
-    (runs / 'picture.log.json').write_text('no json\nat all\n')
-    monkeypatch.setattr(sys, 'argv', ['analyze_logs.py', str(runs / args[0]), *args[1:]])
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        analyze_logs.main()
+    (runs / 'link.png').symlink_to('b.log.json')
+    before = (runs / 'b.log.json').read_bytes()
+    assert analyze_logs.main(args) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ') and message in line
+    assert (runs / 'b.log.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'no json\nat all\n', 'line 1: no JSON record'),
+    (bytes(range(256)) * 4, 'line 1: no JSON record'),
+    (b'[1, 2]\n{}\n', 'line 1: expected one JSON object a line, got list'),
+    (b'null\n', 'line 1: expected one JSON object a line, got NoneType'),
+    (b'{"iter": null}\n', "line 1: 'iter' should be a whole number >= 0, and is None"),
+    (b'{"iter": 1}\n{"iter": "2"}\n', "line 2: 'iter' should be"),
+    (b'{"iter": -1, "loss": 1}\n', 'and is -1'),
+    (b'{"iter": NaN, "loss": 1}\n', 'and is nan'),
+    (b'{"iter": 1e999, "loss": 1}\n', 'and is inf'),
+    (b'{"iter": [1], "loss": 1}\n', 'and is [1]'),
+    (b'{"iter": %d, "loss": 1}\n' % 10**30, 'and is 1000'),
+    (b'{"iter": 1, "loss": %s1\n{}\n' % (b'9' * 5000), 'line 1: no JSON record'),
+    (b'[' * 100_000 + b'\n{}\n', 'line 1: no JSON record'),
+    (b'{"loss": 1}\n{"exp_name": "x"}\n', 'the runs have nothing'),
+    (b'', 'the runs have nothing'),
+])
+def test_a_broken_log_is_one_line(tmp_path, content, message, capsys):
+    (tmp_path / 'x.log.json').write_bytes(content)
+    assert analyze_logs.main([str(tmp_path), '--out', str(tmp_path / 'x.png')]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ') and message in line
+    assert [path.name for path in tmp_path.iterdir()] == ['x.log.json']
+
+
+def test_values_that_are_no_numbers_leave_gaps(tmp_path, capsys):
+    values = ['null', '"0.5"', '[1]', '{}', 'true', 'NaN', '1', 'Infinity', '-Infinity', 10**400, '2.5', '-1e400']
+    lines = [f'{{"mode": "train", "iter": {i}, "loss": {value}, "acc_$_[/x]": {value}, "lr": NaN}}\n'
+             for i, value in enumerate(values)]
+    (tmp_path / '$_{ [run] caf\u00e9.log.json').write_text(''.join(lines), encoding='utf-8')
+    (run,) = [str(path) for path in tmp_path.iterdir()]
+    out = tmp_path / 'x.PNG'
+    assert analyze_logs.main([run, '--out', str(out), '--log-scale', '--title', '$_{', '--smooth', '2']) == 0
+    assert cv2.imread(str(out)) is not None
+    assert analyze_logs.main([run, '--table']) == 0
+    shown = capsys.readouterr().out
+    assert '[run] caf\u00e9' in shown and 'acc_$_[/x]' in shown
+    rows = [[cell.strip() for cell in line.split('\u2502')[2:-1]] for line in shown.splitlines() if '\u2502' in line]
+    assert ['loss', '7', '-inf', '11', '-inf', '8', 'inf', '9'] in rows
+    assert ['lr', '12', 'nan', '11', 'nan', '0', 'nan', '0'] in rows
 
 
 def test_final_config_can_be_read_again(tmp_path):

@@ -50,6 +50,25 @@ def test_recorded_scores(reference, case):
         assert results.summary['fwIoU'] == pytest.approx(float(printed[printed.index('FWIoU') + 2]), abs=1e-12)
 
 
+@pytest.mark.parametrize('name', ['{}', 'frame_{}', 'cam1_{}_left'])
+def test_frames_without_given_order_are_taken_in_natural_order(name):
+    by_position, by_name = StreamingMetrics(2), StreamingMetrics(2)
+    gt = np.zeros((4, 5), np.uint8)
+    for i in np.random.default_rng(0).permutation(20).tolist():
+        pred = (np.arange(20) < i).astype(np.uint8).reshape(4, 5)  # one more pixel is wrong in every frame
+        by_position.update('v', i, pred, gt)
+        by_name.update('v', name.format(i), pred, gt)
+    assert by_name.compute() == by_position.compute()
+    assert by_name.compute()['VC8'] == pytest.approx(13 / 20)
+
+
+def test_videos_are_listed_in_natural_order():
+    metrics = StreamingMetrics(2)
+    for video in ('v10', 'v9', 'city/v1'):
+        metrics.update(video, 0, np.zeros((2, 2), np.uint8), np.zeros((2, 2), np.uint8))
+    assert [row['video'] for row in metrics.results().videos] == ['city/v1', 'v9', 'v10']
+
+
 def test_two_means_differ_where_a_class_is_only_predicted():
     gt = np.array([[0, 0, 255]], np.uint8)
     pred = np.array([[0, 1, 2]], np.uint8)  # class 1 is not in the ground truth; class 2 stands on void and is free

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from tests.tiny_config import write_tiny_config
 from tests.tool_process import ROOT, environment, run_tool
 from tests.vspw_fixture import test_config as vspw_test_config
 from tests.vspw_fixture import write_vspw
+from tools import report as report_tool
 
 NAMES = [f'<class> "{i}"' for i in range(8)]
 PALETTE = [[30 * i, 255 - 30 * i, 90] for i in range(8)]
@@ -162,6 +164,8 @@ def test_the_page_is_bounded_and_gives_its_runs_back(tmp_path):
     small = write_report([run], tmp_path / 'small', max_mib=0.15)
     assert small.stat().st_size <= 0.15 * 2**20 < page.stat().st_size
     assert 0 < len(read_report(small)[0]['players'][0]['frames']) < 20
+    least = write_report([run], tmp_path / 'least', max_mib=0.0001)  # less than a page without players
+    assert not any(player['frames'] for player in read_report(least)[0]['players'])
     (tmp_path / 'other.html').write_text('<p>')
     for path in (tmp_path / 'other.html', tmp_path / 'nowhere'):
         with pytest.raises(DataError, match='no report'):
@@ -217,6 +221,121 @@ def test_tool(pages):
     done = run_tool('report', pages / 'good', '--out', pages / 'x')
     assert done.returncode == 1 and '--config' in done.stderr and 'Traceback' not in done.stderr
     assert 'examples:' in run_tool('report', '--help').stdout
+
+
+@pytest.fixture(scope='module')
+def nested(tmp_path_factory):
+    """A data set whose names want a natural order, its config, and files of predictions: all of them, and some."""
+    root = tmp_path_factory.mktemp('nested')
+    data = write_vspw(root / 'vspw', {'val': {'city/v10': 4, 'city/v9': 3, 'city/v8': 3}, 'train': {'a': 3}})
+    dataset = build_dataset(vspw_test_config(data))
+    maps = {f'{item["video"]}/{frame}': np.where(gt == 255, 0, gt).astype(np.uint8)
+            for item in dataset for frame, gt in zip(item['frames'], item['label'])}
+    (root / 'whole').mkdir()
+    np.savez(root / 'whole' / 'maps.npz', **maps)
+    np.savez(root / 'part.npz', **{k: v for k, v in maps.items() if k[:8] != 'city/v8/' and k != 'city/v10/00000002'})
+    return root, write_tiny_config(root / 'config.py', data)
+
+
+def report(*args):
+    return report_tool.main(list(map(str, args)))
+
+
+def test_what_an_incomplete_file_leaves_out_is_named(nested, tmp_path, capsys):
+    root, config = nested
+    assert report(root / 'whole' / 'maps.npz', '--config', config, '--out', tmp_path / 'whole') == 0
+    assert capsys.readouterr().err == ''
+    assert report(root / 'part.npz', '--config', config, '--out', tmp_path / 'part') == 0
+    left_out = '2 videos: city/v10 (1 of 4 frames), city/v8 (3 of 3 frames)'
+    assert f"run 'part' has left out {left_out}" in capsys.readouterr().err
+    (part,), (whole,) = read_report(tmp_path / 'part'), read_report(tmp_path / 'whole')
+    assert part['about'] == {'left out': left_out} and whole['about'] == {}
+    assert list(whole['lines']) == ['city/v8', 'city/v9', 'city/v10'] and list(part['lines']) == ['city/v9', 'city/v10']
+    assert [row['frames'] for row in part['results']['per_video']] == [3, 3]
+    assert {player['video'] for player in whole['players']} == set(whole['lines'])
+
+
+def test_no_page_takes_the_place_of_an_input(nested, tmp_path, capsys):
+    root, config = nested
+    maps = root / 'whole' / 'maps.npz'
+    assert report(maps, '--config', config, '--out', tmp_path / 'page') == 0
+    (tmp_path / 'link').symlink_to('page')
+    before = {path: path.read_bytes() for path in (tmp_path / 'page' / 'index.html', maps, config)}
+    for args, message in (
+        ((tmp_path / 'page', '--out', tmp_path / 'page'), '--out: '),
+        ((tmp_path / 'page' / 'index.html', '--out', tmp_path / 'link'), '--out: '),
+        ((tmp_path / 'page', '--out', tmp_path / 'x', '--json', tmp_path / 'link' / 'index.html'), '--json: '),
+        ((tmp_path / 'page', '--out', tmp_path / 'x', '--json', tmp_path / 'x' / 'index.html'), 'the page of --out'),
+        ((root / 'whole', '--config', config, '--out', tmp_path / 'x', '--json', maps), '--json: '),
+        ((maps, '--config', config, '--out', tmp_path / 'x', '--json', config), 'is the config'),
+    ):
+        capsys.readouterr()
+        assert report(*args) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith('error: ') and message in line and 'would be overwritten' in line
+    assert before == {path: path.read_bytes() for path in before} and not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--videos', '-1'], '--videos'), (['--frames', '0'], '--frames'), (['--max-mib', 'nan'], '--max-mib'),
+    (['--max-mib', '-1'], '--max-mib'), (['--names', 'a', 'b'], '--names'), (['--json', 'file/x.json'], 'file'),
+    (['--out', 'file'], 'file'),
+])
+def test_wrong_options_of_the_tool_are_one_line(nested, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').touch()
+    root, config = nested
+    assert report(root / 'part.npz', '--config', config, '--out', tmp_path / 'page', *options) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith('error: ') and message in line
+
+
+def places(value, path=()):
+    """All places of a JSON value."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inside in children:
+        yield from places(inside, (*path, key))
+
+
+def damaged(value, path, how):
+    value = json.loads(json.dumps(value))
+    inside = value
+    for key in path[:-1]:
+        inside = inside[key]
+    if how == 'gone':
+        del inside[path[-1]]
+    else:
+        inside[path[-1]] = how
+    return value
+
+
+def test_any_damage_of_a_page_is_one_line(tmp_path, capsys):
+    sink, results = collect([3, 2], [0.1, 0.4], per_group=1)
+    page = write_report([sink.run(results, 'run')], tmp_path / 'page')
+    before, data, after = re.split(
+        '(?<=application/json">)(.*?)(?=</script>)', page.read_text(encoding='utf-8'), maxsplit=1, flags=re.DOTALL)
+    whole = json.loads(data)
+    where = [path for path in places(whole) if path]
+    rng = np.random.default_rng(0)
+    seen = {0: 0, 1: 0}
+    for path in [*(p for p in where if len(p) < 5), *(where[i] for i in rng.integers(0, len(where), 150))]:
+        how = ('gone', None, 'text', -1.5, [], {}, [[1]], {'a': None}, True)[rng.integers(9)]
+        text = json.dumps(damaged(whole, path, how))
+        page.write_text(before + text + after, encoding='utf-8')
+        status = report(page, page, '--out', tmp_path / 'again', '--json', tmp_path / 'scores.json')
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == status, (path, how)
+        seen[status] += 1
+    assert seen[1] > seen[0]
+    for text in (data[:-9], 'null', '[]', '{}', '{"runs": 3}', '{"runs": []}', '[' * 100_000, 'NaN', '\x00',
+                 data.replace('"mIoU":0', '"mIoU":NaN,"x":0', 1)):
+        page.write_text(before + text + after, encoding='utf-8')
+        assert report(page, '--out', tmp_path / 'again') == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith('error: ') and str(page) in line and 'report' in line
+    page.write_bytes(b'\xff\xfe binary')
+    assert report(page, '--out', tmp_path / 'again') == 1
 
 
 @pytest.fixture(scope='module')

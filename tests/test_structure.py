@@ -71,3 +71,12 @@ def test_an_installed_package_has_the_files_that_are_not_python():
     made = {'.py', '.pyc', '.so', '.lock'}
     there = {path for path in PACKAGE.rglob('*') if path.is_file() and path.suffix not in made}
     assert len(there) > 5 and there <= packed, there - packed
+
+
+def test_consoles_come_from_the_one_place_that_takes_no_markup_from_data():
+    for path in [*PACKAGE.rglob('*.py'), *(ROOT / 'tools').glob('*.py'), *(ROOT / 'benchmarks').glob('*.py')]:
+        if path == PACKAGE / 'utils' / 'console.py':
+            continue
+        made = {node.func.id for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        assert 'Console' not in made, f'{path.relative_to(ROOT)}: take mmseg.utils.console.table_console()'

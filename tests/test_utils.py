@@ -10,10 +10,12 @@ import sys
 import time
 
 import pytest
+from rich.table import Table
 
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import run_all, run_tool
+from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.files import atomic_file, refuse_overwriting
+from mmseg.utils.files import atomic_file, read_lines, refuse_overwriting
 from mmseg.utils.names import natural_key
 from tests.tool_process import ROOT, environment
 
@@ -130,3 +132,34 @@ def test_a_hangup_that_was_ignored_at_the_start_stays_ignored():
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
+
+
+def test_every_step_runs_and_the_first_error_is_raised(capsys):
+    done = []
+
+    def fail(number):
+        done.append(number)
+        raise OSError(28, 'No space left on device', f'{number}.json')
+
+    with pytest.raises(OSError, match=r'1\.json'):
+        run_all(lambda: fail(1), lambda: done.append(2), lambda: fail(3))
+    assert done == [1, 2, 3]
+    assert capsys.readouterr().err == 'error: 3.json: No space left on device\n'
+
+
+def test_lines_of_a_text_file(tmp_path):
+    path = tmp_path / 'x.txt'
+    path.write_bytes(b'\xef\xbb\xbfa b \r\n\n  c\n')
+    assert read_lines(path) == ['a b', 'c']
+    for encoding in ('utf-16', 'latin-1'):
+        path.write_text('caf\u00e9\n', encoding=encoding)
+        with pytest.raises(DataError, match=r'x\.txt: expected a text file in UTF-8'):
+            read_lines(path)
+
+
+def test_tables_take_no_markup_from_data(capsys):
+    table = Table('[title]', title='[/b] of :car:')
+    table.add_row('road [/main] [void] :car:')
+    table_console().print(table)
+    shown = capsys.readouterr().out
+    assert '[/b] of :car:' in shown and '[title]' in shown and 'road [/main] [void] :car:' in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -15,8 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.registry import nearest
+from mmseg.utils.cli import run_tool
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.files import refuse_overwriting, write_atomically
 
 EPILOG = """RUN is a .log.json file, or a work dir: then all its logs in order of their time.  Where a training was
 resumed the later log counts from its first iteration on.  Keys may hold * and ?.
@@ -32,6 +35,8 @@ _NOT_CURVES = {'mode', 'iter', 'epoch'}
 _SHARES = ('matched_', 'acc_')
 """Keys whose distance from zero counts."""
 _COLUMNS = 4
+_MOST_ITERATIONS = 2**53
+_PICTURES = ('.png', '.svg', '.pdf')
 _DEFAULT_KEYS = ('loss', 'lr', 'grad_norm', 'matched_*', 'acc_*', 'mIoU*', 'VC*')
 
 
@@ -56,23 +61,24 @@ def read_run(path: Path, name: str) -> Run:
     Raises:
         DataError: there is no log, or it is no JSON log.
     """
-    files = sorted(path.glob('*.log.json')) if path.is_dir() else [path]
+    files = log_files(path)
     if not files:
         raise DataError(f'{path}: no file *.log.json')
     points: dict[str, dict[int, float]] = defaultdict(dict)
     run = Run(name)
     for file in files:
-        records = [r for r in _read_records(file) if 'iter' in r]
+        records = _read_records(file)
         if not records:  # of a training that had nothing left to do
             continue
-        first = min(r['iter'] for r in records)
+        first = min(iteration for iteration, _ in records)
         for values in points.values():
             for iteration in [i for i in values if i >= first]:
                 del values[iteration]
-        for record in records:
+        for iteration, record in records:
             for key, value in record.items():
-                if key not in _NOT_CURVES and isinstance(value, (int, float)):
-                    points[key][record['iter']] = float(value)
+                number = _number(value)
+                if key not in _NOT_CURVES and number is not None:
+                    points[key][iteration] = number
                     if record.get('mode') == 'val':
                         run.evaluated.add(key)
     for key, values in points.items():
@@ -81,22 +87,44 @@ def read_run(path: Path, name: str) -> Run:
     return run
 
 
-def _read_records(path: Path) -> list[dict]:
+def log_files(path: Path) -> list[Path]:
+    """A log file, or the logs of a work dir in order of their time."""
+    return sorted(path.glob('*.log.json')) if path.is_dir() else [path]
+
+
+def _read_records(path: Path) -> list[tuple[int, dict]]:
+    """Iteration and record of the lines that belong to one."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f'{path}: cannot be read: {error.strerror}') from None
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             if number == len(lines):  # the training was killed while it wrote this line, or is writing it now
                 break
             raise DataError(f'{path}, line {number}: no JSON record; expected a .log.json file') from None
-    if not all(isinstance(record, dict) for record in records):
-        raise DataError(f'{path}: expected one JSON object a line')
+        if not isinstance(record, dict):
+            raise DataError(f'{path}, line {number}: expected one JSON object a line, got {type(record).__name__}')
+        if 'iter' not in record:
+            continue
+        iteration = record['iter']
+        if not isinstance(iteration, int) or isinstance(iteration, bool) or not 0 <= iteration < _MOST_ITERATIONS:
+            raise DataError(f"{path}, line {number}: 'iter' should be a whole number >= 0, and is {iteration!r:.40}")
+        records.append((iteration, record))
     return records
+
+
+def _number(value: object) -> float | None:
+    """What can be drawn of a value: null, texts and lists are no numbers."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -141,7 +169,8 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path, window: int, log_s
         for i, run in enumerate(runs):
             if key not in run.curves:
                 continue
-            iterations, values = run.curves[key]
+            iterations, numbers = run.curves[key]
+            values = [value if math.isfinite(value) else math.nan for value in numbers]  # a gap in the curve
             colour = f'C{i % 10}'
             if key in run.evaluated:
                 axis.plot(iterations, values, marker='o', markersize=4, color=colour, label=run.name)
@@ -152,7 +181,7 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path, window: int, log_s
             if window > 1:
                 axis.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.8)
             axis.plot(iterations, smooth(values, window), color=colour, linewidth=1.4, label=run.name)
-        axis.set_title(key)
+        axis.set_title(key, parse_math=False)  # a '$' in a name is a dollar sign
         if key.startswith(_SHARES):
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axis.set_xlabel('iteration')
@@ -161,11 +190,14 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path, window: int, log_s
             axis.set_yscale('log')
     for axis in axes.flat[len(keys):]:
         axis.remove()
-    axes.flat[0].legend()
+    for text in axes.flat[0].legend().get_texts():
+        text.set_parse_math(False)
     if title:
-        figure.suptitle(title)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+        figure.suptitle(title, parse_math=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=out.suffix[1:].lower())
+    pyplot.close(figure)
+    write_atomically(out, picture.getvalue())
 
 
 def print_table(runs: Sequence[Run], keys: Sequence[str]) -> None:
@@ -180,15 +212,16 @@ def print_table(runs: Sequence[Run], keys: Sequence[str]) -> None:
             if key not in run.curves:
                 continue
             iterations, values = run.curves[key]
+            order = sorted((i for i, value in enumerate(values) if value == value), key=values.__getitem__)
             cells = []
-            for position in (len(values) - 1, values.index(min(values)), values.index(max(values))):
+            for position in (len(values) - 1, *((order[0], order[-1]) if order else (0, 0))):
                 cells += [f'{values[position]:.4g}', str(iterations[position])]
             table.add_row(run.name, key, str(len(values)), *cells)
     table_console().print(table)
 
 
-def main() -> None:
-    """Runs the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
@@ -200,22 +233,27 @@ def main() -> None:
     parser.add_argument('--log-scale', action='store_true', help='losses on a logarithmic axis')
     parser.add_argument('--title')
     parser.add_argument('--table', action='store_true', help='print a table instead of drawing')
-    args = parser.parse_args()
-    try:
-        if args.legend and len(args.legend) != len(args.runs):
-            raise ConfigError(f'--legend: {len(args.legend)} names for {len(args.runs)} runs')
-        if args.smooth < 1:
-            raise ConfigError(f'--smooth: expected at least 1, got {args.smooth}')
-        runs = [read_run(path, name) for path, name in zip(args.runs, args.legend or map(str, args.runs))]
-        keys = choose_keys(runs, args.keys)
-    except (ConfigError, DataError) as error:
-        sys.exit(f'error: {error}')
+    args = parser.parse_args(argv)
+    return run_tool(lambda: analyze(args))
+
+
+def analyze(args: argparse.Namespace) -> None:
+    """Draws or prints what ``args`` asks for."""
+    if args.legend and len(args.legend) != len(args.runs):
+        raise ConfigError(f'--legend: {len(args.legend)} names for {len(args.runs)} runs')
+    if args.smooth < 1:
+        raise ConfigError(f'--smooth: expected at least 1, got {args.smooth}')
+    if args.out.suffix.lower() not in _PICTURES and not args.table:
+        raise ConfigError(f"--out: expected a file that ends in {', '.join(_PICTURES)}, got '{args.out}'")
+    runs = [read_run(path, name) for path, name in zip(args.runs, args.legend or map(str, args.runs))]
+    keys = choose_keys(runs, args.keys)
     if args.table:
         print_table(runs, keys)
-    else:
-        draw(runs, keys, args.out, args.smooth, args.log_scale, args.title)
-        print(f'{args.out}: {", ".join(keys)}')
+        return
+    refuse_overwriting({'--out': args.out}, {f"log '{file}'": file for path in args.runs for file in log_files(path)})
+    draw(runs, keys, args.out, args.smooth, args.log_scale, args.title)
+    print(f'{args.out}: {", ".join(keys)}')
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

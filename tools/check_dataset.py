@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mmseg.datasets.check import Report, SplitToCheck, check_split, count_by_kind
 from mmseg.datasets.pipelines.loading import VOID
 from mmseg.utils.config import load_config
+from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
 
 EXAMPLES = """examples:
@@ -90,12 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='threads')
     parser.add_argument('--json', type=Path, help='write the report to this file too')
     args = parser.parse_args(arguments)
-    console = Console()
+    console = table_console()
     reports = []
     try:
         splits = splits_of(args)
-        columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        name = TextColumn('{task.description}', markup=False)
+        columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=table_console(stderr=True), transient=True) as bar:
             for split in splits:
                 task = bar.add_task(split.split, total=None)
                 reports.append(check_split(

@@ -15,8 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmseg.utils.console import table_console
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = 'local_configs/themask'
@@ -64,7 +67,7 @@ def show(rows: dict[str, dict[str, float]], out: Path) -> None:
         cells = [f'{metrics[name]:.3f}' for name in names]
         table.add_row(model, *cells)
         lines.append(f'| {model} | ' + ' | '.join(cells) + ' |')
-    Console().print(table)
+    table_console().print(table)
     (out / 'results.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 

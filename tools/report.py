@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.apis.report import read_predictions, read_report, run_of_predictions, write_report
+from mmseg.apis.report import left_out, read_predictions, read_report, report_page, run_of_predictions, write_report
 from mmseg.apis.sinks import load_results, result_files
 from mmseg.datasets import VideoDataset, build_dataset
+from mmseg.utils.cli import run_all, run_tool
 from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.files import write_atomically
+from mmseg.utils.files import refuse_overwriting, write_atomically
 
 EXAMPLES = r"""examples:
   # two models, side by side
@@ -33,7 +37,7 @@ EXAMPLES = r"""examples:
 """
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,44 +50,57 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--frames', type=int, default=48, help='of a player at most')
     parser.add_argument('--max-mib', type=float, default=16, help='size of the page at most')
     parser.add_argument('--json', type=Path, help='write the scores of the first run to this file too')
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    if len(args.runs) > 2 or (args.names and len(args.names) != len(args.runs)):
+        raise ConfigError('expected one or two runs, and as many --names as runs')
+    if args.videos < 0 or args.frames < 1:
+        raise ConfigError(f'--videos, --frames: expected at least 0 and 1, got {args.videos} and {args.frames}')
+    if not 0 < args.max_mib < math.inf:
+        raise ConfigError(f'--max-mib: expected a number above 0, got {args.max_mib}')
+    return args
 
 
 def read_run(path: Path, name: str | None, dataset: VideoDataset | None, args: argparse.Namespace) -> dict[str, Any]:
     """A run from a page or from predictions."""
-    if path.suffix == '.html' or (path / 'index.html').is_file():
+    if path.suffix == '.html' or report_page(path).is_file():
         run = read_report(path)[0]
         return {**run, 'name': name or run['name']}
     if dataset is None:
         raise ConfigError(f"'{path}' is no report; predictions need --config")
-    if path.suffix == '.npz' or result_files(path):
+    if path.suffix.lower() == '.npz' or result_files(path):
         predictions = load_results(path)
     else:
         predictions = read_predictions(path, dataset)
     return run_of_predictions(dataset, predictions, name or path.stem, per_group=args.videos, max_frames=args.frames)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Makes the page; returns the exit status."""
-    args = parse_args()
-    try:
-        if len(args.runs) > 2 or (args.names and len(args.names) != len(args.runs)):
-            raise ConfigError('expected one or two runs, and as many --names as runs')
-        dataset = None
-        if args.config:
-            dataset = build_dataset(load_config(args.config, args.options).data.test, where='data.test')
-            if not dataset.has_masks:
-                raise DataError(f"split '{dataset.split}' of {dataset.data_root} has no masks to score against")
-        names = args.names or [None] * len(args.runs)
-        runs = [read_run(path, name, dataset, args) for path, name in zip(args.runs, names)]
-        page = write_report(runs, args.out, args.max_mib)
-        if args.json:
-            write_atomically(args.json, json.dumps(runs[0]['results'], indent=1))
-    except (ConfigError, DataError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    return run_tool(lambda: run(parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes the page as ``args`` says."""
+    page = report_page(args.out)
+    files = {f"run '{path}'": file for path in args.runs
+             for file in (path, report_page(path), *result_files(path).values())}
+    refuse_overwriting({'--out': page, '--json': args.json}, {'config': args.config, **files})
+    refuse_overwriting({'--json': args.json}, {'page of --out': page})
+    dataset = None
+    if args.config:
+        dataset = build_dataset(load_config(args.config, args.options).data.test, where='data.test')
+        if not dataset.has_masks:
+            raise DataError(f"split '{dataset.split}' of {dataset.data_root} has no masks to score against")
+    names = args.names or [None] * len(args.runs)
+    runs = [read_run(path, name, dataset, args) for path, name in zip(args.runs, names)]
+    for shown in runs:
+        if left_out(shown):
+            print(f"run '{shown['name']}' has left out {left_out(shown)}", file=sys.stderr)
+    steps: list[Callable[[], object]] = [partial(write_report, runs, args.out, args.max_mib)]
+    if args.json:
+        steps.insert(0, partial(write_atomically, args.json, json.dumps(runs[0]['results'], indent=1)))
+    run_all(*steps)
     print(f'{page} ({page.stat().st_size / 2**20:.1f} MiB)')
-    return 0
 
 
 if __name__ == '__main__':

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from mmengine.config import Config
 
-from mmseg.apis.report import ReportSink, write_report
-from mmseg.apis.sinks import OUT_FORMS, PalettePNG, Pictures, Sink, VideoFiles, join_parts, parts_folder
-from mmseg.apis.test import TestOutcome, check_classes, check_model, gather_by, metrics_for, stream_test
+from mmseg.apis.report import ReportSink, report_page, write_report
+from mmseg.apis.sinks import (
+    OUT_FORMS,
+    PalettePNG,
+    Pictures,
+    Sink,
+    VideoFiles,
+    join_parts,
+    parts_folder,
+    remove_parts,
+)
+from mmseg.apis.test import (
+    Gather,
+    TestOutcome,
+    check_classes,
+    check_model,
+    gather_by,
+    log_skipped,
+    metrics_for,
+    stream_test,
+)
 from mmseg.core.checkpoint import load_weights, open_checkpoint
+from mmseg.core.evaluation import StreamingMetrics
+from mmseg.core.evaluation.results import CSV_FILES
 from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import VideoDataset, build_dataset, build_test_loader
 from mmseg.models import build_segmentor
 from mmseg.registry import nearest
 from mmseg.utils.allocator import use_huge_pages
+from mmseg.utils.cli import run_all, run_tool
 from mmseg.utils.config import OptionsAction, load_config
-from mmseg.utils.dist import LAUNCHERS, ArgumentParser, barrier, close_dist, get_dist_info, init_dist, report_error
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError, OtherRankError
-from mmseg.utils.files import write_atomically
+from mmseg.utils.dist import (
+    LAUNCHERS,
+    ArgumentParser,
+    close_dist,
+    fail_together,
+    get_dist_info,
+    init_dist,
+    is_main_process,
+)
+from mmseg.utils.errors import ConfigError, DataError, OtherRankError
+from mmseg.utils.files import refuse_overwriting, write_atomically
 from mmseg.utils.logger import get_logger, setup_logger
+from mmseg.utils.signals import Interruption
 
 AUG_RATIOS = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]  # --aug-test of mmsegmentation 0.x
 EVAL_OPTIONS = {
@@ -87,67 +117,106 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; what the user can mend ends in one line instead of a traceback."""
     use_huge_pages()
-    args = parse_args()
+    args = parse_args(argv)
     try:
-        run(args)
-    except (ConfigError, CheckpointError, DataError, OtherRankError, OSError) as error:
-        report_error(error)
-        return 1
+        return run_tool(lambda: run(args))
     finally:
         close_dist()
-    return 0
 
 
-def run(args: argparse.Namespace) -> None:
-    """Tests as ``args`` says."""
+def run(args: argparse.Namespace) -> int:
+    """Tests as ``args`` says; returns the exit status."""
     check_args(args)
     cfg = load_config(args.config, args.options)
     device = init_dist(args.launcher, cfg.get('dist_params', {}).get('backend'))
-    gather = gather_by(args.tmpdir, args.gpu_collect, device)
-    logger = setup_logger(level=cfg.get('log_level', 'INFO'))
-    rank, world_size = get_dist_info()
-    if args.show and world_size > 1:
-        raise ConfigError('--show: needs a single process')
-    set_backends(cfg)
-    if args.aug_test:
-        augment(cfg.data.test)
-    check_model(cfg)
+    with Interruption('stopping after this clip', owner=is_main_process()) as interruption:
+        try:
+            test(args, cfg, device, interruption)
+        except (KeyboardInterrupt, OtherRankError):
+            if not interruption:
+                raise
+            left = f'; the videos that were finished stay in {parts_folder(args.out)}' if args.out else ''
+            get_logger().warning('interrupted: no results are written%s', left)
+            return interruption.status
+    return 0
 
-    dataset = build_dataset(cfg.data.test, where='data.test')
-    loader = build_test_loader(dataset, cfg.data.get('workers_per_gpu', 0), rank, world_size)
-    evaluate = dataset.has_masks and not args.format_only
-    if args.eval and not evaluate:
-        raise DataError(f"--eval: split '{dataset.split}' of {dataset.data_root} has no masks to evaluate against")
-    if args.report and not evaluate:
-        raise DataError(f"--report: split '{dataset.split}' of {dataset.data_root} has no masks to evaluate against")
-    if not (evaluate or args.out or args.format_only or args.show or args.show_dir):
-        raise ConfigError(f"split '{dataset.split}' has no masks, so there is nothing to measure: "
-                          f'give --out, --format-only or --show-dir')
-    options = {key.removeprefix('vc_'): value for key, value in args.eval_options.items() if key.startswith('vc_')}
-    metrics = metrics_for(dataset, args.eval or (), **options) if evaluate else None
 
-    checkpoint, model = load_model(cfg, args.checkpoint, dataset, device)
-    sinks = make_sinks(args, checkpoint.parent, dataset)
+def test(args: argparse.Namespace, cfg: Config, device: torch.device, interruption: Interruption) -> None:
+    """Tests, and writes the results before it shows them."""
+    with interruption.raising():
+        gather = gather_by(args.tmpdir, args.gpu_collect, device)
+        logger = setup_logger(level=cfg.get('log_level', 'INFO'))
+        rank, world_size = get_dist_info()
+        if args.show and world_size > 1:
+            raise ConfigError('--show: needs a single process')
+        set_backends(cfg)
+        if args.aug_test:
+            augment(cfg.data.test)
+        check_model(cfg)
+        dataset = build_dataset(cfg.data.test, where='data.test')
+        loader = build_test_loader(dataset, cfg.data.get('workers_per_gpu', 0), rank, world_size)
+        metrics = chosen_metrics(args, dataset)
+        checkpoint, model = load_model(cfg, args.checkpoint, dataset, device)
+        refuse_inputs(args, checkpoint, dataset)
+        sinks = make_sinks(args, checkpoint, dataset)
     page = ReportSink(dataset) if args.report else None
     outcome = stream_test(
-        model, dataset, loader, device=device, metrics=metrics, evaluate=evaluate,
+        model, dataset, loader, device=device, metrics=metrics, evaluate=metrics is not None,
         sinks=[*sinks, page] if page else sinks,
-        autocast=Precision.from_config(cfg, device).autocast, gather=gather)
-    shown = None
-    if page is not None and outcome.results is not None:
-        about = {'config': args.config, 'checkpoint': checkpoint, **args.options}
-        shown = page.gathered(gather, outcome.results, Path(args.config).stem, about)
-    if rank == 0:
-        if args.out and any(isinstance(sink, VideoFiles) for sink in sinks):
-            join_parts(args.out, [video.name for video in dataset.videos])
+        autocast=Precision.from_config(cfg, device).autocast, gather=gather, interruption=interruption)
+    main_process, results = is_main_process(), outcome.results
+    steps: list[Callable[[], object]] = []
+    if main_process:
         logger.info('%d frames, %.1f frames/s on rank 0 of %d', outcome.frames,
                     outcome.frames / world_size / outcome.seconds, world_size)
-        report(args, outcome, checkpoint)
-        if shown is not None:
-            logger.info('report written to %s', write_report([shown], args.report))
+        log_skipped(outcome)
+        if results is not None:
+            steps += [partial(write_metrics, args, outcome, checkpoint), results.check_scored]
+    if page is not None and results is not None:
+        steps.append(partial(write_page, args, page, gather, outcome, checkpoint))
+    if main_process and args.out and any(isinstance(sink, VideoFiles) for sink in sinks):
+        steps.append(partial(join_parts, args.out, [video.name for video in dataset.videos]))
+    if main_process and results is not None:
+        steps.append(partial(results.print, per_class=True))
+    run_all(*steps)
+
+
+def chosen_metrics(args: argparse.Namespace, dataset: VideoDataset) -> StreamingMetrics | None:
+    """What ``--eval`` and ``--eval-options`` ask for; None where nothing is to be evaluated."""
+    if not dataset.has_masks or args.format_only:
+        for option, given in (('--eval', args.eval), ('--report', args.report)):
+            if given:
+                raise DataError(f"{option}: split '{dataset.split}' of {dataset.data_root} has no masks to evaluate "
+                                f'against')
+        if not (args.out or args.format_only or args.show or args.show_dir):
+            raise ConfigError(f"split '{dataset.split}' has no masks, so there is nothing to measure: "
+                              f'give --out, --format-only or --show-dir')
+        return None
+    options = {key.removeprefix('vc_'): value for key, value in args.eval_options.items() if key.startswith('vc_')}
+    return metrics_for(dataset, args.eval or (), **options)
+
+
+def refuse_inputs(args: argparse.Namespace, checkpoint: Path, dataset: VideoDataset) -> None:
+    """Refuses outputs that would overwrite what the test reads."""
+    split = dataset.layout.split_file.format(split=dataset.split.removesuffix('.txt'))
+    inputs: dict[str, str | Path] = {
+        'config': args.config, 'checkpoint': checkpoint, 'list of videos': Path(dataset.data_root, split)}
+    outputs: dict[str, str | Path | None] = {'metrics': metrics_file(args, checkpoint)}
+    if args.work_dir:
+        outputs |= {f'--work-dir ({name})': args.work_dir / name for name in CSV_FILES}
+    if args.report:
+        outputs['--report'] = report_page(args.report)
+    if _out_is_file(args):
+        outputs |= {'--out': args.out, '--out (names of the maps)': Path(args.out).with_suffix('.json')}
+    folders = {'--show-dir': args.show_dir, '--format-only': png_folder(args, checkpoint)}
+    for video in dataset.videos:
+        for kind, path_of in (('frames', dataset.frame_path), ('masks', dataset.mask_path)):
+            inputs[f"folder of the {kind} of '{video.name}'"] = Path(path_of(video.name, '')).parent
+        outputs |= {f"{option}, '{video.name}'": folder / video.name for option, folder in folders.items() if folder}
+    refuse_overwriting(outputs, inputs)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -183,48 +252,69 @@ def load_model(
     return path, model.to(device).eval()
 
 
-def make_sinks(args: argparse.Namespace, beside: Path, dataset: VideoDataset) -> list[Sink]:
+def png_folder(args: argparse.Namespace, checkpoint: Path) -> Path | None:
+    """Where ``--format-only`` writes; None without it."""
+    if not args.format_only:
+        return None
+    out = None if _out_is_file(args) else args.out
+    return Path(
+        out or args.eval_options.get('imgfile_prefix') or (args.work_dir or checkpoint.parent) / 'format_results')
+
+
+def _out_is_file(args: argparse.Namespace) -> bool:
+    return bool(args.out) and parts_folder(args.out) != Path(args.out)
+
+
+def metrics_file(args: argparse.Namespace, checkpoint: Path) -> Path:
+    """Where the scores go."""
+    return args.work_dir / 'metrics.json' if args.work_dir else checkpoint.with_suffix('.metrics.json')
+
+
+def make_sinks(args: argparse.Namespace, checkpoint: Path, dataset: VideoDataset) -> list[Sink]:
     """What ``--out``, ``--format-only``, ``--show-dir`` and ``--show`` ask for."""
     sinks: list[Sink] = []
-    out_is_file = args.out and parts_folder(args.out) != Path(args.out)
-    if args.format_only:
-        folder = None if out_is_file else args.out
-        folder = folder or args.eval_options.get('imgfile_prefix') or (args.work_dir or beside) / 'format_results'
+    folder = png_folder(args, checkpoint)
+    if folder is not None:
         get_logger().info('palette PNGs go to %s', folder)
         sinks.append(PalettePNG(folder, dataset))
-    if args.out and (out_is_file or not args.format_only):
-        if out_is_file and get_dist_info()[0] == 0:
-            shutil.rmtree(parts_folder(args.out), ignore_errors=True)  # left by a test that was broken off
-        barrier()
+    if args.out and (_out_is_file(args) or not args.format_only):
+        with fail_together():
+            if is_main_process():
+                remove_parts(args.out)  # left by a test that was broken off
         sinks.append(VideoFiles(parts_folder(args.out)))
     if args.show or args.show_dir:
         sinks.append(Pictures(dataset, args.show_dir, window=args.show, opacity=args.opacity))
     return sinks
 
 
-def report(args: argparse.Namespace, outcome: TestOutcome, checkpoint: Path) -> None:
-    """Prints what was measured and left out, and writes it down."""
-    logger = get_logger()
-    if outcome.skipped:
-        logger.warning('%d clips were left out:', len(outcome.skipped))
-        for error in outcome.skipped:
-            logger.warning('  %s', error)
-    if outcome.results is None:
-        return
-    outcome.results.print(per_class=True)
-    path = args.work_dir / 'metrics.json' if args.work_dir else checkpoint.with_suffix('.metrics.json')
+def write_metrics(args: argparse.Namespace, outcome: TestOutcome, checkpoint: Path) -> None:
+    """Writes what was measured and left out: to the work dir, or beside the checkpoint where that can be written."""
+    assert outcome.results is not None
+    path = metrics_file(args, checkpoint)
     run_of = {'config': args.config, 'checkpoint': str(checkpoint), 'options': args.options,
               'frames': outcome.frames, 'skipped': outcome.skipped}
-    try:
-        write_atomically(path, json.dumps({**outcome.results.as_dict(), 'test': run_of}, indent=1, default=str))
-        if args.work_dir:
-            outcome.results.to_csv(args.work_dir)
-    except OSError as error:
-        if args.work_dir:
-            raise
-        logger.warning('metrics not written beside the checkpoint: %s; name a folder by --work-dir', error)
-        return
-    logger.info('metrics written to %s', path)
+    content = json.dumps({**outcome.results.as_dict(), 'test': run_of}, indent=1, default=str)
+    if args.work_dir:
+        run_all(partial(write_atomically, path, content), partial(outcome.results.to_csv, args.work_dir))
+    else:
+        try:
+            write_atomically(path, content)
+        except OSError as error:
+            get_logger().warning('metrics not written beside the checkpoint: %s; name a folder by --work-dir', error)
+            return
+    get_logger().info('metrics written to %s', path)
+
+
+def write_page(
+        args: argparse.Namespace, page: ReportSink, gather: Gather, outcome: TestOutcome, checkpoint: Path) -> None:
+    """Writes the page of ``--report``; every rank must call it."""
+    assert outcome.results is not None
+    about = {'config': args.config, 'checkpoint': checkpoint, **args.options}
+    if outcome.skipped:
+        about['left out'] = f'{len(outcome.skipped)} clips'
+    run_of = page.gathered(gather, outcome.results, Path(args.config).stem, about)
+    if is_main_process():
+        get_logger().info('report written to %s', write_report([run_of], args.report))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mmseg.datasets.pipelines.loading import VOID, load_labels, read_frame, read
 from mmseg.datasets.video_dataset import VideoDataset
 from mmseg.utils.errors import DataError
 from mmseg.utils.files import write_atomically
+from mmseg.utils.names import natural_key, some
 from mmseg.version import __version__
 
 GROUPS = ('worst', 'median', 'best', 'always')
@@ -34,6 +35,7 @@ MAX_POINTS = 100_000
 """Frames whose two numbers a page holds; of longer tests every second, third, ... frame is kept."""
 
 _NAME = 'index.html'
+_LEFT_OUT = 'left out'
 _DATA = re.compile(r'<script id="data" type="application/json">(.*?)</script>', re.DOTALL)
 _PLACE = '"DATA"'
 _JPEG_QUALITY = 80
@@ -126,7 +128,7 @@ class ReportSink:
     def _groups(self, spare: int = 0) -> dict[str, list[str]]:
         """The videos with pictures that are shown, by group; ``spare`` more around the median."""
         ious, per_group = self._ious, self._per_group
-        ranked = sorted((name for name in ious if not math.isnan(ious[name])), key=lambda name: (ious[name], name))
+        ranked = sorted((name for name in ious if not math.isnan(ious[name])), key=lambda n: (ious[n], natural_key(n)))
         middle = (len(ranked) - 1) / 2
         rank = {name: i for i, name in enumerate(ranked) if name in self._players}
         worst, left = list(rank)[:per_group], list(rank)[per_group:]
@@ -166,8 +168,8 @@ class ReportSink:
             'results': results.as_dict(),
             'confusion': results.confusion.tolist(),
             'palette': [list(map(int, colour)) for colour in self._dataset.PALETTE],
-            'lines': {video: {key: values[::step] for key, values in line.items()}
-                      for video, line in sorted(self._lines.items())},
+            'lines': {video: {key: values[::step] for key, values in self._lines[video].items()}
+                      for video in sorted(self._lines, key=natural_key)},
             'line_step': step,
             'players': [{'group': group, 'mIoU': rows[video]['mIoU'], **self._players[video]}
                         for group, videos in groups.items() for video in videos],
@@ -201,20 +203,27 @@ def run_of_predictions(
         options: of :class:`ReportSink`.
 
     Returns:
-        See :meth:`ReportSink.run`.
+        See :meth:`ReportSink.run`.  Videos and frames without a prediction are named under ``about``, ``left out``.
 
     Raises:
-        DataError: frames that the data set does not have, labels out of range, or no prediction at all.
+        DataError: frames that the data set does not have, labels out of range, or nothing to score.
     """
     metrics, sink = metrics_for(dataset), ReportSink(dataset, **options)
-    frames = {video.name: set(video.frames) for video in dataset.videos}
+    missing = {video.name: dict.fromkeys(video.frames) for video in dataset.videos}
+    frames = {video: set(names) for video, names in missing.items()}
+
+    def finish(video: str) -> None:
+        for frame in missing[video]:
+            metrics.skip(video, frame)
+        metrics.finish(video)
+        sink.finish_video(video)
+
     before: str | None = None
     for video, frame, pred in predictions:
         if frame not in frames.get(video, ()):
             raise DataError(f"split '{dataset.split}' of {dataset.data_root} has no frame {video}/{frame}")
         if before is not None and video != before:
-            metrics.finish(before)
-            sink.finish_video(before)
+            finish(before)
         before = video
         path = dataset.mask_path(video, frame)
         (raw,) = load_labels([path], False, None, pred.shape, video)
@@ -224,11 +233,19 @@ def run_of_predictions(
         except ValueError as error:
             raise DataError(str(error)) from None
         sink.add(video, frame, dataset.frame_path(video, frame), pred, gt, raw)
+        del missing[video][frame]
     if before is None:
         raise DataError('there are no predictions')
-    metrics.finish(before)
-    sink.finish_video(before)
-    return sink.run(metrics.results(), name)
+    finish(before)
+    results = metrics.results()
+    results.check_scored()
+    partly = [f'{video} ({len(absent)} of {len(frames[video])} frames)' for video, absent in missing.items() if absent]
+    return sink.run(results, name, {_LEFT_OUT: f'{len(partly)} videos: {some(partly)}'} if partly else None)
+
+
+def left_out(run: Mapping[str, Any]) -> str:
+    """What a run has not scored of its data set; empty where it has scored all of it."""
+    return run['about'].get(_LEFT_OUT, '')
 
 
 def read_predictions(folder: str | Path, dataset: VideoDataset) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -344,9 +361,15 @@ def _fitted(runs: Sequence[Mapping[str, Any]], budget: int) -> str:
     frames = max((len(player['frames']) for run in runs for player in run['players']), default=0)
     data = encode(frames)
     while len(data) > budget and frames:
-        frames = min(frames - 1, int(frames * budget / len(data)))
+        frames = max(0, min(frames - 1, int(frames * budget / len(data))))
         data = encode(frames)
     return data
+
+
+def report_page(path: str | Path) -> Path:
+    """The page that ``path`` names: of a folder, its ``index.html``."""
+    path = Path(path)
+    return path if path.suffix == '.html' and not path.is_dir() else path / _NAME
 
 
 def read_report(path: str | Path) -> list[dict[str, Any]]:
@@ -356,15 +379,77 @@ def read_report(path: str | Path) -> list[dict[str, Any]]:
         path: of :func:`write_report`, or its folder.
 
     Raises:
-        DataError: it is none.
+        DataError: it is none, or it is damaged.
     """
-    path = Path(path)
-    path = path / _NAME if path.is_dir() else path
+    path = report_page(path)
     try:
         found = _DATA.search(path.read_text(encoding='utf-8'))
-        runs = json.loads(found[1])['runs'] if found else None
-    except (OSError, ValueError, KeyError) as error:
+        data = json.loads(found[1], parse_constant=_no_number) if found else None
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"'{path}' is no report: {error}") from error
-    if not runs:
+    if data is None:
         raise DataError(f"'{path}' is no report: it holds no data")
-    return runs
+    fault = _fault(data, _PAGE, 'data') or next(filter(None, map(_fault_of_sizes, data['runs'])), None)
+    if fault or not data['runs']:
+        raise DataError(f"'{path}' is a damaged report: {fault or 'it holds no run'}; make it again")
+    return data['runs']
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f'{text} is no number in JSON')
+
+
+_NUMBER = (int, float, type(None))
+_RUN = {
+    'name': str,
+    'about': {str: str},
+    'results': {
+        'per_class': [{'class': str, 'pixels': int, 'IoU': _NUMBER}],
+        'per_video': [{'video': str, 'frames': int, 'mIoU': _NUMBER}],
+    },
+    'confusion': [[int]],
+    'palette': [[int]],
+    'lines': {str: {'frames': [str], 'iou': [_NUMBER], 'consistency': [_NUMBER]}},
+    'line_step': int,
+    'players': [{
+        'group': str, 'video': str, 'mIoU': _NUMBER, 'of': int, 'frames': [str],
+        'pictures': [{'image': str, 'pred': str, 'gt': str}],
+    }],
+}  # fmt: skip
+_PAGE = {'runs': [_RUN]}
+"""What a page holds: a type, or several; ``[of]`` is a list, ``{str: of}`` any keys, and ``{'key': of}`` these keys."""
+
+
+def _fault(value: Any, expected: Any, where: str) -> str | None:
+    """The first place in which ``value`` is not as ``expected`` says; None where there is none."""
+    kind_or_kinds = expected if isinstance(expected, (type, tuple)) else type(expected)
+    kinds = kind_or_kinds if isinstance(kind_or_kinds, tuple) else (kind_or_kinds,)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        return f"{where} should be {' or '.join(kind.__name__ for kind in kinds)}, and is {type(value).__name__}"
+    inside: Iterable[tuple[Any, Any, str]] = ()
+    if isinstance(expected, list):
+        inside = ((item, expected[0], f'{where}[{i}]') for i, item in enumerate(value))
+    elif isinstance(expected, dict) and str in expected:
+        inside = ((item, expected[str], f'{where}.{key}') for key, item in value.items())
+    elif isinstance(expected, dict):
+        absent = [key for key in expected if key not in value]
+        if absent:
+            return f'{where}.{absent[0]} is missing'
+        inside = ((value[key], kind, f'{where}.{key}') for key, kind in expected.items())
+    return next(filter(None, (_fault(*part) for part in inside)), None)
+
+
+def _fault_of_sizes(run: Mapping[str, Any]) -> str | None:
+    """Lists of a run whose lengths do not go together."""
+    classes = len(run['results']['per_class'])
+    if [len(row) for row in run['confusion']] != [classes] * classes:
+        return f'confusion should have {classes} rows and columns, one a class'
+    if len(run['palette']) < classes or any(len(colour) != 3 for colour in run['palette']):
+        return f'palette should have three numbers for each of {classes} classes'
+    for player in run['players']:
+        if len(player['frames']) != len(player['pictures']):
+            return f"the player of '{player['video']}' has {len(player['frames'])} frames with other pictures"
+    for video, line in run['lines'].items():
+        if not len(line['frames']) == len(line['iou']) == len(line['consistency']):
+            return f"the line of '{video}' has {len(line['frames'])} frames with other values"
+    return None

@@ -6,11 +6,11 @@ video is whole on disk, whatever happens later.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
-import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
+from mmseg.core.evaluation.confusion import as_label_map
 from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.datasets.video_dataset import VideoDataset
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.files import atomic_file
+from mmseg.utils.files import atomic_file, named_errors, write_atomically
+from mmseg.utils.names import natural_key
 from mmseg.utils.visual import compare, write_label_png, write_picture
 
 
@@ -123,34 +125,38 @@ class VideoFiles:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._video: str | None = None
+        self._path: Path | None = None
         self._archive: zipfile.ZipFile | None = None
 
     def write(self, item: dict[str, Any], labels: np.ndarray) -> None:
         """Appends the clip to the file of its video."""
         if self._archive is None:
-            self._video = item['video']
-            self._archive = zipfile.ZipFile(self._unfinished, 'w', zipfile.ZIP_DEFLATED, compresslevel=1)
-        for frame, label in zip(item['frames'], labels):
-            _add_array(self._archive, frame, label)
+            self._path = self.folder / f'{item["video"]}.npz'
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._archive = zipfile.ZipFile(_unfinished(self._path), 'w', zipfile.ZIP_DEFLATED, compresslevel=1)
+        with named_errors(str(self._path)):
+            for frame, label in zip(item['frames'], labels):
+                _add_array(self._archive, frame, label)
 
     def finish_video(self, video: str) -> None:
         """Gives the file of ``video`` its name."""
-        if self._archive is not None:
-            self._archive.close()
+        if self._archive is not None and self._path is not None:
+            with named_errors(self._path):
+                self._archive.close()
+                os.replace(_unfinished(self._path), self._path)
             self._archive = None
-            os.replace(self._unfinished, self.folder / f'{self._video}.npz')
 
     def close(self) -> None:
         """Drops the file of an unfinished video."""
-        if self._archive is not None:
-            self._archive.close()
+        if self._archive is not None and self._path is not None:
+            with contextlib.suppress(OSError):  # a full disk cannot take the archive's directory either
+                self._archive.close()
             self._archive = None
-            self._unfinished.unlink()
+            _unfinished(self._path).unlink(missing_ok=True)
 
-    @property
-    def _unfinished(self) -> Path:
-        return self.folder / f'.{self._video}.npz.part'
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f'.{path.name}.part')
 
 
 def _add_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
@@ -173,11 +179,24 @@ def parts_folder(out: str | Path) -> Path:
         ConfigError: ``out`` is of a form that is not known.
     """
     out = Path(out)
-    if out.suffix in ('.npz', '.pkl', '.pickle'):
+    if out.suffix.lower() in ('.npz', '.pkl', '.pickle'):
         return out.with_name(out.name + '.parts')
     if out.suffix and not out.is_dir():
         raise ConfigError(f"--out: expected a folder, or a file that ends in .npz or .pkl, got '{out}'")
     return out
+
+
+def remove_parts(out: str | Path) -> None:
+    """Removes the video files from which the file ``out`` is made, and their folder; nothing where ``out`` is one."""
+    folder = parts_folder(out)
+    if folder == Path(out):
+        return
+    for file in [*folder.rglob('*.npz'), *folder.rglob('.*.npz.part')]:
+        file.unlink()
+    for inside in sorted((path for path in folder.rglob('*') if path.is_dir()), reverse=True):
+        inside.rmdir()
+    if folder.is_dir():
+        folder.rmdir()
 
 
 def join_parts(out: str | Path, videos: Sequence[str]) -> None:
@@ -192,7 +211,7 @@ def join_parts(out: str | Path, videos: Sequence[str]) -> None:
         return
     maps = ((video, frame, labels) for video in videos if (folder / f'{video}.npz').exists()
             for frame, labels in _read_archive(folder / f'{video}.npz'))
-    if out.suffix == '.npz':
+    if out.suffix.lower() == '.npz':
         with atomic_file(out) as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for video, frame, labels in maps:
                 _add_array(archive, f'{video}/{frame}', labels)
@@ -205,14 +224,15 @@ def join_parts(out: str | Path, videos: Sequence[str]) -> None:
                 file.write(pickle.dumps(labels, protocol=2)[2:-1] + pickle.APPEND)
                 names.append(f'{video}/{frame}')
             file.write(pickle.STOP)
-        with atomic_file(out.with_suffix('.json')) as file:
-            file.write(json.dumps(names).encode())
-    shutil.rmtree(folder)
+        write_atomically(out.with_suffix('.json'), json.dumps(names))
+    remove_parts(out)
 
 
-def result_files(folder: Path) -> list[Path]:
-    """The ``.npz`` files of a folder by name, without hidden ones (such as those that some systems add to copies)."""
-    return sorted(file for file in folder.glob('*.npz') if not file.name.startswith('.'))
+def result_files(folder: Path) -> dict[str, Path]:
+    """Video (``v``, ``city/v``) -> its ``.npz`` file in ``folder``, without hidden ones, which other programs add."""
+    files = {path.relative_to(folder).with_suffix(''): path for path in folder.rglob('*.npz')}
+    visible = {name.as_posix(): path for name, path in files.items() if not any(p.startswith('.') for p in name.parts)}
+    return {name: visible[name] for name in sorted(visible, key=natural_key)}
 
 
 def load_results(path: str | Path) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -222,17 +242,17 @@ def load_results(path: str | Path) -> Iterator[tuple[str, str, np.ndarray]]:
         path: the folder or the ``.npz`` file.
 
     Yields:
-        video, frame, labels uint8 [H, W]; videos and frames in ascending order of their names.
+        video, frame, labels uint8 [H, W]; videos and frames in natural order of their names.
 
     Raises:
         DataError: ``path`` is not such a file or folder.
     """
     path = Path(path)
     if path.is_dir():
-        for file in result_files(path):
+        for video, file in result_files(path).items():
             for frame, labels in _read_archive(file):
-                yield file.stem, frame, labels
-    elif path.suffix == '.npz' and path.is_file():
+                yield video, frame, labels
+    elif path.suffix.lower() == '.npz' and path.is_file():
         for name, labels in _read_archive(path):
             video, _, frame = name.rpartition('/')
             yield video, frame, labels
@@ -241,9 +261,18 @@ def load_results(path: str | Path) -> Iterator[tuple[str, str, np.ndarray]]:
 
 
 def _read_archive(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and label maps in natural order, video by video."""
+    with _named_damage(path), zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix('.npy') for name in archive.namelist()]
+        for name in sorted(names, key=lambda name: [natural_key(part) for part in name.rpartition('/')]):
+            with archive.open(f'{name}.npy') as member:
+                labels = as_label_map(np.lib.format.read_array(member, allow_pickle=False), name)
+            yield name, labels
+
+
+@contextlib.contextmanager
+def _named_damage(path: Path) -> Iterator[None]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            for name in sorted(archive.files):
-                yield name, archive[name]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        yield
+    except Exception as error:  # zipfile, zlib and NumPy have many for a damaged file
         raise DataError(f'{path} cannot be read: {error}') from error

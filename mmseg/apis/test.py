@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.datasets.video_dataset import VideoDataset
 from mmseg.models import build_segmentor
 from mmseg.registry import nearest
-from mmseg.utils.dist import barrier, broadcast_object, gather_objects, get_dist_info
+from mmseg.utils.dist import broadcast_object, fail_together, gather_objects, get_dist_info, is_main_process
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import write_atomically
 from mmseg.utils.logger import get_logger
+from mmseg.utils.signals import Interruption
 
 from .sinks import Sink
 
@@ -54,7 +56,7 @@ class TestOutcome:
     seconds: float
 
 
-def metrics_for(dataset: VideoDataset, names: str | Sequence[str] = (), *, last_window: bool = False,
+def metrics_for(dataset: VideoDataset, names: str | Sequence[str] | None = (), *, last_window: bool = False,
                 min_frames: int = 0, remap_void: bool = False) -> StreamingMetrics:
     """The metrics of a test set.
 
@@ -68,12 +70,14 @@ def metrics_for(dataset: VideoDataset, names: str | Sequence[str] = (), *, last_
         remap_void: likewise.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or an option that is out of range.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else names or ()
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'metric: expected a name or a list of names, got {names!r}')
     lengths, extras = [], []
     for name in names:
-        window = re.fullmatch(r'VC(\d+)', name)
+        window = re.fullmatch(r'VC(\d{1,9})', name)
         if window and int(window[1]) >= 2:
             lengths.append(int(window[1]))
         elif temporal_measure(name, len(dataset.CLASSES), dataset.ignore_index):
@@ -81,9 +85,12 @@ def metrics_for(dataset: VideoDataset, names: str | Sequence[str] = (), *, last_
         elif name not in _CONFUSION_METRICS:
             hint = nearest(name, (*_CONFUSION_METRICS, 'VC8', 'VC16', 'VEC8', 'TC'))
             raise ConfigError(f"metric '{name}' is not known{hint}; VC<n> and VEC<n> take any n >= 2")
-    consistency = ConsistencyOptions(
-        tuple(dict.fromkeys(lengths)) or (8, 16), last_window=last_window, min_frames=min_frames,
-        remap_void=remap_void)
+    try:
+        consistency = ConsistencyOptions(
+            tuple(dict.fromkeys(lengths)) or (8, 16), last_window=last_window, min_frames=min_frames,
+            remap_void=remap_void)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return StreamingMetrics(
         len(dataset.CLASSES), ignore_index=dataset.ignore_index, reduce_zero_label=dataset.reduce_zero_label,
         consistency=consistency, videos={video.name: video.frames for video in dataset.videos},
@@ -108,14 +115,26 @@ def check_model(cfg: Config) -> None:
 def run_test(model: Any, dataset: VideoDataset, loader: Iterable[dict[str, Any]], **options: Any) -> dict[str, float]:
     """The summary of :func:`stream_test`, as fractions: what evaluation during training needs.
 
+    Clips that were left out are listed in the log.
+
     Raises:
-        DataError: the split has no masks; see also :func:`stream_test`.
+        DataError: the split has no masks, or nothing was scored; see also :func:`stream_test`.
     """
     if not dataset.has_masks:
         raise DataError(f"split '{dataset.split}' of {dataset.data_root} has no masks to evaluate against")
-    results = stream_test(model, dataset, loader, **options).results
-    assert results is not None
-    return results.summary
+    outcome = stream_test(model, dataset, loader, **options)
+    log_skipped(outcome)
+    assert outcome.results is not None
+    outcome.results.check_scored()
+    return outcome.results.summary
+
+
+def log_skipped(outcome: TestOutcome) -> None:
+    """Lists the clips of all ranks that were left out, in the log of rank 0."""
+    if outcome.skipped and is_main_process():
+        get_logger().warning('%d clips were left out:', len(outcome.skipped))
+        for error in outcome.skipped:
+            get_logger().warning('  %s', error)
 
 
 def stream_test(
@@ -130,6 +149,7 @@ def stream_test(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     gather: Gather = gather_objects,
     progress: bool = True,
+    interruption: Interruption | None = None,
 ) -> TestOutcome:
     """Predicts every clip of ``loader``, counts it, hands it to the sinks, and forgets it.
 
@@ -148,9 +168,12 @@ def stream_test(
         autocast: makes the context of the forward passes (mixed precision).
         gather: collects a value from all ranks on every rank.
         progress: show rate and remaining time on rank 0.
+        interruption: ends the test after a clip, or while it waits for one.
 
     Raises:
         DataError: a bad file, named, unless the data set has ``skip_bad_clips``.  What the sinks have finished stays.
+        OtherRankError: another rank has failed; it raises its own error.  The sinks are closed.
+        Interrupted: the interruption has come.  Each rank leaves by itself.
     """
     segmentor = getattr(model, 'module', model)
     device = torch.device(device) if device is not None else next(segmentor.parameters()).device
@@ -160,15 +183,16 @@ def stream_test(
         metrics = metrics_for(dataset)
     skipped: list[str] = []
     frames = 0
+    left = {video.name: len(video.frames) for video in dataset.videos}
     start = time.perf_counter()
     training = segmentor.training
     segmentor.eval()
     try:
         # One context for all clips: autocast keeps the cast weights as long as it lasts.
-        with _closing(sinks), torch.no_grad(), autocast(), _Progress(loader, progress) as show:
+        with fail_together(), _closing(sinks), torch.no_grad(), autocast(), _Progress(loader, progress) as show:
             video = None
-            for item in loader:
-                if video is not None and item['video'] != video:
+            for item in _until(interruption, loader):
+                if video is not None and item['video'] != video and left[video]:
                     _finish_video(video, metrics, sinks)
                 video = item['video']
                 if item['skipped']:
@@ -183,8 +207,11 @@ def stream_test(
                     for sink in sinks:
                         sink.write(item, labels)
                     frames += len(labels)
+                left[video] -= len(item['frames'])
+                if not left[video]:  # now, since the next clip may never come
+                    _finish_video(video, metrics, sinks)
                 show.advance(len(item['frames']))
-            if video is not None:
+            if video is not None and left[video]:
                 _finish_video(video, metrics, sinks)
     finally:
         segmentor.train(training)
@@ -199,6 +226,17 @@ def stream_test(
     return TestOutcome(
         results=metrics.results() if metrics else None, skipped=[e for share in shares for e in share['skipped']],
         frames=sum(share['frames'] for share in shares), seconds=seconds)
+
+
+def _until(interruption: Interruption | None, items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The ``items``; where a signal has come, or comes while the next one is waited for, ``Interrupted`` is raised."""
+    iterator = iter(items)
+    while True:
+        with interruption.raising() if interruption is not None else contextlib.nullcontext():
+            item = next(iterator, None)
+        if item is None:
+            return
+        yield item
 
 
 def predict_item(segmentor: Any, item: dict[str, Any], device: torch.device) -> np.ndarray:
@@ -310,22 +348,25 @@ def gather_in_folder(folder: str | None) -> Gather:
     """``--tmpdir``: ranks leave their part as a JSON file in a folder that all of them can see.
 
     Args:
-        folder: an existing or new folder; the files are removed afterwards.  None makes a temporary one, for ranks of
-            one machine.
+        folder: an existing or new folder, in which a folder is made and removed again.  None makes one among the
+            system's temporary ones, for ranks of one machine.
     """
 
     def gather(value: Any) -> list[Any]:
         rank, world_size = get_dist_info()
-        shared = Path(broadcast_object(folder or tempfile.mkdtemp(prefix='themask_test_')))
-        write_atomically(shared / f'rank{rank}.json', json.dumps(value))
-        barrier()
-        values = [json.loads((shared / f'rank{other}.json').read_text()) for other in range(world_size)]
-        barrier()
-        (shared / f'rank{rank}.json').unlink()
-        if folder is None and rank == 0:
-            with contextlib.suppress(OSError):
-                shared.rmdir()
-        return values
+        made = None
+        with fail_together():
+            if rank == 0:
+                Path(folder or tempfile.gettempdir()).mkdir(parents=True, exist_ok=True)
+                made = tempfile.mkdtemp(prefix='themask_test_', dir=folder)
+        shared = Path(broadcast_object(made))
+        with fail_together():
+            write_atomically(shared / f'rank{rank}.json', json.dumps(value))
+        with fail_together():
+            parts = [json.loads((shared / f'rank{other}.json').read_bytes()) for other in range(world_size)]
+        if rank == 0:
+            shutil.rmtree(shared, ignore_errors=True)
+        return parts
 
     return gather
 

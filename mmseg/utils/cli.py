@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 
-from mmseg.utils.dist import report_error
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteLossError, OtherRankError, OSError)
@@ -20,13 +20,37 @@ def run_tool(run: Callable[[], int | None], failed: int = 1) -> int:
         run: returns the status, or None for 0.
         failed: the status where an error of :data:`USER_ERRORS` ends it; its message goes to standard error.
     """
+    with contextlib.suppress(AttributeError, ValueError):  # names that the locale cannot show end no program
+        sys.stdout.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
     try:
         return run() or 0
     except BrokenPipeError:  # "tool | head" has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return failed
     except USER_ERRORS as error:
+        from mmseg.utils.dist import report_error  # imports torch, which not every tool needs
+
         report_error(error)
         return failed
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def run_all(*steps: Callable[[], object]) -> None:
+    """Runs every step, also after one that has failed: a result that cannot be written does not cost the others.
+
+    The first error is raised at the end; what the others say is printed.
+    """
+    errors: list[Exception] = []
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            errors.append(error)
+    if len(errors) > 1:
+        from mmseg.utils.dist import describe
+
+        for other in errors[1:]:
+            print(f'error: {describe(other)}', file=sys.stderr)
+    if errors:
+        raise errors[0]

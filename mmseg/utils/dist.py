@@ -238,6 +238,23 @@ def largest(value: int) -> int:
     return int(box)
 
 
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """A block that every rank enters: where it fails on one, it fails on all, and no rank waits for ever.
+
+    The error is raised where it came up, and :class:`OtherRankError` on the other ranks.  At its end the ranks wait for
+    each other.  An interruption (``KeyboardInterrupt``) leaves at once.
+    """
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OtherRankError):
+            largest(1)
+        raise
+    if largest(0):
+        raise OtherRankError('another rank has failed')
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's ``value`` (any picklable object) in rank order, on every rank."""
     world_size = get_dist_info()[1]

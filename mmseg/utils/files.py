@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.errors import ConfigError, DataError
 
 
 @contextlib.contextmanager
@@ -80,18 +80,35 @@ def refuse_overwriting(
     Raises:
         ConfigError: naming both.
     """
+    sources = {_identity(source): name for name, source in inputs.items() if source is not None}
     for option, output in outputs.items():
-        for name, source in inputs.items():
-            if output is not None and source is not None and _same(output, source):
-                raise ConfigError(f"{option}: '{output}' is the {name} and would be overwritten; choose another name")
+        name = sources.get(_identity(output)) if output is not None else None
+        if name is not None:
+            raise ConfigError(f"{option}: '{output}' is the {name} and would be overwritten; choose another name")
 
 
-def _same(one: str | Path, other: str | Path) -> bool:
-    one, other = Path(os.path.expanduser(one)), Path(os.path.expanduser(other))
+def _identity(path: str | Path) -> tuple[int, int] | str:
+    """What two names of one file have in common."""
+    path = user_path(path)
     try:
-        return one.samefile(other)
-    except OSError:  # one of them does not exist (yet)
-        return os.path.realpath(one) == os.path.realpath(other)
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    except OSError:  # it does not exist (yet)
+        return os.path.realpath(path)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank, without the white space around them and a mark before them.
+
+    Raises:
+        DataError: the file is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError:
+        raise DataError(f'{path}: expected a text file in UTF-8, but it is of another encoding') from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _umask() -> int:

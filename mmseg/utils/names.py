@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _NUMBER = re.compile(r'(\d+)', re.ASCII)
 
@@ -18,3 +19,9 @@ def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
     """
     parts = [part for part in _NUMBER.split(name) if part]
     return tuple((0, int(part), '') if part[0] in '0123456789' else (1, 0, part) for part in parts), name
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """The first ``most`` names, and how many more there are."""
+    more = len(names) - most
+    return ', '.join(names[:most]) + (f' and {more} more' if more > 0 else '')

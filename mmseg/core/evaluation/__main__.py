@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from mmseg.utils.errors import DataError
+from mmseg.utils.cli import INTERRUPTED, run_all, run_tool
+from mmseg.utils.console import table_console
+from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.files import read_lines, refuse_overwriting
+from mmseg.utils.names import natural_key, some
+from mmseg.utils.signals import Interruption, stop_signals
 
 from .metrics import ConsistencyOptions, StreamingMetrics
+from .results import CSV_FILES
 
+_GREY_SCALES = {'L;2': 85, 'L;4': 17}  # by which Pillow multiplies grey values of fewer than 8 bits
 EPILOG = """layouts (both folders, one may differ from the other):
   DIR/<video>/<frame>.png        label maps, 8-bit, grey or palette
   DIR/<video>/mask/<frame>.png   VSPW's data folder
+
+A video may lie deeper; its name is then <folder>/<video>.  Frames count in natural order (frame_2 before frame_10).
 
 The videos of PRED_DIR are scored (or those of --videos), and of these every frame of GT_DIR must have a prediction.
 Predictions hold 0..K-1.  Ground truth holds 0..K-1 and 255 = void, or with --reduce-zero-label, as VSPW's files do,
@@ -36,27 +47,48 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     args = _parser().parse_args(argv)
-    consistency = ConsistencyOptions(
-        tuple(args.vc), last_window=args.vc_last_window, min_frames=args.vc_min_frames, remap_void=args.vc_remap_void)
-    make = partial(
-        StreamingMetrics, args.num_classes, reduce_zero_label=args.reduce_zero_label, consistency=consistency,
-        class_names=args.class_names and args.class_names.read_text().splitlines(), extras=args.extras)
+    with Interruption('stopping') as interruption:
+        status = run_tool(lambda: _run_until(interruption, args))
+    return interruption.status if status == INTERRUPTED else status
+
+
+def _run_until(interruption: Interruption, args: argparse.Namespace) -> None:
+    with interruption.raising():
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.jobs < 1:
+        raise ConfigError(f'--jobs: expected at least 1, got {args.jobs}')
     try:
+        consistency = ConsistencyOptions(
+            tuple(args.vc), last_window=args.vc_last_window, min_frames=args.vc_min_frames,
+            remap_void=args.vc_remap_void)
+        make = partial(
+            StreamingMetrics, args.num_classes, reduce_zero_label=args.reduce_zero_label, consistency=consistency,
+            class_names=read_lines(args.class_names) if args.class_names else None, extras=args.extras)
         metrics = make()
         if metrics.needs_images and not args.images:
-            raise ValueError('TC follows the optical flow: give the frames by --images DIR')
-        videos = _videos(args.pred_dir, args.gt_dir, args.videos and args.videos.read_text().split())
+            raise ConfigError('TC follows the optical flow: give the frames by --images DIR')
+        videos = _videos(args.pred_dir, args.gt_dir, read_lines(args.videos) if args.videos else None)
+        _refuse_overwriting(args, videos)
         _score_all(metrics, partial(_score, make, args.images), videos, args.jobs)
-    except (DataError, ValueError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    except ValueError as error:  # of the metrics, which know no options and no files
+        raise DataError(str(error)) from None
     results = metrics.results()
-    results.print(per_class=args.per_class, per_video=args.per_video)
+    results.check_scored()
+    files = [(results.to_json, args.json), (results.to_csv, args.csv)]
+    run_all(*(partial(write, path) for write, path in files if path),
+            partial(results.print, per_class=args.per_class, per_video=args.per_video))
+
+
+def _refuse_overwriting(args: argparse.Namespace, videos: dict[str, list[tuple[str, Path, Path]]]) -> None:
+    inputs = {'list of --videos': args.videos, 'list of --class-names': args.class_names}
     if args.json:
-        results.to_json(args.json)
-    if args.csv:
-        results.to_csv(args.csv)
-    return 0
+        inputs |= {f'label map {path}': path for frames in videos.values() for _, *both in frames
+                   for path in both}
+    outputs = {f'--csv ({name})': args.csv / name for name in CSV_FILES} if args.csv else {}
+    refuse_overwriting({'--json': args.json, **outputs}, inputs)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,48 +124,82 @@ def _videos(pred_dir: Path, gt_dir: Path, names: list[str] | None) -> dict[str, 
     preds, gts = _folders(pred_dir), _folders(gt_dir)
     videos = {}
     for name in preds if names is None else names:
-        if name not in preds or name not in gts:
-            raise DataError(f'video {name} is not in {pred_dir if name not in preds else gt_dir}')
+        for root, found in ((pred_dir, preds), (gt_dir, gts)):
+            if name not in found:
+                raise DataError(f"video '{name}' is not in {root}, whose videos are {some(list(found))}")
         pred, gt = _frames(preds[name]), _frames(gts[name])
         for missing, where in ((gt.keys() - pred.keys(), preds[name]), (pred.keys() - gt.keys(), gts[name])):
             if missing:
                 raise DataError(f'{where}: {len(missing)} of {len(pred.keys() | gt.keys())} frames are missing, '
-                                f'the first is {min(missing)}.png')
-        videos[name] = [(frame, pred[frame], gt[frame]) for frame in sorted(gt)]
-    if not videos:
-        raise DataError(f'{pred_dir} holds no videos: expected folders <video>/<frame>.png')
-    left = len(gts.keys() - videos.keys())
+                                f'the first is {min(missing, key=natural_key)}.png')
+        videos[name] = [(frame, pred[frame], gt[frame]) for frame in sorted(gt, key=natural_key)]
+    left = [name for name in gts if name not in videos]
     if left and names is None:
-        print(f'{left} videos of {gt_dir} have no prediction and are not scored', file=sys.stderr)
+        print(f'{len(left)} videos of {gt_dir} have no prediction and are not scored: {some(left)}', file=sys.stderr)
     return videos
 
 
 def _folders(root: Path) -> dict[str, Path]:
-    """Video name -> folder of its PNG files."""
-    if not root.is_dir():
-        raise DataError(f'{root} is not a folder')
-    videos = (path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith('.'))
-    return {path.name: path / 'mask' if (path / 'mask').is_dir() else path for path in videos}
+    """Video name (``v``, ``city/v``) -> folder of its PNG files; at least one."""
+    videos = {}
+    for folder, inside, files in os.walk(root, onerror=_raise, followlinks=True):
+        name = Path(folder).relative_to(root).as_posix()
+        inside[:] = [n for n in inside if not n.startswith('.') and not _leads_back(os.path.join(folder, n))]
+        if 'mask' in inside and name != '.':
+            videos[name] = Path(folder) / 'mask'
+            inside.clear()
+        elif name != '.' and any(_is_label_map(file) for file in files):
+            videos[name] = Path(folder)
+    if not videos:
+        raise DataError(f'{root} holds no videos: expected folders <video>/<frame>.png')
+    return {name: videos[name] for name in sorted(videos, key=natural_key)}
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _leads_back(folder: str) -> bool:
+    """Whether a link leads to a folder that it lies in: a walk would not end."""
+    target = os.path.realpath(folder)
+    return os.path.islink(folder) and os.path.commonpath([target, os.path.realpath(os.path.dirname(folder))]) == target
+
+
+def _is_label_map(name: str) -> bool:
+    return name.endswith('.png') and not name.startswith('.')
 
 
 def _frames(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in folder.glob('*.png') if not path.name.startswith('.')}
+    return {path.stem: path for path in folder.iterdir() if _is_label_map(path.name)}
 
 
 def _score_all(metrics: StreamingMetrics, score: partial[dict[str, Any]],
                videos: dict[str, list[tuple[str, Path, Path]]], jobs: int) -> None:
     """Scores every video in ``jobs`` processes and merges the counts into ``metrics``."""
-    from rich.console import Console
     from rich.progress import track
 
-    show = partial(track, total=len(videos), description='videos', console=Console(stderr=True), transient=True)
-    if jobs <= 1 or len(videos) == 1:
+    show = partial(track, total=len(videos), description='videos', console=table_console(stderr=True), transient=True)
+    if jobs == 1 or len(videos) == 1:
         for state in show(map(score, videos.items())):
             metrics.merge(state)
         return
-    with ProcessPoolExecutor(min(jobs, len(videos))) as pool:
-        for state in show(pool.map(score, videos.items())):
-            metrics.merge(state)
+    with ProcessPoolExecutor(min(jobs, len(videos)), initializer=_leave_signals) as pool:
+        try:
+            for state in show(pool.map(score, videos.items())):
+                metrics.merge(state)
+        except BrokenExecutor:
+            raise DataError('a process that scores was killed; where memory ran out, take fewer --jobs') from None
+        except BaseException:  # the videos that are being scored are not waited for
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
+
+def _leave_signals() -> None:
+    """Leaves signals to the main process, which ends the others."""
+    signal.set_wakeup_fd(-1)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _score(make: partial[StreamingMetrics], images: Path | None,
@@ -158,17 +224,20 @@ def _read_image(root: Path, video: str, frame: str) -> np.ndarray:
 
 
 def read_label_map(path: Path) -> np.ndarray:
-    """The labels of an 8-bit grey or palette PNG, uint8 [H, W].
+    """The labels of a grey or palette PNG of up to 8 bits, uint8 [H, W], as stored.
 
     Raises:
-        DataError: not readable, or not a label map.
+        DataError: not readable, damaged, or not a label map.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=['PNG']) as image:
+            stored = image.tile[0][3] if image.tile else None
             if image.mode not in ('L', 'P'):
                 raise DataError(f'{path}: expected an 8-bit grey or palette PNG, got mode {image.mode}')
-            return np.array(image)
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+            image.verify()  # the checksums of all chunks, which reading passes over
+        with Image.open(path, formats=['PNG']) as image:
+            return np.array(image) // np.uint8(_GREY_SCALES.get(str(stored), 1))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f'{path} cannot be read: {error}') from None
 
 

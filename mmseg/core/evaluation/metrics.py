@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from mmseg.utils.names import natural_key
+
 from .confusion import LABELS, as_label_map, class_scores, joint_histogram, mean_scores
 from .results import Results
 from .temporal import TemporalMeasure, mean_iou, temporal_measure
@@ -38,6 +40,15 @@ class ConsistencyOptions:
     last_window: bool = False
     min_frames: int = 0
     remap_void: bool = False
+
+    def __post_init__(self) -> None:
+        if any(n < 2 for n in self.lengths):
+            raise ValueError(f'VC: a window needs at least 2 frames, got lengths {list(self.lengths)}')
+        if not isinstance(self.min_frames, int) or self.min_frames < 0:
+            raise ValueError(f'min_frames: expected a whole number >= 0, got {self.min_frames!r}')
+        for name in ('last_window', 'remap_void'):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f'{name}: expected True or False, got {getattr(self, name)!r}')
 
 
 @dataclass
@@ -91,8 +102,8 @@ class StreamingMetrics:
         reduce_zero_label: ground truth comes as in VSPW's files: 0 = others, 1..K = classes, 255 = void.
         consistency: how VC_n is counted; None leaves it out.
         videos: for each video its frames in order.  Needed only to stream VC for frames that are named by strings:
-            without it they wait until the video is finished and are then taken in the order of their names.  Integer
-            frames are positions, taken in ascending order.
+            without it they wait until the video is finished and are then taken in natural order
+            (:func:`~mmseg.utils.names.natural_key`).  Integer frames are positions, taken in ascending order.
         class_names: names for the per-class results.
         extras: optional measures over time: ``VEC<n>`` and ``TC`` (:mod:`mmseg.core.evaluation.temporal`).
 
@@ -273,7 +284,7 @@ class StreamingMetrics:
 
     def _record(self, state: _Video) -> dict[str, Any]:
         """The counts of a finished video; ``state`` is used up."""
-        for frame in sorted(state.waiting):
+        for frame in sorted(state.waiting, key=_frame_order):
             self._count(state, state.waiting[frame])
         if state.stream is not None:
             for n, both, constant in state.stream.close():
@@ -289,7 +300,8 @@ class StreamingMetrics:
 
     def _records(self) -> dict[str, dict[str, Any]]:
         unfinished = {name: self._record(copy.deepcopy(state)) for name, state in self._open.items()}
-        return dict(sorted({**self._done, **unfinished}.items()))
+        records = {**self._done, **unfinished}
+        return {name: records[name] for name in sorted(records, key=natural_key)}
 
     def _over_time(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         records = list(records)
@@ -320,6 +332,11 @@ class StreamingMetrics:
         if others.size:
             raise ValueError(f'{where}: the prediction holds label {int(others[0])}; '
                              f'expected 0..{self.num_classes - 1}')
+
+
+def _frame_order(frame: Frame) -> tuple[bool, Any]:
+    """Positions before names, each in their order."""
+    return (True, natural_key(frame)) if isinstance(frame, str) else (False, frame)
 
 
 def _reduce_table(ignore_index: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from mmseg.utils.errors import DataError
 from mmseg.utils.files import write_atomically
+
+CSV_FILES = ('summary.csv', 'classes.csv', 'videos.csv')
 
 
 @dataclass
@@ -30,6 +34,13 @@ class Results:
     videos: list[dict[str, Any]]
     confusion: np.ndarray
 
+    def check_scored(self) -> None:
+        """Raises :class:`DataError` where no pixel was scored: scores that do not exist are no result."""
+        if not self.confusion.any():
+            frames = sum(row['frames'] for row in self.videos)
+            raise DataError(f'nothing was scored: {len(self.videos)} videos with {frames} frames hold no pixel whose '
+                            'ground truth is a class')
+
     def as_dict(self) -> dict[str, Any]:
         """Everything but the confusion matrix, ready for JSON: nan becomes None."""
         return {**_plain(self.summary), 'per_class': [_plain(r) for r in self.classes],
@@ -41,13 +52,12 @@ class Results:
 
     def to_csv(self, folder: str | Path) -> None:
         """Writes ``summary.csv``, ``classes.csv`` and ``videos.csv`` into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in (('summary', [self.summary]), ('classes', self.classes), ('videos', self.videos)):
-            with open(folder / f'{name}.csv', 'w', newline='') as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-                writer.writeheader()
-                writer.writerows(rows)
+        for name, rows in zip(CSV_FILES, ([self.summary], self.classes, self.videos)):
+            text = io.StringIO(newline='')
+            writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomically(Path(folder) / name, text.getvalue().encode(errors='backslashreplace'))
 
     def print(self, per_class: bool = False, per_video: bool = False) -> None:
         """Prints the summary, and on request the rows per class (those that occur) and per video, in per cent."""
