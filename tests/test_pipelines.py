@@ -316,7 +316,7 @@ GOOD_MASK = recipe.raw_mask(3, 1, 60, 107)[0]
 @pytest.mark.parametrize('data,message', [
     (None, 'no such file'),
     (b'', 'empty file'),
-    (png(GOOD_MASK)[:60], 'cannot be decoded'),
+    (png(GOOD_MASK)[:60], 'truncated PNG'),
     (png(np.full((60, 107), 200, np.uint8)), r'label out of range: \[200\]; the data set has 124 classes.*1..124'),
     (png(np.zeros((60, 107, 3), np.uint8)), "one channel, got mode 'RGB'"),
     (png(GOOD_MASK[:50]), r'mask is 107x50, its frame is 107x60'),

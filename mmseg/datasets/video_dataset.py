@@ -290,7 +290,7 @@ class VideoDataset(Dataset):
         frames = [video.frames[position] for position in clip.positions]
         results = dict(
             video=video.name, frames=[self.frame_path(video.name, frame) for frame in frames],
-            num_classes=self.num_classes, reduce_zero_label=self.reduce_zero_label)
+            num_classes=self.num_classes, reduce_zero_label=self.reduce_zero_label, has_masks=self.has_masks)
         if self.is_training:
             results['masks'] = [self.mask_path(video.name, frame) for frame in frames]
         return self.pipeline(results)
