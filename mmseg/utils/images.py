@@ -33,6 +33,9 @@ LIMIT_VARIABLE = 'THEMASK_MAX_PIXELS'
 watch: Callable[[str], None] | None = None
 """Called with the path of every file before it is opened; None for nobody."""
 
+MAX_CLASSES = 253
+"""Number of classes that 8-bit labels can hold beside void and the mark of an unknown label."""
+
 _DEFAULT_LIMIT = 2**28  # pixels: 16384 x 16384
 _UNKNOWN_LABEL = 254  # label tables hold it for raw values that no class has
 _JPEG_MARKER = re.compile(rb'\xff[^\x00\xff\xd0-\xd7]')
@@ -242,8 +245,8 @@ def label_table(reduce_zero_label: bool, num_classes: int | None = None) -> np.n
         table = (table - 1).astype(np.uint8)  # 0 wraps around to 255, void
     table[VOID] = VOID
     if num_classes is not None:
-        if num_classes >= _UNKNOWN_LABEL:
-            raise ValueError(f'8-bit label maps hold at most {_UNKNOWN_LABEL - 1} classes, got {num_classes}')
+        if num_classes > MAX_CLASSES:
+            raise ValueError(f'8-bit label maps hold at most {MAX_CLASSES} classes, got {num_classes}')
         table[(table >= num_classes) & (table != VOID)] = _UNKNOWN_LABEL
     return table
 

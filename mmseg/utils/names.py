@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _NUMBER = re.compile(r'(\d+)', re.ASCII)
 
@@ -18,3 +19,13 @@ def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
     """
     parts = [part for part in _NUMBER.split(name) if part]
     return tuple((0, int(part), '') if part[0] in '0123456789' else (1, 0, part) for part in parts), name
+
+
+def order_changed(names: Iterable[str]) -> bool:
+    """Whether frames of these names stood in another order before, when only names of digits counted as numbers.
+
+    Clips that a run draws after a resume are then of other frames than without it.
+    """
+    names = list(names)
+    earlier = sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+    return sorted(names, key=natural_key) != earlier

@@ -130,6 +130,7 @@ class AlignedResize(Resize):
 
 
 @PIPELINES.register_module(name=['RandomCrop', 'RandomCrop_clips'])
+@retired(ignore_index=(VOID,))
 class RandomCrop(Transform):
     """Cuts one random window out of all frames of a clip.
 
@@ -139,13 +140,11 @@ class RandomCrop(Transform):
     Args:
         crop_size: (height, width); a side larger than the frame's keeps the frame's.
         cat_max_ratio: largest share of one label.
-        ignore_index: label that does not count.
     """
 
-    def __init__(self, crop_size: Sequence[int], cat_max_ratio: float = 1.0, ignore_index: int = VOID):
+    def __init__(self, crop_size: Sequence[int], cat_max_ratio: float = 1.0):
         self.height, self.width = crop_size
         self.cat_max_ratio = cat_max_ratio
-        self.ignore_index = ignore_index
         if min(crop_size) <= 0:
             raise ConfigError(f'RandomCrop: crop_size must be positive, got {tuple(crop_size)}')
 
@@ -156,7 +155,7 @@ class RandomCrop(Transform):
 
     def _is_mixed(self, label: np.ndarray) -> bool:
         counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel().astype(np.int64)
-        counts[self.ignore_index] = 0
+        counts[VOID] = 0
         return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio)
 
     def apply(self, results: Results) -> Results:
