@@ -47,8 +47,8 @@ def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
         chosen = [split for split in found.values() if not args.splits or split.files.name in args.splits]
         missing = set(args.splits or ()) - {split.files.name for split in chosen}
         if missing or not chosen:
-            names = ', '.join(sorted({split.files.name for split in found.values()})) or 'none'
-            raise ConfigError(f'{args.target}: no split {", ".join(sorted(missing)) or "to check"}; it has {names}')
+            there = ', '.join(sorted({split.files.name for split in found.values()})) or 'none'
+            raise ConfigError(f'{args.target}: no split {", ".join(sorted(missing)) or "to check"}; it has {there}')
         return chosen
     target = args.target.expanduser()
     names = args.splits or [name for name in ('train', 'val', 'test') if (target / f'{name}.txt').exists()]

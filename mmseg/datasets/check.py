@@ -111,7 +111,8 @@ class SplitToCheck:
             if dilation is not None or test_size is not None:
                 dilation, _ = check_clips(dilation, test_size)
             options = ('data_root', 'split', 'classes', 'palette', 'layout', 'reduce_zero_label')
-            files = Split.of(component, **{key: cfg.get(key) for key in options})
+            given: dict[str, Any] = {key: cfg.get(key) for key in options}
+            files = Split.of(component, **given)
         return [cls(files, frames_needed(dilation) if dilation else 1, masks_needed=dilation is not None)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,7 @@ from mmseg.utils.errors import ConfigError
 _TEST_STRIDE = 3  # frames between neighbours of a test clip; also the number of clips a block gives
 
 
-def check_clips(
-        dilation: Sequence[int] | int | None, test_size: int | None) -> tuple[tuple[int, ...] | None, int | None]:
+def check_clips(dilation: Any, test_size: Any) -> tuple[tuple[int, ...] | None, int | None]:
     """``dilation`` (always as a tuple) and ``test_size``, exactly one of which is not None, from a config's values."""
     if (dilation is None) == (test_size is None):
         raise ConfigError('a data set takes either dilation (training clips, [0] for single frames) or test_size '
