@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -198,3 +199,16 @@ def test_concatenated_splits_of_one_name_are_all_reported(tmp_path):
     (tmp_path / 'c.py').write_text(f'data = dict(train={parts!r})')
     assert main([str(tmp_path / 'c.py'), '--json', str(tmp_path / 'r.json')]) == 0
     assert list(json.loads((tmp_path / 'r.json').read_text())) == [f'train of {root}' for root in roots]
+
+
+def test_what_was_found_is_shown_on_a_full_disk_too(clean, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, 'replace', full)
+    (tmp_path / 'r.json').write_text('old')
+    assert main([str(clean), '--json', str(tmp_path / 'r.json')]) == 2
+    said = capsys.readouterr()
+    assert 'val: 3 videos, 18 frames, 0 problems' in said.out
+    assert said.err.strip() == f'error: {tmp_path}/r.json: No space left on device'
+    assert [path.name for path in tmp_path.iterdir()] == ['r.json'] and (tmp_path / 'r.json').read_text() == 'old'

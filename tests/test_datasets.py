@@ -466,6 +466,9 @@ def test_wrappers(vspw):
     with pytest.raises(ConfigError, match=r'data.train.dataset.dataset.type'):
         build_dataset(dict(type='RepeatDataset', times=1, dataset=dict(
             type='RepeatDataset', times=1, dataset=dict(type='VSPWDataset3'))))
+    for wrong in (None, 5, 'a', [cfg]):
+        with pytest.raises(ConfigError, match=r"data.train.dataset: expected a dict with a 'type' key"):
+            build_dataset(dict(type='RepeatDataset', times=1, dataset=wrong))
     with pytest.raises(ConfigError, match='joins training sets'):
         build_dataset([config_for_testing(vspw)])
 

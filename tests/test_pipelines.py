@@ -362,3 +362,15 @@ def test_scales_are_drawn_as_configured():
 def test_collect_says_what_is_missing():
     with pytest.raises(ConfigError, match='flip'):
         Collect(keys=['img'], meta_keys=['flip'])(clip(7, 1, 20, 20))
+
+
+@pytest.mark.parametrize('step', [
+    dict(type='RandomCrop', crop_size=64), dict(type='RandomCrop', crop_size=(64,)),
+    dict(type='RandomCrop', crop_size=(64, 0)), dict(type='RandomCrop', crop_size=('64', '64')),
+    dict(type='Resize', img_scale=(1, 2, 3)), dict(type='Resize', img_scale=[]), dict(type='Resize', img_scale=9),
+    dict(type='Resize', img_scale=[(107, 60), (107,)]), dict(type='Resize', img_scale=(107, 60), ratio_range=(-1, 1)),
+    dict(type='AlignedResize', img_scale='107'), dict(type='Pad', size=64), dict(type='Pad', size=(True, 64)),
+])
+def test_a_size_that_is_none_is_named(step):
+    with pytest.raises(ConfigError, match=r'^\[0\]\.(crop_size|img_scale|ratio_range|size): expected two numbers >= '):
+        Compose([step])

@@ -28,7 +28,7 @@ def fill_in_variables(cfg: Config) -> None:
 
 
 def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return type(value)({key: _filled(inner, variables, f'{where}.{key}') for key, inner in value.items()})
     if isinstance(value, (list, tuple)):
         return type(value)(_filled(inner, variables, f'{where}[{i}]') for i, inner in enumerate(value))

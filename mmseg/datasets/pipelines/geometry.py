@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mmseg.registry import PIPELINES, retired
+from mmseg.registry import PIPELINES, config_path, retired
 from mmseg.utils.errors import ConfigError
 
 from .loading import VOID
@@ -37,8 +37,17 @@ def scale_list(value: Any) -> list[tuple[int, int]]:
     """One scale or a list of scales as a list."""
     if value is None:
         return []
-    scales = value if isinstance(value[0], Sequence) else [value]
-    return [(int(w), int(h)) for w, h in scales]
+    several = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
+    return [(int(w), int(h)) for w, h in (pair(scale, 'img_scale', 1) for scale in (value if several else [value]))]
+
+
+def pair(value: Any, name: str, least: float) -> tuple[Any, Any]:
+    """``value`` as two numbers of at least ``least``; a ConfigError that names the argument ``name`` otherwise."""
+    numbers = isinstance(value, Sequence) and all(
+        isinstance(number, (int, float, np.number)) and not isinstance(number, bool) for number in value)
+    if not numbers or len(value) != 2 or not min(value) >= least:
+        raise ConfigError(f'{config_path("pipeline step")}.{name}: expected two numbers >= {least}, got {value!r}')
+    return value[0], value[1]
 
 
 @PIPELINES.register_module()
@@ -63,7 +72,7 @@ class Resize(Transform):
             keep_ratio: bool = True, size_divisor: int | None = None):
         self.img_scales = scale_list(img_scale)
         self.multiscale_mode = multiscale_mode
-        self.ratio_range = ratio_range
+        self.ratio_range = None if ratio_range is None else pair(ratio_range, 'ratio_range', 0)
         self.keep_ratio = keep_ratio
         self.size_divisor = size_divisor
         if multiscale_mode not in ('range', 'value'):
@@ -143,10 +152,8 @@ class RandomCrop(Transform):
     """
 
     def __init__(self, crop_size: Sequence[int], cat_max_ratio: float = 1.0):
-        self.height, self.width = crop_size
+        self.height, self.width = pair(crop_size, 'crop_size', 1)
         self.cat_max_ratio = cat_max_ratio
-        if min(crop_size) <= 0:
-            raise ConfigError(f'RandomCrop: crop_size must be positive, got {tuple(crop_size)}')
 
     def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
         top = np.random.randint(max(height - self.height, 0) + 1)
@@ -226,7 +233,7 @@ class Pad(Transform):
             seg_pad_val: int = VOID):
         if (size is None) == (size_divisor is None):
             raise ConfigError('Pad: give either size or size_divisor')
-        self.size = size
+        self.size = None if size is None else pair(size, 'size', 1)
         self.size_divisor = size_divisor
         self.pad_val = pad_val
         self.seg_pad_val = seg_pad_val
