@@ -370,7 +370,12 @@ def test_collect_says_what_is_missing():
     dict(type='Resize', img_scale=(1, 2, 3)), dict(type='Resize', img_scale=[]), dict(type='Resize', img_scale=9),
     dict(type='Resize', img_scale=[(107, 60), (107,)]), dict(type='Resize', img_scale=(107, 60), ratio_range=(-1, 1)),
     dict(type='AlignedResize', img_scale='107'), dict(type='Pad', size=64), dict(type='Pad', size=(True, 64)),
+    dict(type='PhotoMetricDistortion', contrast_range=(0.5,)),
+    dict(type='PhotoMetricDistortion', saturation_range=(0.5, float('nan'))),
+    dict(type='Normalize', mean=[1, 2], std=[1, 2, 3]), dict(type='Normalize', mean=[1, 2, 3], std=[1, 2, 'x']),
+    dict(type='MultiScaleFlipAug', transforms=[], img_scale=(8, 8), img_ratios=['x']),
 ])
-def test_a_size_that_is_none_is_named(step):
-    with pytest.raises(ConfigError, match=r'^\[0\]\.(crop_size|img_scale|ratio_range|size): expected two numbers >= '):
+def test_wrong_numbers_are_named(step):
+    names = 'crop_size|img_scale|ratio_range|size|contrast_range|saturation_range|mean|std|img_ratios'
+    with pytest.raises(ConfigError, match=rf'^\[0\]\.({names}): expected (2|3|a list of) numbers'):
         Compose([step])

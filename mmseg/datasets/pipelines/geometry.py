@@ -14,11 +14,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mmseg.registry import PIPELINES, config_path, retired
+from mmseg.registry import PIPELINES, retired
 from mmseg.utils.errors import ConfigError
 
 from .loading import VOID
-from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_frames
+from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_frames, numbers
 
 _CROP_REDRAWS = 10
 
@@ -38,16 +38,8 @@ def scale_list(value: Any) -> list[tuple[int, int]]:
     if value is None:
         return []
     several = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
-    return [(int(w), int(h)) for w, h in (pair(scale, 'img_scale', 1) for scale in (value if several else [value]))]
-
-
-def pair(value: Any, name: str, least: float) -> tuple[Any, Any]:
-    """``value`` as two numbers of at least ``least``; a ConfigError that names the argument ``name`` otherwise."""
-    numbers = isinstance(value, Sequence) and all(
-        isinstance(number, (int, float, np.number)) and not isinstance(number, bool) for number in value)
-    if not numbers or len(value) != 2 or not min(value) >= least:
-        raise ConfigError(f'{config_path("pipeline step")}.{name}: expected two numbers >= {least}, got {value!r}')
-    return value[0], value[1]
+    scales = value if several else [value]
+    return [(int(w), int(h)) for w, h in (numbers(scale, 'img_scale', least=1) for scale in scales)]
 
 
 @PIPELINES.register_module()
@@ -72,7 +64,7 @@ class Resize(Transform):
             keep_ratio: bool = True, size_divisor: int | None = None):
         self.img_scales = scale_list(img_scale)
         self.multiscale_mode = multiscale_mode
-        self.ratio_range = None if ratio_range is None else pair(ratio_range, 'ratio_range', 0)
+        self.ratio_range = None if ratio_range is None else numbers(ratio_range, 'ratio_range', least=0)
         self.keep_ratio = keep_ratio
         self.size_divisor = size_divisor
         if multiscale_mode not in ('range', 'value'):
@@ -152,7 +144,7 @@ class RandomCrop(Transform):
     """
 
     def __init__(self, crop_size: Sequence[int], cat_max_ratio: float = 1.0):
-        self.height, self.width = pair(crop_size, 'crop_size', 1)
+        self.height, self.width = numbers(crop_size, 'crop_size', least=1)
         self.cat_max_ratio = cat_max_ratio
 
     def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -233,7 +225,7 @@ class Pad(Transform):
             seg_pad_val: int = VOID):
         if (size is None) == (size_divisor is None):
             raise ConfigError('Pad: give either size or size_divisor')
-        self.size = None if size is None else pair(size, 'size', 1)
+        self.size = None if size is None else numbers(size, 'size', least=1)
         self.size_divisor = size_divisor
         self.pad_val = pad_val
         self.seg_pad_val = seg_pad_val
