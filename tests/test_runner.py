@@ -323,7 +323,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, save_best, rule, scores, best):
 
 
 def test_a_resumed_run_knows_the_best_score(tmp_path):
-    hooks = [CheckpointHook(2), EvalHook(Scores(0.5, 0.7), interval=2, save_best='mIoU')]
+    hooks = [CheckpointHook(2), EvalHook(Scores(0.5, 0.7), interval=2, save_best='mIoU'), JsonLoggerHook()]
     make_runner(tmp_path, 4, hooks).run(batches())
     hook = EvalHook(Scores(0.6, 0.9), interval=2, save_best='mIoU')
     runner = make_runner(tmp_path, 8, [hook])

@@ -53,8 +53,11 @@ def test_whole_inference_equals_the_reference(reference, reference_model, length
     clip = frames(60, length)
     with torch.no_grad():
         low, full = model.scores(clip), model.scores(clip, SIZE)
-    assert recipe.check(gold, f't{length}/head_eval', low[0].numpy())[0] <= 1e-3
-    assert recipe.check(gold, f't{length}/scores', full[0].numpy())[0] <= 1e-3
+    for name, scores in (('head_eval', low), ('scores', full)):
+        # a mask logit that is 0 up to rounding decides whether a position is attended: that moves scores by 2e-4 of
+        # the largest (seen on one processor of four kinds, with one kind of kernel; else the difference is 2e-6)
+        difference, largest = recipe.check(gold, f't{length}/{name}', scores[0].numpy())
+        assert difference <= 3e-4 * largest
     assert recipe.check(gold, f't{length}/softmax', full[0].softmax(1).numpy())[0] <= 1e-3
     labels = model.predict([clip], [None], SIZE)
     assert labels.dtype == torch.uint8

@@ -10,16 +10,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.utils.allocator import keep_pages
+from mmseg.utils.cli import USER_ERRORS, run_tool
 from mmseg.utils.config import OptionsAction, load_config
-from mmseg.utils.dist import ArgumentParser, close_dist, init_dist, report_error
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
+from mmseg.utils.dist import ArgumentParser, close_dist, describe, init_dist
+from mmseg.utils.errors import ConfigError
+from mmseg.utils.logger import log_traceback
 
 EPILOG = """examples:
   python tools/train.py local_configs/themask/mini_1f.py --work-dir work_dirs/mini
   tools/dist_train.sh local_configs/themask/video_themask_mit_b5.py 4 --work-dir DIR2 --finetune-from DIR \\
       --options model.decode_head.transformer_decoder_cfg.num_frames=2 data.train.dataset.dilation="[-3]"
   python tools/train.py CONFIG --work-dir DIR --resume-from auto
-A SIGINT or SIGTERM ends the training after the current iteration, with a checkpoint (exit status 130 or 143)."""
+SIGINT (Ctrl-C), SIGTERM or SIGHUP ends the training after the current iteration, with a checkpoint (exit status 130,
+143 or 129; under nohup SIGHUP is ignored).  A second signal ends it at once."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,7 +68,15 @@ def run(args: argparse.Namespace) -> int:
     device = init_dist(args.launcher, cfg.get('dist_params', {}).get('backend'))
     if device.type == 'cpu':
         keep_pages()
-    runner = train_segmentor(cfg, device, validate=not args.no_validate)
+    try:
+        runner = train_segmentor(cfg, device, validate=not args.no_validate)
+    except USER_ERRORS:
+        raise
+    except Exception as error:  # of a hook, a library, a device: the log has where, the terminal what
+        if not log_traceback(error):
+            raise
+        print(f'error: {type(error).__name__}: {describe(error)} (the log file has the traceback)', file=sys.stderr)
+        return 1
     close_dist()
     return 0 if runner.stopped_by is None else 128 + runner.stopped_by
 
@@ -104,14 +115,12 @@ def _without_devices(arguments: list[str]) -> list[str]:
 def main() -> int:
     """Runs the command; a user's error is one line, not a traceback."""
     args = parse_args()
-    try:
+
+    def start() -> int:
         start_processes(args)
         return run(args)
-    except (ConfigError, CheckpointError, DataError, NonFiniteLossError, OtherRankError) as error:
-        report_error(error)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+
+    return run_tool(start)
 
 
 if __name__ == '__main__':

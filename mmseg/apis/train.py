@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import platform
 import time
+import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmseg.apis.test import check_classes, check_model, gather_by, metrics_for, run_test
-from mmseg.core.checkpoint import checkpoint_files, open_checkpoint, read_checkpoint, remove_leftovers
+from mmseg.core.checkpoint import (
+    RUN,
+    checkpoint_files,
+    checkpoint_iteration,
+    open_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+    run_of,
+)
 from mmseg.core.finetune import FinetuneConfig, freeze, load_for_finetune
 from mmseg.core.hooks import CheckpointHook, EvalHook, JsonLoggerHook
 from mmseg.core.lr_schedule import LrSchedule
@@ -24,10 +34,13 @@ from mmseg.core.optimizer import build_optimizer, check_optimizer
 from mmseg.core.precision import Precision, set_backends
 from mmseg.core.runner import IterBasedRunner, UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
+from mmseg.datasets.loader import STALL_SECONDS
 from mmseg.models import build_segmentor
 from mmseg.registry import HOOKS, build, check_arguments, nearest
-from mmseg.utils.dist import barrier, broadcast_object, get_dist_info
-from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.dist import barrier, broadcast_object, describe, get_dist_info
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+from mmseg.utils.files import write_atomically
+from mmseg.utils.lock import FolderLock
 from mmseg.utils.logger import get_logger, setup_logger
 from mmseg.utils.seed import draw_seed, set_random_seed
 from mmseg.version import __version__
@@ -56,15 +69,20 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
         NonFiniteLossError: a loss became NaN.
     """
     device = device or torch.device('cpu')
-    rank, world_size = get_dist_info()
     _check_plan(cfg)
+    work_dir = Path(cfg.work_dir)
+    config_text = _as_text(cfg)
+    with _work_dir(cfg, work_dir, config_text) as timestamp:
+        return _train(cfg, device, validate, work_dir, timestamp, config_text)
+
+
+def _train(
+    cfg: Config, device: torch.device, validate: bool, work_dir: Path, timestamp: str, config_text: str
+) -> IterBasedRunner:
+    rank, world_size = get_dist_info()
     schedule = LrSchedule(cfg.runner.max_iters, **check_arguments(LrSchedule, cfg.lr_config, 'lr_config'))
     update = UpdateConfig.from_config(cfg.get('optimizer_config'), cfg.get('nan_loss', 'stop'))
     precision = Precision.from_config(cfg, device)
-    work_dir = Path(cfg.work_dir)
-    timestamp = broadcast_object(time.strftime('%Y%m%d_%H%M%S'))
-    config_text = _as_text(cfg)
-    _prepare_work_dir(cfg, work_dir, timestamp, config_text)
     logger = get_logger()
 
     resumed = _resumed_checkpoint(cfg, work_dir)
@@ -98,6 +116,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
             'PALETTE': [list(map(int, colour)) for colour in dataset.PALETTE],
         },
         timestamp=timestamp,
+        run_id=_run_id(resumed, work_dir),
     )
     _register_hooks(runner, cfg)
     if validate:
@@ -106,7 +125,9 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
         runner.resume(resumed[1], resumed[0])
         resumed[1].clear()
 
-    data = {k: v for k, v in cfg.data.items() if k in ('samples_per_gpu', 'workers_per_gpu', 'pin_memory')}
+    data = {
+        k: v for k, v in cfg.data.items()
+        if k in ('samples_per_gpu', 'workers_per_gpu', 'pin_memory', 'stall_seconds')}  # fmt: skip
     data.setdefault('pin_memory', device.type == 'cuda')
     loader = build_train_loader(
         dataset, **data, seed=seed, rank=rank, world_size=world_size, start=runner.samples_done // world_size
@@ -116,6 +137,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
         runner.run(loader)
     finally:
         loader.close()
+        runner.model = runner.module  # DDP has no more to do, and its group may be closed now
     if runner.skipped:
         listed = ''.join(f'\n  {clip}' for clip in dict.fromkeys(runner.skipped))
         logger.warning('%d bad clips were skipped:%s', len(runner.skipped), listed)
@@ -168,24 +190,70 @@ def _as_text(cfg: Config) -> str:
         raise
 
 
-def _prepare_work_dir(cfg: Config, work_dir: Path, timestamp: str, config_text: str) -> None:
-    """Makes the folder; writes the final config; starts the log."""
-    rank, _ = get_dist_info()
-    failure = None
-    if rank == 0:
-        try:
-            work_dir.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(work_dir)
-            (work_dir / (Path(cfg.filename).name if cfg.filename else 'config.py')).write_text(config_text)
-            (work_dir / f'{timestamp}.log').touch()
-        except OSError as error:
-            failure = f"--work-dir: cannot write to '{work_dir}': {error}"
-    failure = broadcast_object(failure)
-    if failure:
-        raise ConfigError(failure)
-    logger = setup_logger(work_dir / f'{timestamp}.log', cfg.get('log_level', 'INFO'))
-    logger.info('config:\n%s', config_text)
-    barrier()
+_WRITTEN_BY_US = '# The config of a training as it ran: bases and overrides resolved.\n'
+
+
+@contextlib.contextmanager
+def _work_dir(cfg: Config, work_dir: Path, config_text: str) -> Iterator[str]:
+    """Makes the folder and holds it; writes the final config; starts the log, whose timestamp is yielded."""
+    timestamp, lock, failure = '', None, None
+    try:
+        if get_dist_info()[0] == 0:
+            try:
+                work_dir.mkdir(parents=True, exist_ok=True)
+                lock = FolderLock(work_dir)
+                remove_leftovers(work_dir)
+                write_atomically(_config_file(cfg, work_dir), _WRITTEN_BY_US + config_text, sync=False)
+                timestamp = _new_timestamp(work_dir)
+                (work_dir / f'{timestamp}.log').touch()
+            except ConfigError as error:
+                failure = str(error)
+            except OSError as error:
+                failure = f"--work-dir: cannot write to '{work_dir}': {describe(error)}"
+        timestamp, failure = broadcast_object((timestamp, failure))
+        if failure:
+            raise ConfigError(failure)
+        logger = setup_logger(work_dir / f'{timestamp}.log', cfg.get('log_level', 'INFO'))
+        logger.info('config:\n%s', config_text)
+        barrier()
+        yield timestamp
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _config_file(cfg: Config, work_dir: Path) -> Path:
+    """Where the final config goes: under its own name, unless a file of the user's stands there."""
+    path = work_dir / (Path(cfg.filename).name if cfg.filename else 'config.py')
+    while path.exists() and not path.read_bytes().startswith(_WRITTEN_BY_US.encode()):
+        path = path.with_name(f'{path.stem}_merged{path.suffix}')
+    return path
+
+
+def _new_timestamp(work_dir: Path) -> str:
+    """The time, for the names of log files; with a number where a run began in the same second."""
+    now = timestamp = time.strftime('%Y%m%d_%H%M%S')
+    number = 1
+    while (work_dir / f'{timestamp}.log').exists() or (work_dir / f'{timestamp}.log.json').exists():
+        number += 1
+        timestamp = f'{now}_{number}'
+    return timestamp
+
+
+def _run_id(resumed: tuple[Path, Mapping[str, Any]] | None, work_dir: Path) -> str | None:
+    """The id of the resumed run where it goes on in its newest checkpoint, else a new one, the same on every rank.
+
+    A run that is resumed from an earlier checkpoint than its newest begins to differ from what it was.
+    """
+    new: str = broadcast_object(uuid.uuid4().hex)
+    if resumed is None:
+        return new
+    former = resumed[1]['meta'].get(RUN)
+    later = [
+        path for path in checkpoint_files(work_dir)
+        if checkpoint_iteration(path) > resumed[1]['meta'].get('iter', 0) and run_of(path) == former
+    ]  # fmt: skip
+    return broadcast_object(former if not later else new)
 
 
 def _resumed_checkpoint(cfg: Config, work_dir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -327,7 +395,13 @@ def _register_evaluation(runner: IterBasedRunner, cfg: Config) -> None:
         raise ConfigError('data.val: missing, but the evaluation section asks for it; train with --no-validate')
     dataset = build_dataset(cfg.data.val, where='data.val')
     check_classes(runner.module, dataset, 'data.val')
-    loader = build_test_loader(dataset, cfg.data.get('workers_per_gpu', 0), runner.rank, runner.world_size)
+    if not dataset.has_masks:
+        raise DataError(
+            f"data.val: split '{dataset.split}' of {dataset.data_root} has no masks to evaluate against; choose "
+            'another split, or train with --no-validate')
+    loader = build_test_loader(
+        dataset, cfg.data.get('workers_per_gpu', 0), runner.rank, runner.world_size,
+        cfg.data.get('stall_seconds', STALL_SECONDS))
     gather = gather_by(section.get('tmpdir'), section.get('gpu_collect', False), runner.device)
     names = section.get('metric', ())
     figures = metrics_for(dataset, names).results().summary  # a wrong name is known now, not at the first evaluation

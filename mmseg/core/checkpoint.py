@@ -8,6 +8,7 @@ Reading never runs code from the file, checks every byte against the checksums i
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -25,6 +26,9 @@ from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import atomic_file
 
 LATEST = 'latest.pth'
+RUN = 'run'
+"""Key of ``meta``: the id of the run that saved a checkpoint."""
+
 _NUMBERED = re.compile(r'iter_(\d+)\.pth')
 _LEFTOVERS = '.*.pth.*.part'
 _REFUSED = re.compile(r'GLOBAL (\S+)')
@@ -94,9 +98,9 @@ def point_latest(path: Path) -> None:
         logger.warning('no %s pointer: %s', LATEST, error)
 
 
-def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
-    """Deletes numbered checkpoints up to iteration ``newest`` but the last ``keep``; later ones are another run's."""
-    own = [path for path in checkpoint_files(folder) if checkpoint_iteration(path) <= newest]
+def prune_checkpoints(folder: Path, keep: int, newest: int, run_id: str | None = None) -> None:
+    """Deletes a run's numbered checkpoints up to iteration ``newest`` but the last ``keep``; others are not its own."""
+    own = [path for path in checkpoint_files(folder) if checkpoint_iteration(path) <= newest and run_of(path) == run_id]
     for path in own[keep:]:
         path.unlink(missing_ok=True)
 
@@ -184,14 +188,34 @@ def _normalised(content: Any, path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def run_of(path: str | Path) -> str | None:
+    """The id of the run that saved a checkpoint; None where the file has none or cannot be read."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return _run_of(str(path), status.st_ino, status.st_mtime_ns, status.st_size)
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _run_of(path: str, *_version: int) -> str | None:
+    with contextlib.suppress(Exception), torch.serialization.safe_globals(_numpy_constructors()):
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta'].get(RUN)
+    return None
+
+
 def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint of a work dir and its content; damaged ones are named and passed over.
+    """The newest whole checkpoint of the run in a work dir and its content; damaged ones are named and passed over.
+
+    ``latest.pth`` names the run where several have left checkpoints.
 
     Raises:
         CheckpointError: there is none, or a file is refused because it would run code.
     """
+    alone = Path(folder) / LATEST  # perhaps a copy that somebody took along
     files = checkpoint_files(folder)
-    alone = Path(folder) / LATEST  # a copy that somebody took along
+    run_id = run_of(alone)
+    if run_id is not None:
+        files = [path for path in files if run_of(path) == run_id]
     if not files and alone.is_file():
         files = [alone]
     for path in files:

@@ -5,28 +5,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmseg.core.checkpoint import load_weights, point_latest, save_checkpoint
+from mmseg.core.checkpoint import RUN, load_weights, point_latest, save_checkpoint
 from mmseg.core.finetune import frozen_parts
 from mmseg.core.hooks.hook import Hook, check_hook, priority_value
 from mmseg.core.lr_schedule import LrSchedule
 from mmseg.core.optimizer import load_optimizer_state
 from mmseg.core.precision import Precision
-from mmseg.utils.dist import broadcast_object, gather_objects, get_dist_info, largest, reduce_mean
+from mmseg.utils.dist import broadcast_object, gather_objects, get_dist_info, largest, reduce_mean, with_others
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
 from mmseg.utils.seed import get_rng_state, set_rng_state
+from mmseg.utils.signals import Interrupted, Interruption
 from mmseg.version import __version__
 
 _DATA_FAILED = 1000  # above every signal number
@@ -89,7 +88,10 @@ class IterBasedRunner:
         frozen_eval: parts without trainable parameters run in eval mode.
         meta: what is saved with each checkpoint (config text, seed, class names).
         timestamp: start of the run, in the names of its log files.
+        run_id: names the run in its checkpoints, so that runs that share a work dir do not take each other's for their
+            own; None for a run that began before there were names.
         iter: index of the current iteration; see :class:`mmseg.core.hooks.Hook`.
+        iters_run: number of iterations that have run, the current one counted once its losses are there.
         outputs: losses of the current iteration on the device.
         log_buffer: numbers of the current iteration that are logged.
         val_results: figures of the last evaluation.
@@ -110,8 +112,10 @@ class IterBasedRunner:
     meta: dict[str, Any] = field(default_factory=dict)
     timestamp: str = field(default_factory=lambda: time.strftime('%Y%m%d_%H%M%S'))
     logger: logging.Logger = field(default_factory=lambda: logging.getLogger('mmseg'))
+    run_id: str | None = None
 
     iter: int = field(default=0, init=False)
+    iters_run: int = field(default=0, init=False)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
     log_buffer: dict[str, float] = field(default_factory=dict, init=False)
     val_results: dict[str, float] = field(default_factory=dict, init=False)
@@ -126,15 +130,17 @@ class IterBasedRunner:
         self.module: nn.Module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         if self.precision is None:
             self.precision = Precision(self.device, 'float32')
-        self.resumable = True  # False inside a group of accumulated gradients
+        self.resumable = True  # False from the first forward pass of an update until the weights have it
         self.iters_done = 0  # iterations whose work is in the weights
         self.samples_done = 0  # clips that all ranks together have drawn for them: the place in the data
         self._samples = 0
         self.seconds_per_iter = 0.0
         self._hooks: list[tuple[int, Hook]] = []
-        self._signal = 0
-        self._interruptible = False
+        self.interruption = Interruption('stopping as soon as the iteration is complete', owner=self.rank == 0)
+        self._generators: dict[str, Any] = {}  # their state where the last update was complete
         self._saved_at = -1  # iters_done of the newest checkpoint that can be resumed
+        self._rescued = False
+        self._updating = False
         self._poisoned = False
 
     # ------------------------------------------------------------------------------------------------------- hooks
@@ -163,7 +169,9 @@ class IterBasedRunner:
     # --------------------------------------------------------------------------------------------------------- run
 
     def run(self, batches: Iterable[dict[str, Any]]) -> None:
-        """Trains on ``batches`` until ``max_iters`` or a SIGINT or SIGTERM, which ends the run after an iteration.
+        """Trains on ``batches`` until ``max_iters`` or a signal (SIGINT, SIGTERM, SIGHUP), which ends the run cleanly.
+
+        Whatever ends the run, what has been trained is saved first.
 
         Args:
             batches: endless; each with ``img`` [B,T,3,H,W], ``gt_semantic_seg`` [B,T,H,W] and maybe ``skipped``.
@@ -176,23 +184,31 @@ class IterBasedRunner:
         iterator = iter(batches)
         self.train_mode()
         self.optimizer.zero_grad()
-        with self._signals():
-            self.call_hook('before_run')
-            self.call_hook('before_train_epoch')
-            while self.iter < self.max_iters:
-                start = time.perf_counter()
-                batch, error = self._draw(iterator)
-                event = largest(_DATA_FAILED if error else self._signal if self.resumable else 0)
-                if event == _DATA_FAILED:
-                    self._rescue()
-                    raise error or OtherRankError('another rank met bad data; its message says which')
-                if event:
-                    self._stop(event)
-                    break
-                self._train_iter(batch, start)
-                self.iter += 1
-            self.call_hook('after_train_epoch')
-            self.call_hook('after_run')
+        with self.interruption:
+            try:
+                with with_others():
+                    self.call_hook('before_run')
+                    self.call_hook('before_train_epoch')
+                    self._iterate(iterator)
+                    self.call_hook('after_train_epoch')
+                    self.call_hook('after_run')
+            except BaseException:
+                self.rescue(together=self.world_size == 1)
+                raise
+
+    def _iterate(self, iterator: Iterator[dict[str, Any]]) -> None:
+        while self.iter < self.max_iters:
+            start = time.perf_counter()
+            batch, event, error = self._draw(iterator)
+            event = largest(event)
+            if event == _DATA_FAILED:
+                self.rescue(together=True)
+                raise error or OtherRankError('another rank met bad data; its message says which')
+            if event:
+                self._stop(event)
+                return
+            self._train_iter(batch, start)
+            self.iter += 1
 
     def train_mode(self) -> None:
         """Puts the model in training mode, frozen parts in eval mode where so configured."""
@@ -201,11 +217,20 @@ class IterBasedRunner:
             for part in frozen_parts(self.module):
                 part.eval()
 
-    def _draw(self, iterator: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], DataError | None]:
+    def _draw(self, iterator: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], int, DataError | None]:
+        """A batch, what ends the run (a signal's number, bad data, or 0), and the error of the data.
+
+        A group of accumulated gradients is completed before a signal counts, unless its data do not come.
+        """
+        if self.interruption and self.resumable:
+            return {}, self.interruption.number, None
         try:
-            return next(iterator), None
+            with self.interruption.raising() if not self.interruption else contextlib.nullcontext():
+                return next(iterator), 0, None
+        except Interrupted:
+            return {}, self.interruption.number, None
         except DataError as error:
-            return {}, error
+            return {}, _DATA_FAILED, error
 
     def _train_iter(self, batch: dict[str, Any], start: float) -> None:
         data_time = time.perf_counter() - start
@@ -215,19 +240,22 @@ class IterBasedRunner:
         self.log_buffer = {}
         self.call_hook('before_train_iter')
         self.schedule.apply(self.optimizer, self.iter)
-        first = self.iter - self.iter % self.update.cumulative_iters
-        group = min(self.update.cumulative_iters, self.max_iters - first)
-        updates = self.iter - first == group - 1
+        group = min(self.update.cumulative_iters, self.max_iters - self.iters_done)
+        updates = self.iter == self.iters_done + group - 1
 
+        if self.resumable:
+            self._generators = get_rng_state()
+            self.resumable = False
         self._forward_backward(batch, group, synchronise=updates)
         norm = self._clip() if updates else None
         self._read_numbers(norm)
-        if updates:
-            self._step()
-        self.resumable = updates
+        self.iters_run = self.iter + 1
         self._samples += len(batch['img']) * self.world_size
         if updates:
-            self.iters_done, self.samples_done = self.iter + 1, self._samples
+            self._updating = True
+            self._step()
+            self.iters_done, self.samples_done = self.iters_run, self._samples
+            self._updating, self.resumable = False, True
         seconds = time.perf_counter() - start
         self.log_buffer |= {'time': seconds, 'data_time': data_time}
         weight = 0.02 if self.seconds_per_iter else 1.0
@@ -280,8 +308,7 @@ class IterBasedRunner:
         shown = ', '.join(f'{name} = {self.log_buffer[name]}' for name in bad[:3])
         message = f'iteration {self.iter + 1}: {shown}' + (f' and {len(bad) - 3} more' if len(bad) > 3 else '')
         if self.update.nan_loss == 'stop':
-            self.optimizer.zero_grad()
-            self._rescue()
+            self.rescue(together=True)
             raise NonFiniteLossError(
                 f"{message}; the weights are those before it. Lower optimizer.lr, or set nan_loss='skip' to pass over "
                 'such batches'
@@ -298,59 +325,43 @@ class IterBasedRunner:
     # -------------------------------------------------------------------------------------------------------- stop
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Inside, SIGINT and SIGTERM only take note; the loop stops when the iteration is complete."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if os.getpid() != owner or self._signal:
-                return
-            self._signal = number
-            if self._interruptible:
-                raise KeyboardInterrupt
-
-        owner = os.getpid()
-        try:
-            former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: signals are the caller's business
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Inside, a signal raises ``KeyboardInterrupt``: for evaluations, which may take hours and can be redone.
 
         With several ranks the block runs to its end, because ranks cannot leave their common calls one by one.
         """
-        self._interruptible = self.world_size == 1
-        try:
-            if self._interruptible and self._signal:
-                raise KeyboardInterrupt
+        with self.interruption.raising() if self.world_size == 1 else contextlib.nullcontext():
             yield
-        finally:
-            self._interruptible = False
 
     def _stop(self, number: int) -> None:
         self.stopped_by = number
         path = self._numbered()
         if self._saved_at != self.iters_done:
             self.save_checkpoint(path, latest=True)
-        self.logger.info('%s: stopped after iteration %d, saved %s', signal.Signals(number).name, self.iter, path)
+        self.logger.info('%s: stopped after iteration %d, saved %s', signal.Signals(number).name, self.iters_done, path)
 
-    def _rescue(self) -> None:
-        """Before an error ends the run: saves what has been trained so far."""
+    def rescue(self, together: bool) -> None:
+        """Before an error ends the run: saves what has been trained so far, once.
+
+        Args:
+            together: all ranks call this at the same point; else rank 0 saves alone, without the others' generators.
+        """
+        if self._rescued:
+            return
+        self._rescued = True
+        self.optimizer.zero_grad()
         path = self._numbered()
-        if not self.resumable or not self.iters_done:
-            self.logger.error('the run ends after iteration %d; the last checkpoint is the state to resume', self.iter)
+        if not self.iters_done or self._updating:
+            since = 'its first iteration' if not self.iters_done else 'an update of the weights was complete'
+            self.logger.error('the run ends before %s; nothing is saved', since)
             return
         try:
             if self._saved_at != self.iters_done:
-                self.save_checkpoint(path, latest=True)
-            self.logger.error('the run ends after iteration %d, saved as %s', self.iter, path)
+                try:
+                    self.save_checkpoint(path, latest=True, alone=not together)
+                except OtherRankError:
+                    self.save_checkpoint(path, latest=True, alone=True)
+            self.logger.error('the run ends after iteration %d, saved as %s', self.iters_done, path)
         except CheckpointError as error:
             self.logger.error('%s', error)
 
@@ -359,24 +370,29 @@ class IterBasedRunner:
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
-    def save_checkpoint(self, path: str | Path, save_optimizer: bool = True, latest: bool = False) -> None:
-        """Saves the state of the run; every rank must call it, rank 0 writes.
+    def save_checkpoint(
+        self, path: str | Path, save_optimizer: bool = True, latest: bool = False, alone: bool = False
+    ) -> None:
+        """Saves the state of the run after its last update; every rank must call it, rank 0 writes.
 
         Args:
             path: the file.
             save_optimizer: without, the file can be tested and fine-tuned from, but not resumed.
             latest: whether ``latest.pth`` shall point to it.
+            alone: rank 0 does not talk to the others, which may be gone; their random generators are not saved.
 
         Raises:
             CheckpointError: on every rank, where rank 0 cannot write.
         """
         assert self.precision is not None
-        rng = gather_objects(get_rng_state())
+        own = get_rng_state() if self.resumable else self._generators
+        rng = [own] if alone else gather_objects(own)
         failure = None
         if self.rank == 0:
             place = {'iter': self.iters_done, 'epoch': 0, 'samples': self.samples_done, 'world_size': self.world_size}
+            run = {RUN: self.run_id} if self.run_id else {}
             checkpoint: dict[str, Any] = {
-                'meta': {**self.meta, **place, 'mmseg_version': __version__, 'time': time.asctime()},
+                'meta': {**self.meta, **place, **run, 'mmseg_version': __version__, 'time': time.asctime()},
                 'state_dict': {name: value.cpu() for name, value in self.module.state_dict().items()},
             }
             if save_optimizer:
@@ -392,7 +408,7 @@ class IterBasedRunner:
                     point_latest(Path(path))
             except CheckpointError as error:
                 failure = str(error)
-        failure = broadcast_object(failure)
+        failure = failure if alone else broadcast_object(failure)
         if failure:
             raise CheckpointError(failure)
         if latest and save_optimizer:
@@ -423,6 +439,6 @@ class IterBasedRunner:
                 "'%s' holds the random generators of %d ranks, now there are %d: training goes on, but not bit for bit",
                 *(source, len(states), self.world_size),
             )
-        self.iter = self.iters_done = self._saved_at = checkpoint['meta']['iter']
+        self.iter = self.iters_run = self.iters_done = self._saved_at = checkpoint['meta']['iter']
         self._samples = self.samples_done = checkpoint['meta'].get('samples', 0)
         self.logger.info("resumed '%s' at iteration %d", source, self.iter)

@@ -8,9 +8,17 @@ for them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import logging
+import multiprocessing
 import random
+import shutil
 import signal
+import threading
+import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -20,10 +28,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmseg.registry import DATASETS, build
+from mmseg.utils import images
 from mmseg.utils.errors import ConfigError, DataError
 
 from .dataset_wrappers import ConcatDataset
 from .video_dataset import VideoDataset
+
+STALL_SECONDS = 600.0
+"""After so long a wait for data the log says which files are being read."""
+
+_STUCK_SECONDS = 2.0  # a worker that reads one file for so long is ended without being asked
+
+logger = logging.getLogger('mmseg')
 
 
 def build_dataset(
@@ -99,10 +115,14 @@ class _Seeded(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         position, index = key
         with seeded(self.seed, position):
-            try:
-                return self.dataset[index]
-            except DataError as error:
-                return error
+            return _item_or_error(self.dataset, index)
+
+
+def _item_or_error(dataset: Any, index: int) -> Any:
+    try:
+        return dataset[index]
+    except DataError as error:
+        return error
 
 
 class _Clips(Dataset):
@@ -116,10 +136,63 @@ class _Clips(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> Any:
+        return _item_or_error(self.dataset, self.indices[position])
+
+
+class _ReadingNotes:
+    """Which file each process of a loader is reading, in memory that they share with the main process.
+
+    Args:
+        processes: number of workers; 1 where the main process reads.
+    """
+
+    def __init__(self, processes: int):
+        self._slots = multiprocessing.RawArray(_Slot, processes)
+
+    def take(self, slot: int, path: str) -> None:
+        """Process ``slot`` opens a file."""
+        self._slots[slot].path = path.encode(errors='replace')[-ctypes.sizeof(_Slot) + 9:]
+        self._slots[slot].since = time.time()
+
+    def clear(self, slot: int) -> None:
+        """Process ``slot`` has read what it needed."""
+        self._slots[slot].since = 0.0
+
+    def open(self) -> dict[int, tuple[str, float]]:
+        """Process -> the file that it is reading, and for how many seconds."""
+        now = time.time()
+        taken = ((i, bytes(slot.path).decode(errors='replace'), slot.since) for i, slot in enumerate(self._slots))
+        return {i: (path, now - since) for i, path, since in taken if since}
+
+
+class _Slot(ctypes.Structure):
+    _fields_ = [('since', ctypes.c_double), ('path', ctypes.c_char * 1016)]
+
+
+class _Noted(Dataset):
+    """A data set whose reading is noted.
+
+    Args:
+        dataset: gives an item for whatever the sampler gives.
+        notes: where to.
+    """
+
+    def __init__(self, dataset: Any, notes: _ReadingNotes):
+        self.dataset = dataset
+        self.notes = notes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Any) -> Any:
+        worker = torch.utils.data.get_worker_info()
+        slot = 0 if worker is None else worker.id
+        former, images.watch = images.watch, partial(self.notes.take, slot)
         try:
-            return self.dataset[self.indices[position]]
-        except DataError as error:
-            return error
+            return self.dataset[key]
+        finally:
+            images.watch = former
+            self.notes.clear(slot)
 
 
 @contextlib.contextmanager
@@ -143,6 +216,32 @@ def _init_worker(_: int) -> None:
         cv2.setNumThreads(0)  # torch does its part
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _shared(collate: Any, items: Any) -> Any:
+    """What ``collate`` makes of ``items``; in a worker with its tensors in memory that the main process can see.
+
+    The queue would move them there too, but in a thread that can tell nobody that there is no room: the main process
+    would wait for ever.
+    """
+    batch = collate(items)
+    if torch.utils.data.get_worker_info() is not None:
+        try:
+            _share(batch)
+        except RuntimeError as error:
+            free = shutil.disk_usage('/dev/shm').free / 2**20
+            return DataError(
+                f'a worker cannot hand a batch over: {str(error).splitlines()[0]} ({free:.1f} MiB of /dev/shm are '
+                'free); give it more room (docker run --shm-size=1g), or set data.workers_per_gpu=0')
+    return batch
+
+
+def _share(value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        value.share_memory_()
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _share(part)
 
 
 def collate(items: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:
@@ -176,30 +275,104 @@ class _Pass(Iterator[Any]):
 
     Where the program ends and something still holds the pass (as the traceback of an error does), multiprocessing sends
     SIGTERM to the workers and waits for them.  They ignore it, so they must have been told to stop before.
+
+    Args:
+        loader: over a :class:`_Noted` data set.
+        stall_seconds: after so long a wait, and again after as long, the log says which files are being read.
     """
 
-    def __init__(self, loader: DataLoader):
-        with _opencv_without_threads():
+    def __init__(self, loader: DataLoader, stall_seconds: float = STALL_SECONDS):
+        self._notes: _ReadingNotes = loader.dataset.notes  # type: ignore[attr-defined]
+        self._stall_seconds = stall_seconds
+        self._waiting: float | None = None  # since when
+        self._ended = threading.Event()
+        with _opencv_without_threads(), _own_child_signal():
             self._items = iter(loader)
         self._end: Finalize | None = None
         if loader.num_workers:
-            self._end = Finalize(self, _end_workers, (self._items,), exitpriority=_BEFORE_QUEUES)
+            self._end = Finalize(self, _end_workers, (self._items, self._notes), exitpriority=_BEFORE_QUEUES)
+        threading.Thread(target=_watch, args=(weakref.ref(self), self._ended), name='loader', daemon=True).start()
 
     def __next__(self) -> Any:
-        """The next item; a :class:`DataError` among them is raised."""
-        item = next(self._items)
+        """The next item; a :class:`DataError` among them is raised, and so is the end of a worker."""
+        self._waiting = time.monotonic()
+        try:
+            item = next(self._items)
+        except RuntimeError as error:
+            raise self._worker_error(error) from error
+        finally:
+            self._waiting = None
         if isinstance(item, DataError):
             raise item
         return item
 
+    def _worker_error(self, error: RuntimeError) -> Exception:
+        """What ended a worker, if one has ended; else ``error`` itself."""
+        for worker in getattr(self._items, '_workers', ()):
+            if worker.exitcode:
+                name = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else f'status {worker.exitcode}'
+                hint = {'SIGKILL': ' (was there too little memory?)', 'SIGBUS': ' (is /dev/shm full?)'}.get(name, '')
+                return DataError(f'loader worker {worker.pid} was ended by {name}{hint}')
+        return error
+
+    def stalled(self) -> str | None:
+        """Which files are being read, where the wait for them has taken ``stall_seconds``, and the wait starts anew."""
+        since = self._waiting
+        if since is None or time.monotonic() - since < self._stall_seconds:
+            return None
+        self._waiting = time.monotonic()
+        files = ', '.join(f'{path} (for {seconds:.0f} s)' for path, seconds in self._notes.open().values())
+        return (f'the loader has delivered nothing for {self._stall_seconds:.0f} s; '
+                + (f'it is reading {files}' if files else 'no file is being read'))
+
+    @property
+    def interval(self) -> float:
+        """How often to look, in seconds."""
+        return min(1.0, self._stall_seconds / 4)
+
     def close(self) -> None:
         """Ends the worker processes; what they have prepared is lost."""
+        self._ended.set()
         if self._end is not None:
             self._end()
 
+    def __del__(self) -> None:
+        self._ended.set()
 
-def _end_workers(items: Any) -> None:
+
+def _watch(of: weakref.ref[_Pass], ended: threading.Event) -> None:
+    """Runs in a thread as long as the pass lives."""
+    interval = 0.0
+    while not ended.wait(interval):
+        if (watched := of()) is None:
+            return
+        if message := watched.stalled():
+            logger.warning(message)
+        interval = watched.interval
+        del watched
+
+
+@contextlib.contextmanager
+def _own_child_signal() -> Iterator[None]:
+    """Keeps torch from raising the end of a worker out of a signal handler, wherever the main thread is just then.
+
+    It would break an update of the weights in two.  The loader notices by itself, at the next batch.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'):
+        yield
+        return
+    former = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, former if former is not None else signal.SIG_DFL)
+
+
+def _end_workers(items: Any, notes: _ReadingNotes) -> None:
     """Ends the workers of a pass in good order, and those that are stuck all the same."""
+    for slot, (_, seconds) in notes.open().items():
+        if seconds > _STUCK_SECONDS:
+            items._workers[slot].kill()
     items._shutdown_workers()
     for worker in items._workers:
         worker.kill()
@@ -211,8 +384,9 @@ class TrainLoader:
     Worker processes start with the first batch and end with :meth:`close` or with the program.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader, stall_seconds: float = STALL_SECONDS):
         self._loader = loader
+        self._stall_seconds = stall_seconds
         self._batches: _Pass | None = None
 
     def __iter__(self) -> TrainLoader:
@@ -220,7 +394,7 @@ class TrainLoader:
 
     def __next__(self) -> dict[str, Any]:
         if self._batches is None:
-            self._batches = _Pass(self._loader)
+            self._batches = _Pass(self._loader, self._stall_seconds)
         return next(self._batches)
 
     def close(self) -> None:
@@ -235,26 +409,29 @@ class TestLoader:
 
     __test__ = False  # no test case, whatever pytest makes of its name
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader, stall_seconds: float = STALL_SECONDS):
         self._loader = loader
+        self._stall_seconds = stall_seconds
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return _Pass(self._loader)
+        return _Pass(self._loader, self._stall_seconds)
 
 
-def _workers(workers_per_gpu: int) -> dict[str, Any]:
-    """Arguments of ``DataLoader`` that concern worker processes; its own generator spares the global one."""
+def _loader(dataset: Any, collate: Any, workers_per_gpu: int, **options: Any) -> DataLoader:
+    """A ``DataLoader`` that notes what it reads; its own generator spares the global one."""
     generator = torch.Generator()
     generator.manual_seed(0)
-    return dict(num_workers=workers_per_gpu, generator=generator, worker_init_fn=_init_worker)
+    return DataLoader(
+        _Noted(dataset, _ReadingNotes(max(1, workers_per_gpu))), collate_fn=partial(_shared, collate),
+        num_workers=workers_per_gpu, generator=generator, worker_init_fn=_init_worker, **options)
 
 
 def build_train_loader(
         dataset: Any, samples_per_gpu: int, workers_per_gpu: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1,
-        start: int = 0, pin_memory: bool = False) -> TrainLoader:
+        start: int = 0, pin_memory: bool = False, stall_seconds: float = STALL_SECONDS) -> TrainLoader:
     """An endless iterator over training batches.
 
     Sample number g of the whole run is item ``permutation(epoch)[g % len(dataset)]``, drawn with all random generators
@@ -270,6 +447,7 @@ def build_train_loader(
         world_size: number of processes.
         start: number of samples that this rank has drawn already (resume).
         pin_memory: prepare batches in page-locked memory, for a GPU.
+        stall_seconds: after so long a wait for a batch the log says which files are being read.
 
     Returns:
         Iterator over dicts as :func:`collate` makes them.
@@ -281,9 +459,9 @@ def build_train_loader(
     if not dataset.is_training:
         raise ConfigError('training needs a data set with dilation ([0] for single frames), got one with test_size')
     batches = _Positions(len(dataset), samples_per_gpu, seed, rank, world_size, start)
-    return TrainLoader(DataLoader(
-        _Seeded(dataset, seed), batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory,
-        **_workers(workers_per_gpu)))
+    loader = _loader(
+        _Seeded(dataset, seed), collate, workers_per_gpu, batch_sampler=batches, pin_memory=pin_memory)
+    return TrainLoader(loader, stall_seconds)
 
 
 def share_videos(lengths: Sequence[int], world_size: int) -> list[list[int]]:
@@ -308,7 +486,8 @@ def share_videos(lengths: Sequence[int], world_size: int) -> list[list[int]]:
 
 
 def build_test_loader(
-        dataset: VideoDataset, workers_per_gpu: int = 0, rank: int = 0, world_size: int = 1) -> TestLoader:
+        dataset: VideoDataset, workers_per_gpu: int = 0, rank: int = 0, world_size: int = 1,
+        stall_seconds: float = STALL_SECONDS) -> TestLoader:
     """Iterates over the test items of this rank's videos, video by video, clip by clip.
 
     Every video is on one rank as a whole, so that metrics over time can be streamed.
@@ -318,6 +497,7 @@ def build_test_loader(
         workers_per_gpu: worker processes.
         rank: this process.
         world_size: number of processes.
+        stall_seconds: as of :func:`build_train_loader`.
 
     Returns:
         Iterable with a length, over items of :class:`~mmseg.datasets.video_dataset.VideoDataset`.
@@ -331,8 +511,7 @@ def build_test_loader(
         raise ConfigError('testing needs a data set with test_size, got a training set')
     mine = set(share_videos([len(video.frames) for video in dataset.videos], world_size)[rank])
     indices = [index for index, clip in enumerate(clips) if clip.video in mine]
-    return TestLoader(DataLoader(
-        _Clips(dataset, indices), batch_size=None, collate_fn=_unchanged, **_workers(workers_per_gpu)))
+    return TestLoader(_loader(_Clips(dataset, indices), _unchanged, workers_per_gpu, batch_size=None), stall_seconds)
 
 
 def _unchanged(item: Any) -> Any:

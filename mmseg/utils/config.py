@@ -46,6 +46,7 @@ SECTIONS: dict[str, Any] = {
         'workers_per_gpu': int,
         'persistent_workers': bool,
         'pin_memory': bool,
+        'stall_seconds': _NUMBER,
         'train': DATASETS,
         'val': DATASETS,
         'test': DATASETS,

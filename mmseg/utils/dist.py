@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -30,6 +31,8 @@ _PATIENCE = 5.0  # seconds in which a launcher ends the processes beside one tha
 
 _control_group: dist.ProcessGroup | None = None
 """A gloo group beside nccl: words among the hosts (stop, failed, objects) need no GPU and no stream to be idle."""
+
+_kept_groups: set[int] = set()
 
 _RANK_VARIABLES = {
     'pytorch': dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE', LOCAL_RANK='LOCAL_RANK'),
@@ -72,6 +75,7 @@ def init_dist(launcher: str, backend: str | None = None, timeout_minutes: float 
         else:
             dist.init_process_group('nccl', timeout=timeout, device_id=device)
             _control_group = dist.new_group(backend='gloo', timeout=timeout)
+    _keep_groups()
     return device
 
 
@@ -105,11 +109,25 @@ def _export_rank_variables(launcher: str) -> int:
 
 
 def close_dist() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one; models that it served may be dropped before or after."""
     global _control_group
     if dist.is_available() and dist.is_initialized():
+        _keep_groups()  # that of a program which made it itself
         dist.destroy_process_group()
     _control_group = None
+
+
+def _keep_groups() -> None:
+    """Keeps the process groups in memory until the process ends.
+
+    The destructor of gloo's group joins its threads while it holds the interpreter's lock, and a thread that frees its
+    last tensors waits for this lock: the process would hang, when the model that used the group is dropped after
+    :func:`close_dist` or when Python itself ends.  An object that is never freed has no destructor to hang in.
+    """
+    for group in (dist.group.WORLD, _control_group):
+        if group is not None and id(group) not in _kept_groups:
+            _kept_groups.add(id(group))
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def get_dist_info() -> tuple[int, int]:
@@ -162,8 +180,8 @@ def _is_first_of_machine() -> bool:
 
 
 @contextlib.contextmanager
-def _in_company() -> Iterator[None]:
-    """Inside, a rank that is gone is an :class:`OtherRankError`: it has said, or its launcher says, what ended it."""
+def with_others() -> Iterator[None]:
+    """Inside, the loss of a rank is an :class:`OtherRankError`: it has said, or its launcher says, what ended it."""
     try:
         yield
     except RuntimeError as error:
@@ -175,7 +193,7 @@ def _in_company() -> Iterator[None]:
 def barrier() -> None:
     """Waits for every rank."""
     if get_dist_info()[1] > 1:
-        with _in_company():
+        with with_others():
             dist.barrier(group=_control_group)
 
 
@@ -194,7 +212,7 @@ def largest(value: int) -> int:
     if get_dist_info()[1] == 1:
         return value
     box = torch.tensor(value)
-    with _in_company():
+    with with_others():
         dist.all_reduce(box, dist.ReduceOp.MAX, group=_control_group)
     return int(box)
 
@@ -205,7 +223,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    with _in_company():
+    with with_others():
         dist.all_gather_object(values, value, group=_control_group)
     return values
 
@@ -215,6 +233,6 @@ def broadcast_object(value: Any) -> Any:
     if get_dist_info()[1] == 1:
         return value
     box = [value]
-    with _in_company():
+    with with_others():
         dist.broadcast_object_list(box, src=0, group=_control_group)
     return box[0]

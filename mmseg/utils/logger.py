@@ -36,6 +36,16 @@ class _LogFile(logging.FileHandler):
             print(f'cannot write {self.baseFilename}: {error}', file=sys.stderr)
 
 
+def log_traceback(error: BaseException) -> bool:
+    """Writes where ``error`` was raised to the log file alone; whether there is one."""
+    files = [handler for handler in get_logger().handlers if isinstance(handler, _LogFile)]
+    record = get_logger().makeRecord(
+        NAME, logging.ERROR, __file__, 0, 'the run ends', (), (type(error), error, error.__traceback__))
+    for handler in files:
+        handler.handle(record)
+    return bool(files)
+
+
 def setup_logger(log_file: str | Path | None = None, level: str = 'INFO') -> logging.Logger:
     """Sends the package's messages to standard output and, on rank 0, to ``log_file``.
 
@@ -58,7 +68,7 @@ def setup_logger(log_file: str | Path | None = None, level: str = 'INFO') -> log
     main = is_main_process()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if log_file is not None and main:
-        handlers.append(_LogFile(log_file))
+        handlers.append(_LogFile(log_file, encoding='utf-8'))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT))
         logger.addHandler(handler)

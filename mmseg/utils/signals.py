@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 
+_END = b'\0'  # no signal has this number
+
 
 class Interrupted(KeyboardInterrupt):
     """Raised inside :meth:`Interruption.raising` when a signal has come."""
@@ -77,7 +79,9 @@ class Interruption:
             self._undo.append(partial(signal.signal, number, signal.signal(number, self._note)))
         watcher = threading.Thread(target=self._watch, args=(reader,), name='signals', daemon=True)
         watcher.start()
-        self._undo += [partial(signal.set_wakeup_fd, former_fd), writer.close, watcher.join, reader.close]
+        self._undo += [
+            partial(signal.set_wakeup_fd, former_fd), partial(writer.send, _END), watcher.join, writer.close,
+            reader.close]  # fmt: skip
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,11 +96,13 @@ class Interruption:
             raise Interrupted
 
     def _watch(self, reader: socket.socket) -> None:
-        """Runs in a thread until the other end is closed."""
+        """Runs in a thread until it reads the end; forked processes keep the other end of the socket open."""
         numbers = set(stop_signals())
         came = 0
-        while data := reader.recv(64):
-            for number in data:
+        while True:
+            for number in reader.recv(64):
+                if number == _END[0]:
+                    return
                 if number not in numbers:
                     continue
                 came += 1
@@ -105,6 +111,15 @@ class Interruption:
                 elif came > 1:
                     _write(f'{signal.Signals(number).name}: ending at once')
                     end_now(128 + number)
+
+
+def _leave_signals_to_the_parent() -> None:
+    with contextlib.suppress(ValueError):  # forked by another thread than the main one
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
 
 
 def end_now(status: int) -> None:

@@ -30,7 +30,7 @@ class CheckpointHook(Hook):
         save_optimizer: without it a checkpoint is a third of the size, and cannot be resumed.
     """
 
-    priority = 'BELOW_NORMAL'
+    priority = 92  # after the loggers: what is saved is in the log
 
     def __init__(
         self,
@@ -74,5 +74,5 @@ class CheckpointHook(Hook):
         path = folder / f'iter_{done}.pth'
         runner.save_checkpoint(path, save_optimizer=self.save_optimizer, latest=True)
         if self.max_keep_ckpts > 0 and runner.rank == 0:
-            prune_checkpoints(folder, self.max_keep_ckpts, done)
+            prune_checkpoints(folder, self.max_keep_ckpts, done, runner.run_id)
         return path

@@ -28,7 +28,8 @@ class EMAHook(Hook):
 
     Args:
         momentum: share of the new weights in each update, in (0, 1).
-        interval: iterations between two updates.
+        interval: iterations between two updates of the average; inside a group of accumulated gradients one waits for
+            the update of the weights.
         warm_up: how slowly the average starts to remember.
     """
 
@@ -41,6 +42,7 @@ class EMAHook(Hook):
         self.interval = interval
         self.warm_up = warm_up
         self.updates = 0
+        self._due = False
         self._average: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
 
@@ -54,7 +56,9 @@ class EMAHook(Hook):
     @torch.no_grad()
     def after_train_iter(self, runner: IterBasedRunner) -> None:
         """Updates the average."""
-        if self.every_n_iters(runner, self.interval):
+        self._due = self._due or self.every_n_iters(runner, self.interval)
+        if self._due and runner.resumable:
+            self._due = False
             decay = min(1 - self.momentum, (1 + self.updates) / (self.warm_up + self.updates))
             torch._foreach_lerp_(self._average, [p.detach() for p in self._weights], 1 - decay)
             self.updates += 1

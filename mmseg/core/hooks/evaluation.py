@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mmseg.core.checkpoint import read_checkpoint
+from mmseg.core.checkpoint import RUN, read_checkpoint
 from mmseg.core.hooks.hook import Hook
+from mmseg.core.hooks.loggers import was_evaluated
 from mmseg.registry import HOOKS, nearest
 from mmseg.utils.dist import broadcast_object
 from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.signals import Interrupted
 
 if TYPE_CHECKING:
     from mmseg.core.runner import IterBasedRunner
@@ -36,7 +38,7 @@ class EvalHook(Hook):
         rule: ``greater`` or ``less``; None derives it from the name.
     """
 
-    priority = 'LOW'
+    priority = 94  # after the checkpoint: an evaluation may take hours
 
     def __init__(
         self,
@@ -62,30 +64,40 @@ class EvalHook(Hook):
         self.best_score: float | None = None
         self.best_path: Path | None = None
 
-    def _due(self, runner: IterBasedRunner) -> bool:
-        done = runner.iter + 1
+    def _due(self, done: int) -> bool:
         if self.start is None:
             return done % self.interval == 0
         return done >= self.start and (done - self.start) % self.interval == 0
 
+    def before_run(self, runner: IterBasedRunner) -> None:
+        """Makes the evaluation that the resumed run still owes: it was killed, stopped or failed in the midst of it."""
+        if not runner.iters_done or not self._due(runner.iters_done):
+            return
+        made = was_evaluated(runner.work_dir, runner.run_id, runner.iters_done) if runner.rank == 0 else None
+        if not broadcast_object(made):
+            runner.logger.info('the evaluation after iteration %d is still to be made', runner.iters_done)
+            self._evaluate(runner)
+
     def after_train_iter(self, runner: IterBasedRunner) -> None:
         """Evaluates where it is due."""
-        if not self._due(runner):
-            return
+        if self._due(runner.iters_run):
+            self._evaluate(runner)
+
+    def _evaluate(self, runner: IterBasedRunner) -> None:
         runner.call_hook('before_val_epoch')
         try:
             with runner.evaluation_weights(), runner.interruptible():
                 runner.module.eval()
                 figures = dict(self.evaluate(runner.module))
-        except KeyboardInterrupt:
-            runner.logger.warning('the evaluation was interrupted')
+        except Interrupted:
+            runner.logger.warning('the evaluation was interrupted; the resumed run will make it')
             return
         finally:
             runner.train_mode()
         runner.val_results = broadcast_object(figures)
-        runner.call_hook('after_val_epoch')
         if self.save_best is not None:
             self._keep_best(runner)
+        runner.call_hook('after_val_epoch')  # logged last: what the log holds need not be done again
 
     def _keep_best(self, runner: IterBasedRunner) -> None:
         results = runner.val_results
@@ -124,18 +136,19 @@ class EvalHook(Hook):
         """Takes the best score back; the best file knows it even where the resumed checkpoint is older than it."""
         if self.save_best is None:
             return
-        best = broadcast_object(self._best_on_disk(Path(runner.work_dir)) if runner.rank == 0 else None)
+        best = broadcast_object(self._best_on_disk(runner) if runner.rank == 0 else None)
         if best is not None:
             self.save_best, self.best_score, self.best_path = best
             self.rule = self.rule or _rule_of(self.save_best)
 
-    def _best_on_disk(self, folder: Path) -> tuple[str, float, Path] | None:
+    def _best_on_disk(self, runner: IterBasedRunner) -> tuple[str, float, Path] | None:
         key = '*' if self.save_best == 'auto' else glob.escape(str(self.save_best))
         found = []
-        for path in folder.glob(f'best_{key}_iter_*.pth'):
+        for path in Path(runner.work_dir).glob(f'best_{key}_iter_*.pth'):
             with contextlib.suppress(CheckpointError):
-                best = read_checkpoint(path).get('best')
-                if best is not None:
+                checkpoint = read_checkpoint(path)
+                best = checkpoint.get('best')
+                if best is not None and checkpoint['meta'].get(RUN) == runner.run_id:
                     found.append((best['key'], best['score'], path))
         if not found:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import json
@@ -54,7 +55,7 @@ class LoggerHook(Hook):
             means = {name: total / self._counts[name] for name, total in self._sums.items()}
             self._sums.clear()
             self._counts.clear()
-            self.write(runner, 'train', runner.iter + 1, self._info(runner, means) | means)
+            self.write(runner, 'train', runner.iters_run, self._info(runner, means) | means)
 
     @staticmethod
     def _info(runner: IterBasedRunner, means: dict[str, float]) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class LoggerHook(Hook):
     def after_val_epoch(self, runner: IterBasedRunner) -> None:
         """Writes the figures of an evaluation."""
         if runner.rank == 0:
-            self.write(runner, 'val', runner.iter + 1, dict(runner.val_results))
+            self.write(runner, 'val', runner.iters_run, dict(runner.val_results))
 
     def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
         """Stores one record.
@@ -161,7 +162,8 @@ class JsonLoggerHook(LoggerHook):
         """Writes the first line."""
         if runner.rank == 0:
             self._file = _Records(Path(runner.work_dir) / f'{runner.timestamp}.log.json')
-            self._append(runner, {key: runner.meta.get(key) for key in ('exp_name', 'mmseg_version', 'seed')})
+            about = {key: runner.meta.get(key) for key in ('exp_name', 'mmseg_version', 'seed')}
+            self._append(runner, {**about, 'run': runner.run_id})
 
     def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
         """Appends the line."""
@@ -171,6 +173,17 @@ class JsonLoggerHook(LoggerHook):
     def _append(self, runner: IterBasedRunner, record: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.append(f'{json.dumps(record)}\n'.encode(), runner.logger)
+
+
+def was_evaluated(work_dir: str | Path, run_id: str | None, iteration: int) -> bool:
+    """Whether a run's JSON logs hold an evaluation after ``iteration`` iterations."""
+    for path in Path(work_dir).glob('*.log.json'):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a file that is damaged proves nothing
+            about, *records = map(json.loads, path.read_text(encoding='utf-8').splitlines())
+            if about.get('run') == run_id and any(
+                    record.get('mode') == 'val' and record.get('iter') == iteration for record in records):
+                return True
+    return False
 
 
 @HOOKS.register_module()
