@@ -32,7 +32,7 @@ def test_process(config, tmp_path):
 
 def call(monkeypatch, *args):
     monkeypatch.setattr(sys, 'argv', ['browse_dataset.py', *map(str, args)])
-    browse_dataset.main()
+    return browse_dataset.main()
 
 
 def test_test_clips_of_one_video(config, tmp_path, monkeypatch):
@@ -47,9 +47,40 @@ def test_split_without_masks(config, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_unknown_video(config, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="no video 'v9'"):
-        call(monkeypatch, config, '--part', 'test', '--videos', 'v9', '--out', tmp_path)
+def test_unknown_video(config, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, config, '--part', 'test', '--videos', 'v9', '--out', tmp_path) == 1
+    assert capsys.readouterr().err == "error: --videos: the split has no video 'v9'\n"
+
+
+@pytest.mark.parametrize('place,what', [
+    ('data', 'the data set'), ('data/data/v1/origin', "the folder of frames of video 'v1'"),
+    ('link', "the folder of masks of video 'v1'"), ('data/val.txt/x', 'Not a directory')])
+def test_sheets_do_not_lie_among_the_frames(config, monkeypatch, capsys, place, what):
+    link = config.parent / 'link'
+    if not link.exists():
+        link.symlink_to(config.parent / 'data/data/v1/mask')
+    before = sorted(config.parent.rglob('*'))
+    assert call(monkeypatch, config, '--part', 'val', '--out', config.parent / place) == 1
+    said = capsys.readouterr().err
+    assert said.startswith('error: ') and what in said and said.count('\n') == 1
+    assert sorted(config.parent.rglob('*')) == before
+
+
+def test_names_with_slashes_and_long_suffixes(tmp_path, monkeypatch):
+    root = write_vspw(tmp_path / 'data', {'val': {'city/a': 3}, 'train': {'x': 5}})
+    for path in list((root / 'data/city/a').rglob('*.*')):
+        path.rename(path.with_name(f'{path.stem}_{path.parent.name}{path.suffix}'))
+    config = write_tiny_config(tmp_path / 'tiny.py', root, extra="""
+        data['val']['layout'] = dict(frame_suffix='_origin.jpg', mask_suffix='_mask.png')""")
+    assert call(monkeypatch, config, '--part', 'val', '--number', 9, '--out', tmp_path / 'sheets') == 0
+    assert [path.name for path in sorted((tmp_path / 'sheets').iterdir())] == [
+        f'val_{i:05d}_city_a_{i + 1:08d}.jpg' for i in range(3)]
+
+
+def test_a_config_without_that_part(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'c.py').write_text('data = dict(workers_per_gpu=0)')
+    assert call(monkeypatch, tmp_path / 'c.py', '--part', 'val') == 1
+    assert 'has no data.val' in capsys.readouterr().err
 
 
 def test_the_input_is_turned_back_into_the_picture():

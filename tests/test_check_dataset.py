@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -107,3 +108,107 @@ def test_folders_need_no_config(tmp_path, capsys):
     assert main([str(root), '--min-frames', '5']) == 1
     out = capsys.readouterr().out
     assert '3 frames, a clip needs 5' in out and 'val: 1 videos, 3 frames, 1 problems' in out
+
+
+def test_an_order_that_programs_may_disagree_about_is_a_warning(tmp_path, capsys):
+    root = write_vspw(tmp_path, {'val': {'x': 3, 'y': 12, 'z': 3}})
+    for folder in ('origin', 'mask'):
+        for path in sorted((root / 'data/x' / folder).iterdir()):
+            path.rename(path.with_stem({1: '1', 2: '01', 3: '2'}[int(path.stem)]))
+        for path in sorted((root / 'data/y' / folder).iterdir()):
+            path.rename(path.with_stem(f'frame_{int(path.stem)}'))
+    assert main([str(root), '--json', str(tmp_path / 'r.json')]) == 0
+    report = json.loads((tmp_path / 'r.json').read_text())['val']
+    assert [(w['kind'], w['video']) for w in report['warnings']] == [('ambiguous order', v) for v in 'xy']
+    assert report['problems'] == []
+    out = capsys.readouterr().out
+    assert "frames '01' and '1' have the same number" in out and "'frame_1' to 'frame_12'" in out
+
+
+def test_turned_frames_other_suffixes_and_names_with_slashes(tmp_path, capsys):
+    root = write_vspw(tmp_path, {'val': {'city/a': 2, 'city/b': 3}})
+    exif = Image.Exif()
+    exif[274] = 3
+    path = root / 'data/city/a/origin/00000001.jpg'
+    Image.open(path).save(path, exif=exif)
+    for path in list((root / 'data/city/b/origin').iterdir()):
+        path.rename(path.with_suffix('.JPG'))
+    assert main([str(root)]) == 1
+    out = capsys.readouterr().out
+    assert 'unreadable frame: ' in out and 'EXIF orientation 3' in out
+    assert "short video: " in out and "no file ends in '.jpg' (layout.frame_suffix), there are .JPG (3)" in out
+
+
+def test_a_folder_without_permission_is_a_problem(clean, monkeypatch, capsys):
+    listdir = os.listdir
+
+    def refuse(folder):
+        if str(folder).endswith(('v0/origin', 'v1/mask')):
+            raise PermissionError(13, 'Permission denied', str(folder))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, 'listdir', refuse)
+    assert main([str(clean), '--splits', 'val']) == 1
+    out = capsys.readouterr().out
+    assert out.count('unreadable folder: ') == 2 and 'v1/mask: cannot be read: Permission denied' in out
+
+
+@pytest.mark.parametrize('place,what', [
+    ('val.txt', "the list of split 'val'"), ('data/v1/origin/00000002.jpg', "the file of video 'v1' (frames)"),
+    ('link.png', "the file of video 'v1' (masks)"), ('c.py', 'the config'), ('data', 'Is a directory'),
+    ('val.txt/r.json', 'val.txt: File exists')])
+def test_a_report_in_the_place_of_an_input(tmp_path, capsys, place, what):
+    root = write_vspw(tmp_path, {'val': {'v1': 2}})
+    (root / 'c.py').write_text(f'data = dict(val=dict(type="VSPWDataset", data_root={str(root)!r}, split="val"))')
+    (root / 'link.png').symlink_to(root / 'data/v1/mask/00000002.png')
+    before = {path: path.read_bytes() for path in root.rglob('*') if path.is_file()}
+    assert main([str(root / 'c.py'), '--json', str(root / place)]) == 2
+    said = capsys.readouterr().err.lstrip('\n')  # of the progress bar
+    assert said.startswith('error: ') and what in said and said.count('\n') == 1
+    assert {path: path.read_bytes() for path in root.rglob('*') if path.is_file()} == before
+
+
+def test_names_of_classes_are_no_markup(tmp_path, capsys):
+    root = write_vspw(tmp_path, {'val': {'v1': 2}})
+    for path in (root / 'data/v1/mask').iterdir():
+        Image.fromarray(np.array(Image.open(path)) % 2).save(path)
+    names = ['road [/main] :car:', '[void]']
+    (root / 'c.py').write_text(f"""
+data = dict(val=dict(type='VideoDataset', data_root={str(root)!r}, split='val', classes={names},
+                     palette=[[0, 0, 0], [1, 1, 1]]))""")
+    assert main([str(root / 'c.py')]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+
+
+@pytest.mark.parametrize('config,splits,message', [
+    ('', (), 'no split to check; it has none'),
+    ('val=dict(type="VSPWDataset", data_root="x", split="val")', ('vall',), 'no split vall; it has val'),
+    ('val=dict(type="VSPWDataset", split="val")', (), 'data.val.data_root: expected the folder'),
+    ('val=dict(type="VSPWDataset", data_root="x")', (), 'data.val.split: expected the name'),
+])
+def test_nothing_checked_is_an_error(tmp_path, capsys, config, splits, message):
+    (tmp_path / 'c.py').write_text(f'data = dict({config})')
+    assert main([str(tmp_path / 'c.py'), *(('--splits', *splits) if splits else ())]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_concatenated_splits_of_one_name_are_all_reported(tmp_path):
+    roots = [write_vspw(tmp_path / name, {'train': {'v': 3}}) for name in 'ab']
+    parts = [dict(type='VSPWDataset', data_root=str(root), split='train', dilation=[0]) for root in roots]
+    (tmp_path / 'c.py').write_text(f'data = dict(train={parts!r})')
+    assert main([str(tmp_path / 'c.py'), '--json', str(tmp_path / 'r.json')]) == 0
+    assert list(json.loads((tmp_path / 'r.json').read_text())) == [f'train of {root}' for root in roots]
+
+
+def test_what_was_found_is_shown_on_a_full_disk_too(clean, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, 'replace', full)
+    (tmp_path / 'r.json').write_text('old')
+    assert main([str(clean), '--json', str(tmp_path / 'r.json')]) == 2
+    said = capsys.readouterr()
+    assert 'val: 3 videos, 18 frames, 0 problems' in said.out
+    assert said.err.strip() == f'error: {tmp_path}/r.json: No space left on device'
+    assert [path.name for path in tmp_path.iterdir()] == ['r.json'] and (tmp_path / 'r.json').read_text() == 'old'

@@ -8,11 +8,15 @@ import logging
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mmengine.config import Config
+from PIL import Image
 
+from mmseg.datasets import build_dataset
 from mmseg.utils.config import OptionsAction, check_config, load_config, override
 from mmseg.utils.errors import ConfigError
+from tests.vspw_fixture import write_vspw
 
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
 TOOLS = Path(__file__).parents[1] / 'tools'
@@ -61,7 +65,7 @@ def test_ours_has_the_values_of_the_reference(reference, name):
         'style', 'img_dir', 'ann_dir', 'process_clips', 'meta_keys', 'input_shape', 'in_index', 'in_features',
         'loss_weight', 'ignore_value', 'deep_supervision', 'dec_layers', 'norm', 'transformer_in_features',
         'common_stride', 'CONVS_DIM', 'MASK_DIM', 'transformer_in_feature', 'pre_norm', 'enforce_input_project',
-        'num_classes', 'warmup_iters',
+        'num_classes', 'warmup_iters', 'reduce_zero_label',
     }  # fmt: skip
     assert left_out <= retired, left_out - retired
 
@@ -191,3 +195,59 @@ def test_dumped_config_loads_again(tmp_path):
     cfg = load_config(VIDEO_B1)
     cfg.dump(str(tmp_path / 'dumped.py'))
     assert load_config(tmp_path / 'dumped.py').to_dict() == cfg.to_dict()
+
+
+def sizes_of(cfg):
+    train, test = cfg.data.train.dataset.pipeline, cfg.data.test.pipeline
+    roots = {part.data_root for part in (cfg.data.train.dataset, cfg.data.val, cfg.data.test)}
+    return (train[2].img_scale, train[2].ratio_range, train[3].crop_size, train[7].size, test[1].img_scale, *roots)
+
+
+def test_a_data_set_of_another_size_is_a_few_lines(tmp_path):
+    """No pipeline is copied: a key at the top level is meant wherever the base config refers to it."""
+    path = tmp_path / 'own.py'
+    path.write_text(f"""
+_base_ = {str(VIDEO_B1)!r}
+data_root = 'data/mine'
+img_scale = (640, 360)
+crop_size = (320, 320)
+""")
+    expected = ((640, 360), (0.5, 2.0), (320, 320), (320, 320), (640, 360), 'data/mine')
+    assert sizes_of(load_config(path)) == expected
+    options = {'crop_size': (96, 128), 'data_root': 'there', 'data.train.dataset.pipeline.7.size': (9, 9)}
+    cfg = load_config(path, options)
+    assert sizes_of(cfg) == ((640, 360), (0.5, 2.0), (96, 128), (9, 9), (640, 360), 'there')
+    loaded = Config.fromfile(str(path))  # as a program may give it to init_segmentor
+    override(loaded, {})
+    assert sizes_of(loaded) == expected
+
+
+@pytest.mark.parametrize('text, message', [
+    ("crop = (9, 9)\nx = [dict(size='${crops}')]", r"x\[0\].size: '\${crops}' stands for the key 'crops'.*mean 'crop'"),
+    ("a = '${b}'\nb = '${a}'", "holds references itself"),
+])
+def test_a_variable_that_is_not_there(tmp_path, text, message):
+    path = tmp_path / 'own.py'
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_other_text_with_dollars_is_left_alone(tmp_path):
+    path = tmp_path / 'own.py'
+    path.write_text("work = dict(dir='${HOME}/x', price='$5', empty='${}')")
+    assert load_config(path).work.to_dict() == dict(dir='${HOME}/x', price='$5', empty='${}')
+
+
+def test_the_base_pipelines_leave_the_labels_to_the_data_set(tmp_path):
+    """``reduce_zero_label`` is set on the data set alone, as the README says."""
+    root = write_vspw(tmp_path / 'data', {'train': {'a': 3}})
+    cfg = load_config(CONFIGS / 'mini_1f.py', {'data_root': str(root)})
+    names = [f'c{i}' for i in range(125)]
+    own = dict(cfg.data.train.dataset, type='VideoDataset', classes=names, palette=[[0, 0, 0]] * 125)
+    raw = np.array(Image.open(root / 'data/a/mask/00000002.png'))
+    for reduce, expected in ((False, raw), (True, np.where(raw == 0, 255, raw - 1))):
+        dataset = build_dataset({**own, 'reduce_zero_label': reduce})
+        load = dataset.pipeline.transforms[1]
+        labels = load(dict(masks=dataset.mask_path('a', '00000002'), reduce_zero_label=dataset.reduce_zero_label))
+        assert (labels['gt_semantic_seg'] == expected).all()

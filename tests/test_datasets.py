@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,9 +25,11 @@ from mmseg.datasets import (
     VSPWDataset,
     build_dataset,
 )
+from mmseg.datasets.check import SplitToCheck
 from mmseg.datasets.clip_sampler import cut_test_clips, frames_needed, sample_training_clip
-from mmseg.registry import DATASETS
+from mmseg.registry import DATASETS, PIPELINES, build
 from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.names import order_changed
 from tests.conftest import CAMVID
 from tests.vspw_fixture import test_config as config_for_testing
 from tests.vspw_fixture import train_config, write_video, write_vspw
@@ -227,6 +231,142 @@ def test_files_that_are_no_frames_are_skipped_and_numbers_sort_as_numbers(damage
     assert build_train(damaged).videos[0].frames == [str(i) for i in range(6, 13)]
 
 
+@pytest.mark.parametrize('names', [
+    [f'frame_{i}' for i in range(1, 21)], [f'{i}_rgb' for i in range(1, 21)], [f'{i}' for i in range(1, 21)],
+    [f'take{i}_{j}' for i in (2, 10) for j in (9, 10)], ['01', '1', '2'],
+])
+def test_frames_are_in_natural_order(damaged, names):
+    for folder in ('origin', 'mask'):
+        files = damaged / 'data' / 'b' / folder
+        one = next(files.iterdir()).read_bytes()
+        shutil.rmtree(files)
+        files.mkdir()
+        for name in names:
+            (files / (name + ('.jpg' if folder == 'origin' else '.png'))).write_bytes(one)
+    assert build_train(damaged).videos[1].frames == names
+
+
+def test_where_the_order_of_frames_has_changed():
+    assert order_changed([f'frame_{i}' for i in range(1, 21)])
+    assert not order_changed([f'frame_{i:02d}' for i in range(1, 21)])
+    assert not order_changed(map(str, range(1, 21))), 'numbers have always been in order'
+    assert not order_changed(['01', '1', '10', 'x'])
+
+
+@pytest.mark.parametrize('text,message', [
+    ('a\n/etc\n', r"train.txt, line 2: the video name '/etc' leads out of the data set"),
+    ('../a', r"the video name '../a' leads out"),
+    ('a/../../b', 'leads out'),
+    ('.', 'leads out'),
+    ('a\nb\n'.encode('utf-16'), 'train.txt: is UTF-16 text; save it as UTF-8'),
+    ('a\nb\n'.encode('utf-16-be'), 'holds zero bytes'),
+    ('a\nb\n'.encode('utf-32'), 'is UTF-32 text'),
+    ('a\nstra\xdfe\n'.encode('latin-1'), r'train.txt, line 2: byte 0xdf is not UTF-8 \(Latin-1'),
+])
+def test_split_files_that_cannot_be_followed(damaged, text, message):
+    (damaged / 'train.txt').write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=message):
+        build_train(damaged)
+
+
+def test_video_names_may_have_slashes(tmp_path):
+    write_vspw(tmp_path, {'train': {'city/a': 4, 'city/b': 4}, 'val': {'city/v': 3}})
+    (tmp_path / 'train.txt').write_text('city/a/\n./city//b\ncity/a\n')
+    dataset = build_train(tmp_path)
+    assert [video.name for video in dataset.videos] == ['city/a', 'city/b']
+    assert dataset[1]['img_metas']['video'] == 'city/b'
+    assert build_test(tmp_path)[0]['label'] is not None
+
+
+@pytest.mark.parametrize('kind,what', [('origin', "frame_suffix), there are .jpeg (7)"), ('mask', '.bmp (7)')])
+def test_files_of_another_suffix_are_named(damaged, kind, what):
+    for video in 'abc':
+        for path in list((damaged / 'data' / video / kind).iterdir()):
+            path.rename(path.with_suffix('.jpeg' if kind == 'origin' else '.bmp'))
+    looked_for = {'origin': '.jpg', 'mask': '.png'}[kind]
+    with pytest.raises(DataError, match=f"/a/{kind}: no file ends in '{looked_for}' .*{re.escape(what)}"):
+        build_train(damaged)
+
+
+def test_a_folder_without_permission_is_named(damaged, monkeypatch):
+    listdir = os.listdir
+
+    def refuse(folder):
+        if str(folder).endswith(kind):
+            raise PermissionError(13, 'Permission denied', str(folder))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, 'listdir', refuse)
+    for kind in ('b/origin', 'a/mask'):
+        with pytest.raises(DataError, match=f'{kind}: cannot be read: Permission denied'):
+            build_train(damaged)
+
+
+@pytest.mark.parametrize('options,message', [
+    (dict(test_size=True), 'test_size: expected a whole number'),
+    (dict(classes='classes.txt'), r"data.test.classes: expected a list of class names, got 'classes.txt'; write the"),
+    (dict(classes=['car', 3]), 'data.test.classes: expected a list of class names'),
+    (dict(classes=['car', 'road']), r'numbered by the 124 classes.*Leave classes out; .*and a palette'),
+    (dict(classes=list(reversed(VSPWDataset.CLASSES))), 'in another order'),
+    (dict(classes=['a', 'b', 'a'], palette=[[0, 0, 0]] * 3), r"classes: \['a'\] stand there more than once"),
+    (dict(classes=[f'c{i}' for i in range(254)]), 'at most 253 classes, got 254'),
+    (dict(classes=['a', 'b'], palette=[[0, 0, 0]]), '2 classes but 1 colours'),
+    (dict(classes=['a', 'b'], palette=[[0, 0, 0], [0, 0]]), r'data.test.palette: expected \[R, G, B\]'),
+    (dict(classes=['a', 'b'], palette=[[0, 0, 0], [0, 0, 256]]), r'0..255 for each of the 2 classes'),
+    (dict(classes=['a', 'b'], palette=[[0, 0, 0], [0, 0, 0.5]]), 'whole numbers'),
+    (dict(classes=['a', 'b'], palette='viridis'), 'data.test.palette: expected'),
+    (dict(palette=7), 'data.test.palette: expected'),
+    (dict(layout=dict(frame_suffix='jpg')), r"data.test.layout.frame_suffix: .* with its dot.*got 'jpg'"),
+    (dict(layout=dict(frames='{vidio}')), r"data.test.layout.frames: .*{video} for names, got '{vidio}'"),
+    (dict(layout=dict(masks=3)), 'data.test.layout.masks: expected text'),
+    (dict(layout='own'), 'data.test.layout: expected a dict'),
+    (dict(data_root=None), 'data.test.data_root: expected the folder of the data set, got None'),
+    (dict(split=''), "data.test.split: expected the name of a split"),
+    (dict(ignore_index=0), 'data.test.ignore_index: VSPWDataset supports only 255, got 0; remove the key'),
+])
+def test_wrong_values_are_one_error_in_data_set_and_check(vspw, options, message):
+    cfg = {**config_for_testing(vspw), **options}
+    with pytest.raises(ConfigError, match=message):
+        build_dataset(cfg, 'data.test')
+    if 'ignore_index' not in options:  # every argument's name is checked when the config is loaded
+        with pytest.raises(ConfigError, match=message):
+            SplitToCheck.from_config(cfg, 'data.test')
+
+
+def test_void_is_255_everywhere(vspw):
+    assert build_train(vspw, ignore_index=255).ignore_index == 255
+    crop = dict(type='RandomCrop', crop_size=(64, 64))
+    build(PIPELINES, {**crop, 'ignore_index': 255}, 'step')
+    with pytest.raises(ConfigError, match=r'step\.ignore_index: RandomCrop supports only 255, got 0'):
+        build(PIPELINES, {**crop, 'ignore_index': 0}, 'step')
+
+
+def test_the_home_folder_and_the_suffix_of_a_split(vspw, monkeypatch):
+    monkeypatch.setenv('HOME', str(vspw.parent))
+    dataset = build_test(f'~/{vspw.name}', split='val.txt')
+    assert dataset.data_root == str(vspw) and dataset.split == 'val' and dataset[0]['label'] is not None
+
+
+def test_changed_entries_of_a_layout_are_those_of_the_class(tmp_path):
+    cfg = {**config_for_testing(tmp_path), 'type': OwnDataset, 'layout': dict(masks='more/{video}')}
+    (split,) = SplitToCheck.from_config(cfg, 'data.val')
+    assert split.files.layout == replace(OwnDataset.layout, masks='more/{video}')
+    with pytest.raises(DataError, match=r'lists/val.lst: no such split file'):
+        build_dataset(cfg)
+
+
+def test_a_frame_that_is_turned_has_no_fitting_mask(damaged):
+    exif = Image.Exif()
+    exif[274] = 3
+    for video in ('v0', 't0'):
+        path = damaged / 'data' / video / 'origin' / '00000001.jpg'
+        with Image.open(path) as image:
+            image.save(path, exif=exif)
+    with pytest.raises(DataError, match=r"video 'v0', frame 00000001: .*EXIF orientation 3"):
+        _ = build_test(damaged)[0]
+    assert build_test(damaged, split='test')[0]['img'] is not None, 'no mask that it could disagree with'
+
+
 @pytest.mark.parametrize('break_it,message', [
     (lambda root: shutil.rmtree(root / 'data' / 'b'), 'no folder of frames for 1 videos: b .*split file'),
     (lambda root: (root / 'train.txt').write_text('\n \n'), 'names no video'),
@@ -326,6 +466,9 @@ def test_wrappers(vspw):
     with pytest.raises(ConfigError, match=r'data.train.dataset.dataset.type'):
         build_dataset(dict(type='RepeatDataset', times=1, dataset=dict(
             type='RepeatDataset', times=1, dataset=dict(type='VSPWDataset3'))))
+    for wrong in (None, 5, 'a', [cfg]):
+        with pytest.raises(ConfigError, match=r"data.train.dataset: expected a dict with a 'type' key"):
+            build_dataset(dict(type='RepeatDataset', times=1, dataset=wrong))
     with pytest.raises(ConfigError, match='joins training sets'):
         build_dataset([config_for_testing(vspw)])
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
+import itertools
+import os
+import shutil
 
 import cv2
 import numpy as np
@@ -11,8 +16,9 @@ from PIL import Image
 
 from mmseg.datasets import VSPWDataset
 from mmseg.datasets.mini_vspw import CLASS_IDS, SPLITS, _casts, render_video, write_mini_vspw
-from tests.tool_process import run_tool
+from tools import make_mini_vspw
 
+TINY = {'train': (1, 2), 'val': (1, 1), 'test': (1, 1)}
 SMALL = {'train': (6, 8), 'val': (2, 4), 'test': (1, 2)}
 
 
@@ -90,8 +96,55 @@ def test_labels_move(mini):
     assert 0.02 < (first != last).mean() < 0.9
 
 
-def test_the_tool_refuses_to_overwrite(mini):
-    before = digest(mini)
-    done = run_tool('make_mini_vspw', mini)
-    assert done.returncode == 1 and 'holds a data set already' in done.stderr
-    assert digest(mini) == before
+@pytest.fixture
+def small_tool(monkeypatch):
+    monkeypatch.setattr(make_mini_vspw, 'SPLITS', TINY)
+    monkeypatch.setattr(make_mini_vspw, 'write_mini_vspw', functools.partial(write_mini_vspw, splits=TINY))
+    return lambda *args: make_mini_vspw.main(list(map(str, args)))
+
+
+def test_the_tool_refuses_to_overwrite(small_tool, tmp_path, capsys):
+    assert small_tool(tmp_path) == 0
+    before = digest(tmp_path)
+    assert small_tool(tmp_path) == 1 and 'holds a data set already' in capsys.readouterr().err
+    assert digest(tmp_path) == before
+    assert small_tool(tmp_path, '--overwrite', '--seed', 3) == 0
+    write_mini_vspw(tmp_path / 'fresh', seed=3, splits=TINY)
+    fresh = digest(tmp_path / 'fresh')
+    shutil.rmtree(tmp_path / 'fresh')
+    assert digest(tmp_path) == fresh, 'no frame of the other seed is left'
+
+
+@pytest.mark.parametrize('name', ['train.txt', 'val.txt'])
+def test_the_lists_of_another_data_set_are_never_replaced(small_tool, tmp_path, capsys, name):
+    (tmp_path / name).write_text('my_video\n')
+    assert small_tool(tmp_path, '--overwrite') == 1
+    assert f'{name} names videos that this tool did not make' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == 'my_video\n'
+
+
+@pytest.mark.parametrize('writes', [0, 5, 8, 9])
+def test_what_is_half_written_does_not_look_whole(small_tool, tmp_path, monkeypatch, capsys, writes):
+    assert small_tool(tmp_path) == 0
+    left = itertools.count(writes, -1)
+    replace = os.replace
+
+    def full(source, target):
+        if next(left) <= 0:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', full)
+    assert small_tool(tmp_path, '--overwrite', '--seed', 1) == 1
+    assert 'No space left on device' in capsys.readouterr().err
+    assert not (tmp_path / 'train.txt').exists() and not list(tmp_path.rglob('*.part'))
+    monkeypatch.undo()
+    write_mini_vspw(tmp_path, 1, TINY)
+    assert (tmp_path / 'train.txt').exists()
+
+
+def test_a_wrong_seed_or_place(small_tool, tmp_path, capsys):
+    (tmp_path / 'file').write_text('mine')
+    assert small_tool(tmp_path / 'file') == 1
+    assert small_tool(tmp_path / 'x', '--seed', -1) == 1
+    assert capsys.readouterr().err.count('error: ') == 2 and (tmp_path / 'file').read_text() == 'mine'

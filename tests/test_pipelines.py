@@ -316,7 +316,7 @@ GOOD_MASK = recipe.raw_mask(3, 1, 60, 107)[0]
 @pytest.mark.parametrize('data,message', [
     (None, 'no such file'),
     (b'', 'empty file'),
-    (png(GOOD_MASK)[:60], 'cannot be decoded'),
+    (png(GOOD_MASK)[:60], 'truncated PNG'),
     (png(np.full((60, 107), 200, np.uint8)), r'label out of range: \[200\]; the data set has 124 classes.*1..124'),
     (png(np.zeros((60, 107, 3), np.uint8)), "one channel, got mode 'RGB'"),
     (png(GOOD_MASK[:50]), r'mask is 107x50, its frame is 107x60'),
@@ -362,3 +362,20 @@ def test_scales_are_drawn_as_configured():
 def test_collect_says_what_is_missing():
     with pytest.raises(ConfigError, match='flip'):
         Collect(keys=['img'], meta_keys=['flip'])(clip(7, 1, 20, 20))
+
+
+@pytest.mark.parametrize('step', [
+    dict(type='RandomCrop', crop_size=64), dict(type='RandomCrop', crop_size=(64,)),
+    dict(type='RandomCrop', crop_size=(64, 0)), dict(type='RandomCrop', crop_size=('64', '64')),
+    dict(type='Resize', img_scale=(1, 2, 3)), dict(type='Resize', img_scale=[]), dict(type='Resize', img_scale=9),
+    dict(type='Resize', img_scale=[(107, 60), (107,)]), dict(type='Resize', img_scale=(107, 60), ratio_range=(-1, 1)),
+    dict(type='AlignedResize', img_scale='107'), dict(type='Pad', size=64), dict(type='Pad', size=(True, 64)),
+    dict(type='PhotoMetricDistortion', contrast_range=(0.5,)),
+    dict(type='PhotoMetricDistortion', saturation_range=(0.5, float('nan'))),
+    dict(type='Normalize', mean=[1, 2], std=[1, 2, 3]), dict(type='Normalize', mean=[1, 2, 3], std=[1, 2, 'x']),
+    dict(type='MultiScaleFlipAug', transforms=[], img_scale=(8, 8), img_ratios=['x']),
+])
+def test_wrong_numbers_are_named(step):
+    names = 'crop_size|img_scale|ratio_range|size|contrast_range|saturation_range|mean|std|img_ratios'
+    with pytest.raises(ConfigError, match=rf'^\[0\]\.({names}): expected (2|3|a list of) numbers'):
+        Compose([step])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ import torch
 
 from mmseg.datasets import VideoDataset, build_dataset
 from mmseg.datasets.loader import seeded
-from mmseg.datasets.pipelines.loading import load_labels, read_frame
+from mmseg.datasets.pipelines.loading import load_labels
+from mmseg.utils.cli import run_tool
 from mmseg.utils.config import OptionsAction, load_config
 from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.files import refuse_overwriting
+from mmseg.utils.images import read_frame
 from mmseg.utils.visual import legend, overlay, panels, write_picture
 
 EPILOG = """Rows of a sheet: the frames as they stand on disk; their labels; then for every view the frames after the
@@ -66,7 +69,7 @@ def sheet(item: dict[str, Any], source: VideoDataset, height: int, opacity: floa
     views = item['img'] if isinstance(item['img'], list) else [item['img']]
     metas = item['img_metas'] if isinstance(item['img_metas'], list) else [item['img_metas']]
     video, paths = metas[0]['video'], metas[0]['all_names']
-    names = [Path(path).stem for path in paths]
+    names = [source.frame_name(path) for path in paths]
     frames = [read_frame(path) for path in paths]
     rows = [[(f'{video}/{name}  {frame.shape[1]}x{frame.shape[0]}', frame) for name, frame in zip(names, frames)]]
     shown: set[int] = set()
@@ -112,8 +115,42 @@ def choose(dataset: Any, videos: list[str] | None, number: int, seed: int) -> li
     return sorted(candidates[i] for i in order)
 
 
-def main() -> None:
-    """Runs the command line."""
+def refuse_inputs(out: Path, config: str, parts: Iterable[VideoDataset]) -> None:
+    """Refuses a folder of sheets that is one of the data set's: sheets among its frames would be taken for frames."""
+    inputs: dict[str, str | Path] = {'config': config}
+    for part in parts:
+        inputs['data set'] = part.data_root
+        for video in part.videos:
+            inputs.update({f"folder of {kind} of video '{video.name}'": part.files.folder(kind, video.name)
+                           for kind in ('frames', 'masks')})
+    refuse_overwriting({'--out': out}, inputs)
+
+
+def browse(args: argparse.Namespace) -> None:
+    """Writes the sheets that the arguments ask for, and prints their names."""
+    data = load_config(args.config, args.options).get('data') or {}
+    if args.part not in data:
+        raise ConfigError(f'{args.config}: has no data.{args.part}; it has {", ".join(data) or "no data at all"}')
+    dataset = build_dataset(data[args.part], where=f'data.{args.part}')
+    refuse_inputs(args.out, args.config, video_datasets(dataset))
+    for index in choose(dataset, args.videos, args.number, args.seed):
+        with seeded(args.seed, index):
+            item = dataset[index]
+        for error in item['skipped']:
+            print(f'left out: {error}', file=sys.stderr)
+        if item['img'] is None:
+            continue
+        meta = item['img_metas'][0] if isinstance(item['img_metas'], list) else item['img_metas']
+        source = next(part for part in video_datasets(dataset) if meta['filename'] == part.frame_path(
+            meta['video'], part.frame_name(meta['filename'])))
+        name = f'{meta["video"].replace("/", "_")}_{source.frame_name(meta["filename"])}'
+        path = args.out / f'{args.part}_{index:05d}_{name}.jpg'
+        write_picture(path, sheet(item, source, args.height, args.opacity))
+        print(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
@@ -125,27 +162,9 @@ def main() -> None:
     parser.add_argument('--height', type=int, default=200, help='of a row, in pixels')
     parser.add_argument('--opacity', type=float, default=0.6, help='of the labels, 0..1')
     OptionsAction.add_to(parser)
-    args = parser.parse_args()
-    try:
-        cfg = load_config(args.config, args.options)
-        dataset = build_dataset(cfg.data[args.part], where=f'data.{args.part}')
-        for index in choose(dataset, args.videos, args.number, args.seed):
-            with seeded(args.seed, index):
-                item = dataset[index]
-            for error in item['skipped']:
-                print(f'left out: {error}', file=sys.stderr)
-            if item['img'] is None:
-                continue
-            meta = item['img_metas'][0] if isinstance(item['img_metas'], list) else item['img_metas']
-            name = Path(meta['filename']).stem
-            source = next(part for part in video_datasets(dataset)
-                          if part.frame_path(meta['video'], name) == meta['filename'])
-            path = args.out / f'{args.part}_{index:05d}_{meta["video"]}_{name}.jpg'
-            write_picture(path, sheet(item, source, args.height, args.opacity))
-            print(path)
-    except (ConfigError, DataError) as error:
-        sys.exit(f'error: {error}')
+    args = parser.parse_args(arguments)
+    return run_tool(lambda: browse(args))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Reads every file of a data set, lists what is wrong with it, and counts the pixels of each class.
 
 The target is a config file, whose data sets are checked for their clip length, or a data set's folder.  The exit status
-is 0 for a clean data set, 1 where something is wrong, 2 where the check could not run.
+is 0 for a clean data set (there may be warnings), 1 where something is wrong, 2 where the check could not run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -22,10 +23,12 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.datasets.check import Report, SplitToCheck, check_split, count_by_kind
-from mmseg.datasets.pipelines.loading import VOID
+from mmseg.utils.cli import run_tool
 from mmseg.utils.config import load_config
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.images import VOID
 
 EXAMPLES = """examples:
   python tools/check_dataset.py local_configs/themask/video_themask_mit_b5.py
@@ -37,20 +40,39 @@ EXAMPLES = """examples:
 def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
     """The splits that the arguments ask for."""
     if args.target.suffix == '.py':
-        data = load_config(str(args.target))['data']
+        data = load_config(str(args.target)).get('data') or {}
         found: dict[tuple[str, str], SplitToCheck] = {}
         for part in ('train', 'val', 'test'):
             for split in SplitToCheck.from_config(data[part], f'data.{part}') if part in data else ():
-                found.setdefault((split.data_root, split.split), split)
-        return [split for split in found.values() if not args.splits or split.split in args.splits]
-    names = args.splits or [name for name in ('train', 'val', 'test') if (args.target / f'{name}.txt').exists()]
+                found.setdefault((split.files.data_root, split.files.name), split)
+        chosen = [split for split in found.values() if not args.splits or split.files.name in args.splits]
+        missing = set(args.splits or ()) - {split.files.name for split in chosen}
+        if missing or not chosen:
+            there = ', '.join(sorted({split.files.name for split in found.values()})) or 'none'
+            raise ConfigError(f'{args.target}: no split {", ".join(sorted(missing)) or "to check"}; it has {there}')
+        return chosen
+    target = args.target.expanduser()
+    names = args.splits or [name for name in ('train', 'val', 'test') if (target / f'{name}.txt').exists()]
     if not names:
-        raise DataError(f'{args.target}: neither a config file nor a folder with train.txt, val.txt or test.txt')
-    described = dict(type=args.type, data_root=str(args.target))
+        raise DataError(f'{target}: neither a config file nor a folder with train.txt, val.txt or test.txt')
+    described = dict(type=args.type, data_root=str(target))
     return [
         replace(split, frames_needed=args.min_frames)
         for name in names for split in SplitToCheck.from_config({**described, 'split': name}, '--type')
     ]
+
+
+def refuse_inputs(args: argparse.Namespace, splits: Sequence[SplitToCheck]) -> None:
+    """Refuses a report in the place of a file that is read."""
+    inputs: dict[str, str | Path] = {'config': args.target}
+    name = os.path.basename(os.path.realpath(args.json or ''))
+    for files in (split.files for split in splits):
+        inputs[f"list of split '{files.name}'"] = files.file
+        if args.json is not None and args.json.exists():
+            for video in files.videos():
+                for kind in ('frames', 'masks'):
+                    inputs[f"file of video '{video}' ({kind})"] = os.path.join(files.folder(kind, video), name)
+    refuse_overwriting({'--json': args.json}, inputs)
 
 
 def _set_total(bar: Progress, task: TaskID, total: int) -> None:
@@ -60,7 +82,9 @@ def _set_total(bar: Progress, task: TaskID, total: int) -> None:
 def show(report: Report, console: Console) -> None:
     """Prints the problems of a split, its classes, and a summary."""
     for problem in report.problems:
-        console.print(f'{problem.kind}: {problem.message}', style='red', highlight=False, soft_wrap=True, markup=False)
+        console.print(f'{problem.kind}: {problem.message}', style='red', highlight=False, soft_wrap=True)
+    for warning in report.warnings:
+        console.print(f'warning: {warning.kind}: {warning.message}', style='yellow', highlight=False, soft_wrap=True)
     total = int(report.pixels.sum())
     if total:
         table = Table(title=f'{report.split}: pixels of each class')
@@ -80,8 +104,15 @@ def show(report: Report, console: Console) -> None:
         f'{len(report.problems)} problems{f" ({kinds})" if kinds else ""}', highlight=False, soft_wrap=True)
 
 
+def named(splits: Sequence[SplitToCheck], reports: Sequence[Report]) -> dict[str, Any]:
+    """The reports by the names of their splits; two splits of one name have their folder beside it."""
+    names = [report.split for report in reports]
+    return {name if names.count(name) == 1 else f'{name} of {split.files.data_root}': report.to_json()
+            for name, split, report in zip(names, splits, reports)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit status."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('target', type=Path, help='config file, or folder of a data set')
@@ -91,24 +122,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='threads')
     parser.add_argument('--json', type=Path, help='write the report to this file too')
     args = parser.parse_args(arguments)
-    console = table_console()
+    return run_tool(lambda: check(args), failed=2)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Checks, writes and shows what the arguments ask for; returns the exit status."""
+    splits = splits_of(args)
+    refuse_inputs(args, splits)
     reports = []
+    description = TextColumn('{task.description}', markup=False)
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=table_console(stderr=True), transient=True) as bar:
+        for split in splits:
+            task = bar.add_task(split.files.name, total=None)
+            reports.append(check_split(
+                split, args.workers, on_start=partial(_set_total, bar, task), on_video=partial(bar.advance, task)))
     try:
-        splits = splits_of(args)
-        name = TextColumn('{task.description}', markup=False)
-        columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=table_console(stderr=True), transient=True) as bar:
-            for split in splits:
-                task = bar.add_task(split.split, total=None)
-                reports.append(check_split(
-                    split, args.workers, on_start=partial(_set_total, bar, task), on_video=partial(bar.advance, task)))
-    except (ConfigError, DataError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    for report in reports:
-        show(report, console)
-    if args.json:
-        args.json.write_text(json.dumps({report.split: report.to_json() for report in reports}, indent=1) + '\n')
+        if args.json:
+            write_atomically(args.json, json.dumps(named(splits, reports), indent=1) + '\n')
+    finally:  # what was found is shown on a full disk, too
+        console = table_console()
+        for report in reports:
+            show(report, console)
     return int(any(report.problems for report in reports))
 
 

@@ -83,7 +83,7 @@ def main() -> None:
     work_dir: Path = args.work_dir
     one_frame, clips, control = (work_dir / name for name in ('1f', 'video', '1f_control'))
 
-    if not (ROOT / DATA / 'val.txt').exists():
+    if not (ROOT / DATA / 'train.txt').exists():  # is written last
         run(sys.executable, 'tools/make_mini_vspw.py', DATA)
     train('mini_1f', one_frame, args.processes)
     train('mini_video', clips, args.processes, '--finetune-from', one_frame)

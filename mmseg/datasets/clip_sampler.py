@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
+from mmseg.utils.errors import ConfigError
+
 _TEST_STRIDE = 3  # frames between neighbours of a test clip; also the number of clips a block gives
+
+
+def check_clips(dilation: Any, test_size: Any) -> tuple[tuple[int, ...] | None, int | None]:
+    """``dilation`` (always as a tuple) and ``test_size``, exactly one of which is not None, from a config's values."""
+    if (dilation is None) == (test_size is None):
+        raise ConfigError('a data set takes either dilation (training clips, [0] for single frames) or test_size '
+                          f'(test clips), got dilation={dilation!r} and test_size={test_size!r}')
+    if test_size is not None:
+        if type(test_size) is not int or test_size < 1:
+            raise ConfigError(f'test_size: expected a whole number of frames >= 1, got {test_size!r}')
+        return None, test_size
+    offsets = tuple(dilation) if isinstance(dilation, Sequence) else (dilation,)
+    whole = bool(offsets) and all(type(offset) is int for offset in offsets)
+    if not whole or not all(a < b for a, b in pairwise(offsets)) or offsets[-1] > 0:
+        raise ConfigError('dilation: expected ascending offsets <= 0 to the current frame, the farthest first, '
+                          f'as [-9, -6, -3] or [0], got {dilation!r}')
+    return offsets, None
 
 
 def frames_needed(dilation: Sequence[int]) -> int:

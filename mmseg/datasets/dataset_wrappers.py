@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -11,6 +11,10 @@ from torch.utils.data import Dataset
 
 from mmseg.registry import DATASETS, build
 from mmseg.utils.errors import ConfigError
+
+
+def _built(dataset: Any, where: str) -> Any:
+    return dataset if hasattr(dataset, 'CLASSES') else build(DATASETS, dataset, where)
 
 
 @DATASETS.register_module()
@@ -23,7 +27,7 @@ class RepeatDataset(Dataset):
     """
 
     def __init__(self, dataset: Any, times: int):
-        self.dataset = build(DATASETS, dataset, 'dataset') if isinstance(dataset, Mapping) else dataset
+        self.dataset = _built(dataset, 'dataset')
         self.times = times
         self.CLASSES = self.dataset.CLASSES
         self.PALETTE = self.dataset.PALETTE
@@ -48,10 +52,7 @@ class ConcatDataset(Dataset):
     """
 
     def __init__(self, datasets: Sequence[Any]):
-        self.datasets = [
-            build(DATASETS, cfg, f'datasets[{index}]') if isinstance(cfg, Mapping) else cfg
-            for index, cfg in enumerate(datasets)
-        ]
+        self.datasets = [_built(dataset, f'datasets[{index}]') for index, dataset in enumerate(datasets)]
         if not self.datasets:
             raise ConfigError('ConcatDataset: needs at least one data set')
         first = self.datasets[0]

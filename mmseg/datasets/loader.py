@@ -28,10 +28,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmseg.registry import DATASETS, build
+from mmseg.utils import images
 from mmseg.utils.errors import ConfigError, DataError
 
 from .dataset_wrappers import ConcatDataset
-from .pipelines import loading
 from .video_dataset import VideoDataset
 
 STALL_SECONDS = 600.0
@@ -187,11 +187,11 @@ class _Noted(Dataset):
     def __getitem__(self, key: Any) -> Any:
         worker = torch.utils.data.get_worker_info()
         slot = 0 if worker is None else worker.id
-        former, loading.watch = loading.watch, partial(self.notes.take, slot)
+        former, images.watch = images.watch, partial(self.notes.take, slot)
         try:
             return self.dataset[key]
         finally:
-            loading.watch = former
+            images.watch = former
             self.notes.clear(slot)
 
 

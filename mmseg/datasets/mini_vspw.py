@@ -7,6 +7,7 @@ itself, so that such a frame does not tell which of a pair it shows, while a sha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .pipelines.loading import VOID
+from mmseg.utils.files import atomic_file, write_atomically
+from mmseg.utils.images import VOID
+
 from .vspw import VSPWDataset
 
 _SIZES = ((120, 160), (120, 160), (112, 168), (128, 152), (104, 160))  # height, width; a video has one
@@ -217,33 +220,38 @@ def write_mini_vspw(
         progress: Callable[[str], None] = lambda _: None) -> None:
     """Writes the data set in VSPW's layout; the same seed gives the same files.
 
-    The lists of videos are written last, so a data set that has them is whole.
+    The lists of videos are removed first and written last, that of the first split at the very end, so a data set that
+    has it is whole.
 
     Args:
-        root: folder, made if need be.
+        root: folder, made if need be; folders of videos with the names of these are replaced.
         seed: any whole number >= 0.
         splits: videos and frames a video, by split; a split named ``test`` gets no masks.
         progress: called with the name of each finished video.
     """
     root = Path(root)
-    names: dict[str, list[str]] = {}
-    for split, (videos, frames) in splits.items():
+    names = {split: [f'{split}_{index:03d}' for index in range(videos)] for split, (videos, _) in splits.items()}
+    for split in splits:
+        (root / f'{split}.txt').unlink(missing_ok=True)
+    for split, (_, frames) in splits.items():
         key = [seed, *split.encode()]
-        names[split] = [f'{split}_{index:03d}' for index in range(videos)]
-        for index, cast in enumerate(_casts(np.random.default_rng(key), videos)):
-            rng = np.random.default_rng([*key, index])
+        for index, cast in enumerate(_casts(np.random.default_rng(key), len(names[split]))):
             folder = root / 'data' / names[split][index]
-            (folder / 'origin').mkdir(parents=True, exist_ok=True)
-            if split != 'test':
-                (folder / 'mask').mkdir(exist_ok=True)
-            start = int(rng.integers(0, 500))
-            for position, (frame, label) in enumerate(render_video(rng, cast, frames)):
-                stem = f'{start + position:08d}'
-                ok, data = cv2.imencode('.jpg', frame, [cv2.IMWRITE_JPEG_QUALITY, 92])
-                assert ok
-                (folder / 'origin' / f'{stem}.jpg').write_bytes(data.tobytes())
-                if split != 'test':
-                    Image.fromarray(label).save(folder / 'mask' / f'{stem}.png')
+            if folder.exists():  # frames of another seed have other numbers
+                shutil.rmtree(folder)
+            _write_video(folder, np.random.default_rng([*key, index]), cast, frames, masks=split != 'test')
             progress(names[split][index])
-    for split, videos_of_split in names.items():
-        (root / f'{split}.txt').write_text('\n'.join(videos_of_split) + '\n', encoding='utf-8')
+    for split in reversed(list(names)):
+        write_atomically(root / f'{split}.txt', '\n'.join(names[split]) + '\n', sync=False)
+
+
+def _write_video(folder: Path, rng: np.random.Generator, cast: tuple[str, ...], frames: int, masks: bool) -> None:
+    start = int(rng.integers(0, 500))
+    for position, (frame, label) in enumerate(render_video(rng, cast, frames)):
+        stem = f'{start + position:08d}'
+        ok, data = cv2.imencode('.jpg', frame, [cv2.IMWRITE_JPEG_QUALITY, 92])
+        assert ok
+        write_atomically(folder / 'origin' / f'{stem}.jpg', data.tobytes(), sync=False)
+        if masks:
+            with atomic_file(folder / 'mask' / f'{stem}.png', sync=False) as file:
+                Image.fromarray(label).save(file, 'PNG')

@@ -6,45 +6,26 @@ data set is data: class names, a palette, whether raw label 0 is void, and a :cl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from mmseg.registry import DATASETS, check_arguments, retired, standing_at
+from mmseg.registry import DATASETS, retired
 from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.images import VOID, label_table, max_pixels, to_training_labels
 
-from .clip_sampler import cut_test_clips, frames_needed, sample_training_clip
+from .clip_sampler import check_clips, cut_test_clips, frames_needed, sample_training_clip
 from .pipelines.compose import Compose
-from .pipelines.loading import VOID, LoadAnnotations, label_table, load_labels, located, to_training_labels
+from .pipelines.loading import LoadAnnotations, load_labels, located
 from .pipelines.transform import Results
+from .split import Layout, Split
 
 _MAX_DRAWS = 100  # clips drawn for one training item before giving up
 _NAMES_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the files of a data set lie under its root; ``{split}`` and ``{video}`` stand for names.
-
-    Attributes:
-        split_file: text file with one video a line.
-        frames: folder of a video's frames.
-        masks: folder of a video's masks, whose file names are those of the frames but for the suffix.
-        frame_suffix: what frame files end in.
-        mask_suffix: what mask files end in.
-    """
-
-    split_file: str = '{split}.txt'
-    frames: str = 'data/{video}/origin'
-    masks: str = 'data/{video}/mask'
-    frame_suffix: str = '.jpg'
-    mask_suffix: str = '.png'
 
 
 @dataclass(frozen=True)
@@ -69,54 +50,8 @@ def _some(names: Sequence[str]) -> str:
     return ', '.join(names[:_NAMES_SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
-def _frame_order(name: str) -> tuple[int, int, str]:
-    """Numbers in numerical order, other names after them in alphabetical order."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
-def list_files(folder: str | Path, suffix: str) -> list[str]:
-    """Names, without suffix and in frame order, of the visible files of ``folder`` that end in ``suffix``."""
-    return sorted((name[:-len(suffix)] for name in os.listdir(folder) if _counts(name, suffix)), key=_frame_order)
-
-
-def has_files(folder: str | Path, suffix: str) -> bool:
-    """Whether there is such a folder with a visible file that ends in ``suffix``."""
-    try:
-        with os.scandir(folder) as entries:
-            return any(_counts(entry.name, suffix) for entry in entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def _counts(name: str, suffix: str) -> bool:
-    """Hidden files are of other programs (``._1.png`` beside each file that macOS copied)."""
-    return name.endswith(suffix) and not name.startswith('.')
-
-
-def read_split(root: str | Path, layout: Layout, split: str) -> list[str]:
-    """Names of the videos of a split, in the order of its file.
-
-    Blank lines, CRLF line ends, and a missing final newline are harmless; a repeated name counts once.
-
-    Raises:
-        DataError: the root or the file is missing, or the file names no video.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; set data_root to the data set (data/README.md shows its layout)")
-    path = root / layout.split_file.format(split=split.removesuffix('.txt'))
-    if not path.is_file():
-        there = sorted(p.name for p in root.glob('*.txt'))
-        raise DataError(f"{path}: no such split file; there are {there}")
-    lines = path.read_text(encoding='utf-8-sig').splitlines()
-    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not names:
-        raise DataError(f'{path}: the split names no video; write one video a line')
-    return names
-
-
 @DATASETS.register_module()
-@retired(img_dir=(), ann_dir=(), test_mode=())
+@retired(img_dir=(), ann_dir=(), test_mode=(), ignore_index=(VOID,))
 class VideoDataset(Dataset):
     """Clips of the videos of one split.
 
@@ -132,20 +67,20 @@ class VideoDataset(Dataset):
     not empty the clip could not be read and ``img``, ``img_metas``, ``label`` and ``raw_label`` are ``None``.
 
     Args:
-        data_root: folder of the data set.
+        data_root: folder of the data set; ``~`` is the home folder.
         split: name of the split.
         pipeline: steps (see :mod:`mmseg.datasets.pipelines`).
         dilation: ascending offsets <= 0 of a training clip's frames to its current frame; ``[0]`` for single frames.
         test_size: frames of a test clip.
         classes: class names; default ``CLASSES`` of the class.
         palette: [R,G,B] a class; default ``PALETTE`` of the class.
-        layout: a :class:`Layout`, or its changed entries as a dict.
+        layout: a :class:`Layout`, or the entries in which it differs from that of the class as a dict.
         reduce_zero_label: raw label 0 is void and 1..K are the classes; default that of the class.
-        ignore_index: training label of void.
         skip_short_videos: leave out videos that are too short for a clip, instead of raising an error.
         skip_bad_clips: pass over clips with unreadable or inconsistent files, and list them in ``skipped``.
 
     Attributes:
+        files: the :class:`~mmseg.datasets.split.Split`.
         videos: list of :class:`Video`.
         clips: list of :class:`Clip` of a test set; ``None`` for a training set.
         short_videos: names of the videos that were left out.
@@ -161,65 +96,33 @@ class VideoDataset(Dataset):
     PALETTE: Sequence[Sequence[int]] = ()
     layout = Layout()
     reduce_zero_label = False
+    ignore_index = VOID
 
     def __init__(
             self, data_root: str, split: str, pipeline: Sequence[Mapping | Callable[[Results], Results]],
             dilation: Sequence[int] | int | None = None, test_size: int | None = None,
             classes: Sequence[str] | None = None, palette: Sequence[Sequence[int]] | None = None,
             layout: Layout | Mapping[str, str] | None = None, reduce_zero_label: bool | None = None,
-            ignore_index: int = VOID, skip_short_videos: bool = False, skip_bad_clips: bool = False):
-        self.data_root = str(data_root)
-        self.split = split
-        self.dilation, self.test_size = self._check_clips(dilation, test_size)
-        if classes is not None:
-            self.CLASSES = tuple(classes)
-        if palette is not None:
-            self.PALETTE = [list(colour) for colour in palette]
-        if reduce_zero_label is not None:
-            self.reduce_zero_label = reduce_zero_label
-        if isinstance(layout, Mapping):
-            with standing_at('layout') as where:
-                layout = Layout(**check_arguments(Layout, layout, where))
-        self.layout = layout or self.layout
-        self.ignore_index = ignore_index
+            skip_short_videos: bool = False, skip_bad_clips: bool = False):
+        self.dilation, self.test_size = check_clips(dilation, test_size)
+        self.files = Split.of(self, data_root, split, classes, palette, layout, reduce_zero_label)
+        self.data_root, self.split, self.layout = self.files.data_root, self.files.name, self.files.layout
+        self.CLASSES, self.PALETTE = self.files.classes, self.files.palette
+        self.reduce_zero_label = self.files.reduce_zero_label
         self.skip_bad_clips = skip_bad_clips
-        self._check_classes()
+        max_pixels()  # a wrong limit is found here, and not in a worker
         self.pipeline = Compose(pipeline)
         self._check_pipeline()
         self.videos, self.short_videos = self._list_videos(skip_short_videos)
-        self.has_masks = any(
-            has_files(self._folder('masks', video.name), self.layout.mask_suffix) for video in self.videos)
+        self.has_masks = any(self.files.has('masks', video.name) for video in self.videos)
         if self.is_training and not self.has_masks:
-            raise DataError(f"split '{split}' of {data_root}: no masks in {self._folder('masks', self.videos[0].name)} "
-                            f'nor in any other video; training needs them')
+            raise DataError(f"split '{self.split}' of {self.data_root}: no masks in any video, but training needs "
+                            'them; ' + self.files.instead('masks', self.videos[0].name))
         self.clips = None if self.test_size is None else [
             Clip(index, positions)
             for index, video in enumerate(self.videos)
             for positions in cut_test_clips(len(video.frames), self.test_size)
         ]
-
-    @staticmethod
-    def _check_clips(
-            dilation: Sequence[int] | int | None, test_size: int | None) -> tuple[tuple[int, ...] | None, int | None]:
-        if (dilation is None) == (test_size is None):
-            raise ConfigError('a data set takes either dilation (training clips, [0] for single frames) or test_size '
-                              f'(test clips), got dilation={dilation!r} and test_size={test_size!r}')
-        if test_size is not None:
-            if not isinstance(test_size, int) or test_size < 1:
-                raise ConfigError(f'test_size: expected a whole number of frames >= 1, got {test_size!r}')
-            return None, test_size
-        offsets = (dilation,) if isinstance(dilation, int) else tuple(dilation or ())
-        ascending = all(a < b for a, b in pairwise(offsets))
-        if not offsets or not all(isinstance(d, int) for d in offsets) or not ascending or offsets[-1] > 0:
-            raise ConfigError('dilation: expected ascending offsets <= 0 to the current frame, the farthest first, '
-                              f'as [-9, -6, -3] or [0], got {dilation!r}')
-        return offsets, None
-
-    def _check_classes(self) -> None:
-        if not self.CLASSES:
-            raise ConfigError(f'{type(self).__name__}: has no class names; set CLASSES or give classes=[...]')
-        if len(self.PALETTE) != len(self.CLASSES):
-            raise ConfigError(f'{type(self).__name__}: {len(self.CLASSES)} classes but {len(self.PALETTE)} colours')
 
     def _check_pipeline(self) -> None:
         for step in self.pipeline.transforms:
@@ -235,9 +138,9 @@ class VideoDataset(Dataset):
         videos: list[Video] = []
         short: list[Video] = []
         missing: list[str] = []
-        for name in read_split(self.data_root, self.layout, self.split):
+        for name in self.files.videos():
             try:
-                video = Video(name, list_files(self._folder('frames', name), self.layout.frame_suffix))
+                video = Video(name, self.files.files('frames', name))
             except (FileNotFoundError, NotADirectoryError):
                 missing.append(name)
                 continue
@@ -245,18 +148,17 @@ class VideoDataset(Dataset):
         if missing:
             raise DataError(
                 f"split '{self.split}' of {self.data_root}: no folder of frames for {len(missing)} videos: "
-                f"{_some(missing)} (looked for {self._folder('frames', missing[0])}); "
+                f"{_some(missing)} (looked for {self.files.folder('frames', missing[0])}); "
                 f'fetch them or take them out of the split file')
         if short and not (skip_short and videos):
             lengths = [f'{video.name} ({len(video.frames)} frames)' for video in short]
+            empty = next((video.name for video in short if not video.frames), None)
             raise DataError(
                 f"split '{self.split}' of {self.data_root}: {len(short)} videos have fewer than the {needed} frames "
                 f'that a clip needs: {_some(lengths)}; '
+                + (f"{self.files.instead('frames', empty)}; " if empty is not None else '')
                 + ('set skip_short_videos=True to leave them out' if videos else 'no other video is left'))
         return videos, [video.name for video in short]
-
-    def _folder(self, kind: str, video: str) -> str:
-        return os.path.join(self.data_root, getattr(self.layout, kind).format(video=video, split=self.split))
 
     @property
     def is_training(self) -> bool:
@@ -270,11 +172,15 @@ class VideoDataset(Dataset):
 
     def frame_path(self, video: str, frame: str) -> str:
         """File of a frame."""
-        return os.path.join(self._folder('frames', video), frame + self.layout.frame_suffix)
+        return self.files.path('frames', video, frame)
 
     def mask_path(self, video: str, frame: str) -> str:
         """File of a frame's mask."""
-        return os.path.join(self._folder('masks', video), frame + self.layout.mask_suffix)
+        return self.files.path('masks', video, frame)
+
+    def frame_name(self, path: str) -> str:
+        """Name of the frame whose file is ``path``."""
+        return Path(path).name.removesuffix(self.layout.frame_suffix)
 
     def __len__(self) -> int:
         return len(self.videos) if self.clips is None else len(self.clips)
@@ -290,7 +196,7 @@ class VideoDataset(Dataset):
         frames = [video.frames[position] for position in clip.positions]
         results = dict(
             video=video.name, frames=[self.frame_path(video.name, frame) for frame in frames],
-            num_classes=self.num_classes, reduce_zero_label=self.reduce_zero_label)
+            num_classes=self.num_classes, reduce_zero_label=self.reduce_zero_label, has_masks=self.has_masks)
         if self.is_training:
             results['masks'] = [self.mask_path(video.name, frame) for frame in frames]
         return self.pipeline(results)
@@ -309,7 +215,7 @@ class VideoDataset(Dataset):
                 skipped.append(str(error))
             else:
                 label = item.get('gt_semantic_seg')
-                if label is None or bool((label != self.ignore_index).any()):
+                if label is None or bool((label != VOID).any()):
                     return {**item, 'skipped': skipped}
             index = np.random.randint(len(self.videos))
         raise DataError(

@@ -32,6 +32,7 @@ from mmseg.registry import (
     nearest,
 )
 from mmseg.registry import check_arguments as _check_arguments
+from mmseg.utils.config_variables import fill_in_variables
 from mmseg.utils.errors import ConfigError
 
 _NUMBER = (int, float)
@@ -180,7 +181,7 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
 
 
 def override(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Changes ``cfg`` in place.
+    """Changes ``cfg`` in place, and fills in its variables.
 
     Args:
         cfg: a config.
@@ -195,6 +196,7 @@ def override(cfg: Config, options: Mapping[str, Any]) -> None:
         cfg.merge_from_dict(dict(options))
     except (KeyError, TypeError) as error:
         raise ConfigError(f'--options: {error}') from None
+    fill_in_variables(cfg)
 
 
 def check_config(cfg: Config) -> None:

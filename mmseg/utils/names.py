@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _NUMBER = re.compile(r'(\d+)', re.ASCII)
 
@@ -25,3 +25,13 @@ def some(names: Sequence[str], most: int = 10) -> str:
     """The first ``most`` names, and how many more there are."""
     more = len(names) - most
     return ', '.join(names[:most]) + (f' and {more} more' if more > 0 else '')
+
+
+def order_changed(names: Iterable[str]) -> bool:
+    """Whether frames of these names stood in another order before, when only names of digits counted as numbers.
+
+    Clips that a run draws after a resume are then of other frames than without it.
+    """
+    names = list(names)
+    earlier = sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+    return sorted(names, key=natural_key) != earlier

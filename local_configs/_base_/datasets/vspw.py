@@ -1,25 +1,30 @@
-"""VSPW at 480p: one item a video, clips by ``dilation``; see data/README.md for the layout on disk."""
+"""VSPW at 480p: one item a video, clips by ``dilation``; see data/README.md for the layout on disk.
+
+The first four keys are variables: a config that inherits this one sets them for all that stands below.
+"""
 
 data_root = 'data/vspw/VSPW_480p'
+img_scale = (853, 480)  # width, height
+ratio_range = (0.5, 2.0)  # of the random scale in training
+crop_size = (480, 480)  # height, width
 img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
-crop_size = (480, 480)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', reduce_zero_label=True),
-    dict(type='Resize', img_scale=(853, 480), ratio_range=(0.5, 2.0)),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type='LoadAnnotations'),
+    dict(type='Resize', img_scale='${img_scale}', ratio_range='${ratio_range}'),
+    dict(type='RandomCrop', crop_size='${crop_size}', cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
     dict(type='Normalize', **img_norm_cfg),
-    dict(type='Pad', size=crop_size, pad_val=0, seg_pad_val=255),
+    dict(type='Pad', size='${crop_size}', pad_val=0, seg_pad_val=255),
     dict(type='DefaultFormatBundle'),
     dict(type='Collect', keys=['img', 'gt_semantic_seg']),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(
-        type='MultiScaleFlipAug', img_scale=(853, 480), flip=False,
+        type='MultiScaleFlipAug', img_scale='${img_scale}', flip=False,
         transforms=[
             dict(type='AlignedResize', keep_ratio=True, size_divisor=32),
             dict(type='RandomFlip'),
@@ -34,8 +39,8 @@ data = dict(
     train=dict(
         type='RepeatDataset', times=50,
         dataset=dict(
-            type='VSPWDataset2', data_root=data_root, split='train', pipeline=train_pipeline, dilation=[0])),
+            type='VSPWDataset2', data_root='${data_root}', split='train', pipeline=train_pipeline, dilation=[0])),
     val=dict(
-        type='VSPWDataset_multiFrameTest', data_root=data_root, split='val', pipeline=test_pipeline, test_size=1),
+        type='VSPWDataset_multiFrameTest', data_root='${data_root}', split='val', pipeline=test_pipeline, test_size=1),
     test=dict(
-        type='VSPWDataset_multiFrameTest', data_root=data_root, split='val', pipeline=test_pipeline, test_size=1))
+        type='VSPWDataset_multiFrameTest', data_root='${data_root}', split='val', pipeline=test_pipeline, test_size=1))

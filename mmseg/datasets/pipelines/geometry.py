@@ -18,7 +18,7 @@ from mmseg.registry import PIPELINES, retired
 from mmseg.utils.errors import ConfigError
 
 from .loading import VOID
-from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_frames
+from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_frames, numbers
 
 _CROP_REDRAWS = 10
 
@@ -37,8 +37,9 @@ def scale_list(value: Any) -> list[tuple[int, int]]:
     """One scale or a list of scales as a list."""
     if value is None:
         return []
-    scales = value if isinstance(value[0], Sequence) else [value]
-    return [(int(w), int(h)) for w, h in scales]
+    several = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
+    scales = value if several else [value]
+    return [(int(w), int(h)) for w, h in (numbers(scale, 'img_scale', least=1) for scale in scales)]
 
 
 @PIPELINES.register_module()
@@ -63,7 +64,7 @@ class Resize(Transform):
             keep_ratio: bool = True, size_divisor: int | None = None):
         self.img_scales = scale_list(img_scale)
         self.multiscale_mode = multiscale_mode
-        self.ratio_range = ratio_range
+        self.ratio_range = None if ratio_range is None else numbers(ratio_range, 'ratio_range', least=0)
         self.keep_ratio = keep_ratio
         self.size_divisor = size_divisor
         if multiscale_mode not in ('range', 'value'):
@@ -130,6 +131,7 @@ class AlignedResize(Resize):
 
 
 @PIPELINES.register_module(name=['RandomCrop', 'RandomCrop_clips'])
+@retired(ignore_index=(VOID,))
 class RandomCrop(Transform):
     """Cuts one random window out of all frames of a clip.
 
@@ -139,15 +141,11 @@ class RandomCrop(Transform):
     Args:
         crop_size: (height, width); a side larger than the frame's keeps the frame's.
         cat_max_ratio: largest share of one label.
-        ignore_index: label that does not count.
     """
 
-    def __init__(self, crop_size: Sequence[int], cat_max_ratio: float = 1.0, ignore_index: int = VOID):
-        self.height, self.width = crop_size
+    def __init__(self, crop_size: Sequence[int], cat_max_ratio: float = 1.0):
+        self.height, self.width = numbers(crop_size, 'crop_size', least=1)
         self.cat_max_ratio = cat_max_ratio
-        self.ignore_index = ignore_index
-        if min(crop_size) <= 0:
-            raise ConfigError(f'RandomCrop: crop_size must be positive, got {tuple(crop_size)}')
 
     def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
         top = np.random.randint(max(height - self.height, 0) + 1)
@@ -156,7 +154,7 @@ class RandomCrop(Transform):
 
     def _is_mixed(self, label: np.ndarray) -> bool:
         counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel().astype(np.int64)
-        counts[self.ignore_index] = 0
+        counts[VOID] = 0
         return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio)
 
     def apply(self, results: Results) -> Results:
@@ -227,7 +225,7 @@ class Pad(Transform):
             seg_pad_val: int = VOID):
         if (size is None) == (size_divisor is None):
             raise ConfigError('Pad: give either size or size_divisor')
-        self.size = size
+        self.size = None if size is None else numbers(size, 'size', least=1)
         self.size_divisor = size_divisor
         self.pad_val = pad_val
         self.seg_pad_val = seg_pad_val

@@ -1,134 +1,24 @@
-"""Reading frames and label maps, with errors that name the file, its video, and what to do."""
+"""Reading the frames and label maps of a clip, with errors that name the file, its video, and what to do."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from PIL import Image
 
 from mmseg.registry import PIPELINES, retired
 from mmseg.utils.errors import DataError
+from mmseg.utils.images import VOID, jpeg_is_whole, label_table, read_frame, read_mask, to_training_labels
 
 from .transform import Results, Transform
 
-VOID = 255
-_UNKNOWN_LABEL = 254  # label tables hold it for raw values that no class has
-_JPEG_MARKER = re.compile(rb'\xff[^\x00\xff\xd0-\xd7]')
-_JPEG_END = b'\xff\xd9'
+__all__ = [
+    'VOID', 'LoadAnnotations', 'LoadImageFromFile', 'jpeg_is_whole', 'label_table', 'load_labels', 'located',
+    'read_frame', 'read_mask', 'to_training_labels',
+]
+
 _REPAIR = 'restore the file, take its video out of the split file, or set skip_bad_clips=True'
-
-
-watch: Callable[[str], None] | None = None
-"""Called with each file before it is read; a loader notes so what it waits for."""
-
-
-def _read(path: str) -> bytes:
-    if watch is not None:
-        watch(path)
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DataError(f'{path}: no such file') from None
-    except OSError as error:
-        raise DataError(f'{path}: cannot be read: {error.strerror}') from None
-    if not data:
-        raise DataError(f'{path}: empty file (0 bytes)')
-    return data
-
-
-def jpeg_is_whole(data: bytes) -> bool:
-    """Whether a JPEG stream reaches its end marker; a decoder fills a truncated one with grey and goes on.
-
-    Markers are walked segment by segment, so an embedded thumbnail does not count, nor do bytes after the end.
-    """
-    if data.endswith(_JPEG_END):
-        return True
-    position = 2
-    while True:
-        marker = _JPEG_MARKER.search(data, position)
-        if marker is None:
-            return False
-        if marker.group() == _JPEG_END:
-            return True
-        length = data[marker.end():marker.end() + 2]
-        if len(length) < 2:
-            return False
-        position = marker.end() + int.from_bytes(length, 'big')
-
-
-def read_frame(path: str) -> np.ndarray:
-    """Reads an image as [H,W,3] uint8 BGR.
-
-    Raises:
-        DataError: the file is missing, empty, truncated, or no image.
-    """
-    data = _read(path)
-    if data.startswith(b'\xff\xd8') and not jpeg_is_whole(data):
-        raise DataError(f'{path}: truncated JPEG ({len(data)} bytes, no end marker)')
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise DataError(f'{path}: cannot be decoded: {error.err}') from None
-    if image is None:
-        raise DataError(f'{path}: not an image that OpenCV can decode')
-    return image
-
-
-def read_mask(path: str) -> np.ndarray:
-    """Reads an 8-bit label image as [H,W] uint8: palette indices or grey values, as stored.
-
-    Raises:
-        DataError: the file is missing, empty, truncated, no image, or not 8-bit with one channel.
-    """
-    data = _read(path)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in ('L', 'P'):
-                raise DataError(f"{path}: expected an 8-bit image with one channel, got mode '{image.mode}'")
-            return np.array(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f'{path}: cannot be decoded: {error}') from None
-
-
-def label_table(reduce_zero_label: bool, num_classes: int | None = None) -> np.ndarray:
-    """Table [256] uint8 from raw label values to training labels.
-
-    Args:
-        reduce_zero_label: raw 0 is void and raw 1..K are the classes (VSPW); otherwise raw 0..K-1 are.
-        num_classes: K; raw values that no class has become 254, the mark of an unknown label.  Without it every value
-            is taken as it comes.
-    """
-    table = np.arange(256, dtype=np.uint8)
-    if reduce_zero_label:
-        table = (table - 1).astype(np.uint8)  # 0 wraps around to 255, void
-    table[VOID] = VOID
-    if num_classes is not None:
-        if num_classes >= _UNKNOWN_LABEL:
-            raise ValueError(f'8-bit label maps hold at most {_UNKNOWN_LABEL - 1} classes, got {num_classes}')
-        table[(table >= num_classes) & (table != VOID)] = _UNKNOWN_LABEL
-    return table
-
-
-def to_training_labels(mask: np.ndarray, table: np.ndarray, num_classes: int | None, path: str) -> np.ndarray:
-    """Maps raw label values by :func:`label_table`; [H,W] uint8, classes 0..K-1 and 255 for void.
-
-    Raises:
-        DataError: a value that no class has.
-    """
-    label = cv2.LUT(mask, table)
-    if num_classes is not None and (label == _UNKNOWN_LABEL).any():
-        values = np.unique(mask[label == _UNKNOWN_LABEL]).tolist()
-        allowed = np.flatnonzero(table < num_classes)
-        raise DataError(
-            f'{path}: label out of range: {values}; the data set has {num_classes} classes, stored as '
-            f'{allowed[0]}..{allowed[-1]}, and 255 for void')
-    return label
 
 
 def located(error: DataError, video: str | None, frame: Any) -> DataError:
@@ -146,7 +36,8 @@ class LoadImageFromFile(Transform):
 
     Reads ``results['frames']``: a list whose items are paths or [H,W,3] uint8 BGR arrays (frames already in memory), or
     one such item for a single image.  Writes ``img``, ``filename`` and ``ori_filename`` (of the last frame, ``None``
-    for an array), ``all_names``, the shapes, and neutral ``scale_factor`` and ``img_norm_cfg``.
+    for an array), ``all_names``, the shapes, and neutral ``scale_factor`` and ``img_norm_cfg``.  Where there are masks
+    (``results['has_masks']``, or paths in ``results['masks']``) a frame that its EXIF orientation turns is an error.
 
     Raises:
         DataError: a file that cannot be read, or frames of different sizes.
@@ -158,6 +49,7 @@ class LoadImageFromFile(Transform):
         single = isinstance(frames, (str, Path, np.ndarray))
         frames = [frames] if single else list(frames)
         video = results.get('video')
+        turn = not results.get('has_masks', 'masks' in results)
         images: list[np.ndarray] = []
         paths: list[str | None] = []
         for index, frame in enumerate(frames):
@@ -165,7 +57,7 @@ class LoadImageFromFile(Transform):
             path = None if in_memory else str(frame)
             name = f'#{index}' if path is None else Path(path).stem
             try:
-                image = _checked_array(frame) if path is None else read_frame(path)
+                image = _checked_array(frame) if path is None else read_frame(path, turn)
                 if images and image.shape != images[0].shape:
                     raise DataError(
                         f'{path or name}: {_size(image)}, but {paths[0] or "frame #0"} of the same clip is '

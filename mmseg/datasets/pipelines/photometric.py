@@ -15,7 +15,7 @@ import numpy as np
 from mmseg.registry import PIPELINES
 from mmseg.utils.errors import ConfigError
 
-from .transform import Results, Transform, map_frames
+from .transform import Results, Transform, map_frames, numbers
 
 _BYTES = np.arange(256, dtype=np.uint8)
 _HUES = 180  # OpenCV stores a hue in half degrees
@@ -57,8 +57,8 @@ class PhotoMetricDistortion(Transform):
             self, brightness_delta: float = 32, contrast_range: Sequence[float] = (0.5, 1.5),
             saturation_range: Sequence[float] = (0.5, 1.5), hue_delta: int = 18, per_clip: bool = False):
         self.brightness_delta = brightness_delta
-        self.contrast_low, self.contrast_high = contrast_range
-        self.saturation_low, self.saturation_high = saturation_range
+        self.contrast_low, self.contrast_high = numbers(contrast_range, 'contrast_range')
+        self.saturation_low, self.saturation_high = numbers(saturation_range, 'saturation_range')
         self.hue_delta = hue_delta
         self.per_clip = per_clip
 
@@ -123,10 +123,10 @@ class Normalize(Transform):
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], to_rgb: bool = True):
-        self.mean = np.array(mean, dtype=np.float32)
-        self.std = np.array(std, dtype=np.float32)
+        self.mean = np.array(numbers(mean, 'mean', 3), dtype=np.float32)
+        self.std = np.array(numbers(std, 'std', 3), dtype=np.float32)
         self.to_rgb = to_rgb
-        if len(self.mean) != 3 or len(self.std) != 3 or (self.std <= 0).any():
+        if (self.std <= 0).any():
             raise ConfigError(f'Normalize: needs three means and three positive deviations, got {mean} and {std}')
         table = self._normalize(np.repeat(_BYTES[:, None], 3, axis=1).astype(np.float32))
         self.table = table[None]  # [1,256,3], channels in output order

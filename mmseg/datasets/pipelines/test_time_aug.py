@@ -10,7 +10,7 @@ from mmseg.utils.errors import ConfigError
 
 from .compose import Compose
 from .geometry import scale_list
-from .transform import FLIP_DIRECTIONS, Results, Transform, last_frame
+from .transform import FLIP_DIRECTIONS, Results, Transform, last_frame, numbers
 
 
 @PIPELINES.register_module()
@@ -33,7 +33,8 @@ class MultiScaleFlipAug(Transform):
         self.img_scales = scale_list(img_scale)
         self.img_ratios = None
         if img_ratios is not None:
-            self.img_ratios = list(img_ratios) if isinstance(img_ratios, Sequence) else [float(img_ratios)]
+            ratios = img_ratios if isinstance(img_ratios, Sequence) else [img_ratios]
+            self.img_ratios = list(numbers(ratios, 'img_ratios', None, least=0))
             if len(self.img_scales) > 1:
                 raise ConfigError('MultiScaleFlipAug: img_ratios goes with one img_scale, not with several')
         elif not self.img_scales:

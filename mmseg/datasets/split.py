@@ -1,0 +1,253 @@
+"""One split of a data set: where its files lie, in which order, and what the labels in them mean."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from mmseg.registry import check_arguments, config_path, standing_at
+from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.images import MAX_CLASSES, read_file
+from mmseg.utils.names import natural_key
+
+_MARKS = {  # at the start of a text file -> its encoding; that of UTF-32 begins like that of UTF-16
+    codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32',
+    codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16',
+}
+_SUFFIXES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of a data set lie under its root; ``{split}`` and ``{video}`` stand for names.
+
+    Attributes:
+        split_file: text file with one video a line.
+        frames: folder of a video's frames.
+        masks: folder of a video's masks, whose file names are those of the frames but for the suffix.
+        frame_suffix: what frame files end in.
+        mask_suffix: what mask files end in.
+    """
+
+    split_file: str = '{split}.txt'
+    frames: str = 'data/{video}/origin'
+    masks: str = 'data/{video}/mask'
+    frame_suffix: str = '.jpg'
+    mask_suffix: str = '.png'
+
+    def __post_init__(self) -> None:
+        where = config_path('layout')
+        for key, value in vars(self).items():
+            if not isinstance(value, str):
+                raise ConfigError(f'{where}.{key}: expected text, got {value!r}')
+        for key in ('frame_suffix', 'mask_suffix'):
+            if '.' not in getattr(self, key):
+                raise ConfigError(f"{where}.{key}: expected the end of a file name with its dot, as '.png' or "
+                                  f"'_label.png', got '{getattr(self, key)}'")
+        for key in ('split_file', 'frames', 'masks'):
+            try:
+                getattr(self, key).format(split='', video='')
+            except (LookupError, ValueError, AttributeError):
+                raise ConfigError(f"{where}.{key}: expected a path with {{split}} and {{video}} for names, got "
+                                  f"'{getattr(self, key)}'") from None
+
+    def changed(self, changes: Layout | Mapping[str, str] | None) -> Layout:
+        """This layout with some entries changed; another one as a whole where ``changes`` is a layout."""
+        if changes is None or isinstance(changes, Layout):
+            return changes or self
+        with standing_at('layout') as where:
+            if not isinstance(changes, Mapping):
+                raise ConfigError(f'{where}: expected a dict of changed entries, got {changes!r}')
+            return replace(self, **check_arguments(Layout, changes, where))
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a data set's class and config say of one split.
+
+    Attributes:
+        data_root: folder of the data set.
+        name: of the split.
+        layout: where files lie.
+        classes: class names.
+        palette: [R,G,B] a class.
+        reduce_zero_label: raw label 0 is void and 1..K are the classes.
+    """
+
+    data_root: str
+    name: str
+    layout: Layout
+    classes: tuple[str, ...]
+    palette: Sequence[Sequence[int]]
+    reduce_zero_label: bool
+
+    @classmethod
+    def of(
+            cls, component: Any, data_root: str | Path, split: str, classes: Sequence[str] | None = None,
+            palette: Sequence[Sequence[int]] | None = None, layout: Layout | Mapping[str, str] | None = None,
+            reduce_zero_label: bool | None = None) -> Split:
+        """The split that a config describes; what it leaves out is that of ``component``, a class of data sets.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        where = config_path(getattr(component, '__name__', type(component).__name__))
+        if not isinstance(data_root, (str, Path)) or not str(data_root):
+            raise ConfigError(f'{where}.data_root: expected the folder of the data set, got {data_root!r}')
+        if not isinstance(split, str) or not split:
+            raise ConfigError(f"{where}.split: expected the name of a split, as 'train', got {split!r}")
+        _check_own_names(component, classes, palette, where)
+        colours = component.PALETTE if palette is None else palette
+        names = tuple(component.CLASSES if classes is None else classes)
+        _check_colours(names, colours, where)
+        reduce = component.reduce_zero_label if reduce_zero_label is None else reduce_zero_label
+        return cls(
+            os.path.expanduser(data_root), split.removesuffix('.txt'), component.layout.changed(layout), names,
+            colours if palette is None else [list(colour) for colour in palette], reduce)
+
+    def folder(self, kind: str, video: str) -> str:
+        """Folder of a video's ``'frames'`` or ``'masks'``."""
+        return os.path.join(self.data_root, getattr(self.layout, kind).format(video=video, split=self.name))
+
+    def suffix(self, kind: str) -> str:
+        """What the files of ``'frames'`` or ``'masks'`` end in."""
+        return self.layout.frame_suffix if kind == 'frames' else self.layout.mask_suffix
+
+    def path(self, kind: str, video: str, frame: str) -> str:
+        """File of a frame, or of its mask."""
+        return os.path.join(self.folder(kind, video), frame + self.suffix(kind))
+
+    @property
+    def file(self) -> str:
+        """The text file that names the videos."""
+        return os.path.join(self.data_root, self.layout.split_file.format(split=self.name, video=''))
+
+    def videos(self) -> list[str]:
+        """Names of the videos, in the order of the split file.
+
+        Blank lines, CRLF line ends, and a missing final newline are harmless; a repeated name counts once.
+
+        Raises:
+            DataError: the root or the file is missing or cannot be read, it names no video, or names one that does not
+                lie below the root.
+        """
+        root = Path(self.data_root)
+        if not os.path.isdir(root):
+            raise DataError(f'{root}: no such folder; set data_root to the data set (data/README.md shows its layout)')
+        if not os.path.isfile(self.file):
+            there = sorted(p.name for p in root.glob('*.txt'))
+            raise DataError(f'{self.file}: no such split file; there are {there}')
+        lines = enumerate(_decoded(read_file(self.file), self.file).splitlines(), 1)
+        named = [_video_name(line.strip(), f'{self.file}, line {number}') for number, line in lines if line.strip()]
+        names = list(dict.fromkeys(named))
+        if not names:
+            raise DataError(f'{self.file}: the split names no video; write one video a line')
+        return names
+
+    def files(self, kind: str, video: str) -> list[str]:
+        """Names in natural order, without suffix, of a video's frames or masks; hidden files do not count.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError: no such folder.
+            DataError: a folder that cannot be read.
+        """
+        suffix = self.suffix(kind)
+        names = _visible(self.folder(kind, video))
+        return sorted((name[:-len(suffix)] for name in names if name.endswith(suffix)), key=natural_key)
+
+    def has(self, kind: str, video: str) -> bool:
+        """Whether a video has frames, or masks; a folder that is missing has none."""
+        try:
+            return bool(self.files(kind, video))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def instead(self, kind: str, video: str) -> str:
+        """For an error about a folder without frames or masks: what was looked for there, and what there is."""
+        folder = self.folder(kind, video)
+        try:
+            counts = Counter(os.path.splitext(name)[1] or 'names without a suffix' for name in _visible(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return f'{folder}: no such folder'
+        there = ', '.join(f'{suffix} ({count})' for suffix, count in counts.most_common(_SUFFIXES_SHOWN))
+        option = 'frame_suffix' if kind == 'frames' else 'mask_suffix'
+        return (f"{folder}: no file ends in '{self.suffix(kind)}' (layout.{option}), "
+                + (f'there are {there}' if there else 'it is empty'))
+
+
+def _visible(folder: str) -> list[str]:
+    """Names in a folder; hidden files are of other programs (``._1.png`` beside each file that macOS copied)."""
+    try:
+        return [name for name in os.listdir(folder) if not name.startswith('.')]
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise DataError(f'{folder}: cannot be read: {error.strerror}') from None
+
+
+def _decoded(data: bytes, path: str) -> str:
+    """The text of a UTF-8 file; another encoding is named."""
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            raise DataError(f'{path}: is {encoding} text; save it as UTF-8')
+    try:
+        text = data.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = data[:error.start].count(b'\n') + 1
+        raise DataError(f'{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 (Latin-1 or another '
+                        'encoding of one byte a letter?); save it as UTF-8') from None
+    if '\0' in text:
+        raise DataError(f'{path}: holds zero bytes (UTF-16 text, or no text at all); save it as UTF-8')
+    return text
+
+
+def _video_name(name: str, where: str) -> str:
+    """A name without needless slashes; results are written to folders of that name, so it must not lead elsewhere."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or '..' in path.parts or not path.parts:
+        raise DataError(f"{where}: the video name '{name}' leads out of the data set; write the name of a folder in "
+                        "it, as 'video' or 'city/video'")
+    return str(path)
+
+
+def _check_own_names(component: Any, classes: Any, palette: Any, where: str) -> None:
+    """Refuses class names that are no list, and such as would not fit the labels in the files."""
+    names = component.CLASSES if classes is None else classes
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) and n for n in names):
+        raise ConfigError(f'{where}.classes: expected a list of class names, got {names!r}; write the names themselves '
+                          'into the config (a file of names is not read)')
+    if not names:
+        raise ConfigError(f'{where}: has no class names; set CLASSES or give classes=[...]')
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise ConfigError(f'{where}.classes: {twice} stand there more than once')
+    if len(names) > MAX_CLASSES:
+        raise ConfigError(f'{where}.classes: 8-bit masks hold at most {MAX_CLASSES} classes, got {len(names)}')
+    own = tuple(component.CLASSES)
+    if own and palette is None and tuple(names) != own:
+        raise ConfigError(
+            f'{where}.classes: the masks are numbered by the {len(own)} classes of the data set; {len(names)} names, a '
+            'part of them or in another order, would not fit. Leave classes out; where masks hold labels of your own, '
+            'give the names of all of them and a palette')
+
+
+def _check_colours(names: Sequence[str], palette: Any, where: str) -> None:
+    """Refuses a palette that is not one [R,G,B] of 0..255 for every class."""
+    try:
+        colours = np.asarray(palette)
+    except ValueError:  # rows of different lengths
+        colours = np.empty(0, object)
+    if isinstance(palette, Sequence) and not isinstance(palette, str) and len(palette) != len(names):
+        raise ConfigError(f'{where}.palette: {len(names)} classes but {len(palette)} colours')
+    good = colours.shape == (len(names), 3) and colours.dtype.kind in 'iu'
+    if not good or colours.min() < 0 or colours.max() > 255:
+        shown = repr(palette)
+        raise ConfigError(f'{where}.palette: expected [R, G, B] of whole numbers 0..255 for each of the {len(names)} '
+                          f'classes, got {shown if len(shown) < 200 else shown[:200] + "..."}')

@@ -1,0 +1,267 @@
+"""Reading images from files: frames, label maps and the labels in them, by one reader for every part of the project.
+
+What a decoder would pass over is an error here that names the file: a truncated JPEG, a PNG whose checksums are wrong,
+a mask that lost its labels to lossy compression, an image whose header asks for gigabytes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from mmseg.utils.errors import ConfigError, DataError
+
+VOID = 255
+LIMIT_VARIABLE = 'THEMASK_MAX_PIXELS'
+"""Environment variable with the largest number of pixels that an image may have."""
+
+watch: Callable[[str], None] | None = None
+"""Called with the path of every file before it is opened; None for nobody."""
+
+MAX_CLASSES = 253
+"""Number of classes that 8-bit labels can hold beside void and the mark of an unknown label."""
+
+_DEFAULT_LIMIT = 2**28  # pixels: 16384 x 16384
+_UNKNOWN_LABEL = 254  # label tables hold it for raw values that no class has
+_JPEG_MARKER = re.compile(rb'\xff[^\x00\xff\xd0-\xd7]')
+_JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
+_PNG_START = b'\x89PNG\r\n\x1a\n'
+_READERS: dict[bytes, Callable[[io.BytesIO], ImageFile]] = {
+    _PNG_START: PngImageFile,
+    _JPEG_START: JpegImageFile,
+    b'BM': BmpImageFile,
+    b'II*\x00': TiffImageFile,
+    b'MM\x00*': TiffImageFile,
+    b'RIFF': WebPImageFile,
+    **{b'P%d' % kind: PpmImageFile for kind in range(1, 7)},
+}
+_LABEL_SCALES = {'L': 1, 'P': 1, 'P;1': 1, 'P;2': 1, 'P;4': 1, '1': 1, 'L;2': 85, 'L;4': 17}
+"""How masks may store their values -> the factor by which Pillow multiplies them."""
+_LOSSY = ('jpeg', 'tiff_jpeg', 'webp')  # compressions of a TIFF file
+_ORIENTATION = 274  # the EXIF and TIFF tag; 1 is upright
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file that must hold some.
+
+    Raises:
+        DataError: the file is missing, empty, or cannot be read.
+    """
+    if watch is not None:
+        watch(str(path))
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f'{path}: no such file') from None
+    except OSError as error:
+        raise DataError(f'{path}: cannot be read: {error.strerror}') from None
+    if not data:
+        raise DataError(f'{path}: empty file (0 bytes)')
+    return data
+
+
+def max_pixels() -> int:
+    """Largest number of pixels that an image may have, from the environment."""
+    given = os.environ.get(LIMIT_VARIABLE, str(_DEFAULT_LIMIT))
+    if not given.isdecimal() or not int(given):
+        raise ConfigError(f"{LIMIT_VARIABLE}: expected a whole number of pixels >= 1, got '{given}'")
+    return int(given)
+
+
+def _check_size(width: int, height: int, path: str) -> None:
+    if width * height > max_pixels():
+        raise DataError(
+            f'{path}: {width}x{height} is more than {max_pixels()} pixels; if the image really is that large, set the '
+            f'environment variable {LIMIT_VARIABLE} to a larger number')
+
+
+def _open(data: bytes, path: str) -> ImageFile:
+    """The image with its header read and its size checked; no pixel is decoded."""
+    reader = next((reader for start, reader in _READERS.items() if data.startswith(start)), None)
+    if reader is None:
+        raise DataError(f'{path}: not an image of a known format (JPEG, PNG, BMP, TIFF, WebP, PPM)')
+    if reader is WebPImageFile and data[12:16] == b'VP8X':  # its reader allocates the canvas at once
+        width, height = (1 + int.from_bytes(data[at:at + 3], 'little') for at in (24, 27))
+        _check_size(width, height, path)
+    try:
+        image = reader(io.BytesIO(data))
+    except Exception as error:  # a damaged header may raise anything
+        raise DataError(f'{path}: cannot be decoded: {error}') from None
+    _check_size(*image.size, path)
+    return image
+
+
+def jpeg_is_whole(data: bytes) -> bool:
+    """Whether a JPEG stream reaches its end marker; a decoder fills a truncated one with grey and goes on.
+
+    Markers are walked segment by segment, so an embedded thumbnail does not count, nor do bytes after the end.
+    """
+    if data.endswith(_JPEG_END):
+        return True
+    position = 2
+    while True:
+        marker = _JPEG_MARKER.search(data, position)
+        if marker is None:
+            return False
+        if marker.group() == _JPEG_END:
+            return True
+        length = data[marker.end():marker.end() + 2]
+        if len(length) < 2:
+            return False
+        position = marker.end() + int.from_bytes(length, 'big')
+
+
+def _check_whole(data: bytes, path: str) -> None:
+    """Refuses a damaged JPEG or PNG that decoders accept."""
+    if data.startswith(_JPEG_START) and not jpeg_is_whole(data):
+        raise DataError(f'{path}: truncated JPEG ({len(data)} bytes, no end marker)')
+    if data.startswith(_PNG_START):
+        _png_chunks(data, path)
+
+
+def _png_chunks(data: bytes, path: str) -> dict[bytes, memoryview]:
+    """Content of the last chunk of each kind; every checksum is compared, since one flipped bit is another label."""
+    view, chunks = memoryview(data), {}
+    position, kind = len(_PNG_START), b''
+    while kind != b'IEND':
+        end = position + 8 + int.from_bytes(view[position:position + 4], 'big')
+        if end + 4 > len(data):
+            raise DataError(f'{path}: truncated PNG ({len(data)} bytes, no end chunk)')
+        if zlib.crc32(view[position + 4:end]) != int.from_bytes(view[end:end + 4], 'big'):
+            raise DataError(f'{path}: damaged PNG (wrong checksum of a chunk at byte {position})')
+        kind = data[position + 4:position + 8]
+        chunks[kind] = view[position + 8:end]
+        position = end + 4
+    return chunks
+
+
+def _orientation(image: ImageFile, data: bytes, path: str) -> int:
+    """How a camera says that its picture is to be turned: 2 to 8, or 1 where it is not."""
+    if isinstance(image, TiffImageFile):
+        found = image.tag_v2.get(_ORIENTATION, 1)
+    else:
+        png = isinstance(image, PngImageFile)  # Pillow sees only what stands before the pixels
+        stored = bytes(_png_chunks(data, path).get(b'eXIf', b'')) if png else image.info.get('exif', b'')
+        exif = Image.Exif()
+        try:
+            exif.load(stored)
+            found = exif.get(_ORIENTATION, 1)
+        except Exception:  # decoders pass over a damaged one, too
+            found = 1
+    return found if found in range(2, 9) else 1
+
+
+def _check_upright(image: ImageFile, data: bytes, path: str) -> None:
+    orientation = _orientation(image, data, path)
+    if orientation != 1:
+        raise DataError(
+            f'{path}: has the EXIF orientation {orientation}, so that viewers turn or mirror it, and frame and mask '
+            'would not fit; save it again without that tag, both the same way up')
+
+
+def read_frame(path: str, turn: bool = True) -> np.ndarray:
+    """Reads an image as [H,W,3] uint8 BGR.
+
+    Args:
+        path: the file.
+        turn: turn and mirror it as its EXIF orientation says, as players do; otherwise such a frame is an error, since
+            it would not fit its mask.
+
+    Raises:
+        DataError: the file is missing, empty, damaged, too large, or no image.
+    """
+    data = read_file(path)
+    _check_whole(data, path)
+    image = _open(data, path)
+    if not turn:
+        _check_upright(image, data, path)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise DataError(f'{path}: cannot be decoded: {error.err}') from None
+    if pixels is None:
+        raise DataError(f'{path}: not an image that OpenCV can decode')
+    return pixels
+
+
+def read_mask(path: str) -> np.ndarray:
+    """Reads a label image as [H,W] uint8: palette indices or grey values, as stored, of 1, 2, 4 or 8 bits.
+
+    Raises:
+        DataError: the file is missing, empty, damaged, too large, no image, lossy, or has not one channel of 8 bits.
+    """
+    data = read_file(path)
+    if data.startswith(_JPEG_START):
+        raise DataError(f'{path}: a JPEG holds no exact labels; save masks as PNG, from where they were made')
+    image = _open(data, path)
+    if image.info.get('compression') in _LOSSY or image.format == 'WEBP':
+        raise DataError(f'{path}: is compressed with loss and holds no exact labels; save masks as PNG')
+    _check_whole(data, path)
+    _check_upright(image, data, path)
+    scale = _label_scale(image, path)
+    try:
+        values = np.array(image)
+        return values if values.dtype == np.uint8 and scale == 1 else values.astype(np.uint8) // scale
+    except Exception as error:  # damaged pixel data may raise anything
+        raise DataError(f'{path}: cannot be decoded: {error}') from None
+
+
+def _label_scale(image: ImageFile, path: str) -> int:
+    """Factor by which Pillow multiplies the stored values; refuses what does not store labels of one channel."""
+    if image.mode not in ('L', 'P', '1') or not image.tile:
+        raise DataError(f"{path}: expected an 8-bit image with one channel, got mode '{image.mode}'")
+    codec, _, _, args = image.tile[0]
+    stored = args if isinstance(args, str) or not args else args[0]
+    if stored not in _LABEL_SCALES or codec.startswith('ppm'):  # inverted, or scaled by a maximum of its own
+        raise DataError(f"{path}: expected an 8-bit image with one channel, got values stored as '{stored}' ({codec})")
+    return _LABEL_SCALES[str(stored)]
+
+
+def label_table(reduce_zero_label: bool, num_classes: int | None = None) -> np.ndarray:
+    """Table [256] uint8 from raw label values to training labels.
+
+    Args:
+        reduce_zero_label: raw 0 is void and raw 1..K are the classes (VSPW); otherwise raw 0..K-1 are.
+        num_classes: K; raw values that no class has become 254, the mark of an unknown label.  Without it every value
+            is taken as it comes.
+    """
+    table = np.arange(256, dtype=np.uint8)
+    if reduce_zero_label:
+        table = (table - 1).astype(np.uint8)  # 0 wraps around to 255, void
+    table[VOID] = VOID
+    if num_classes is not None:
+        if num_classes > MAX_CLASSES:
+            raise ValueError(f'8-bit label maps hold at most {MAX_CLASSES} classes, got {num_classes}')
+        table[(table >= num_classes) & (table != VOID)] = _UNKNOWN_LABEL
+    return table
+
+
+def to_training_labels(mask: np.ndarray, table: np.ndarray, num_classes: int | None, path: str) -> np.ndarray:
+    """Maps raw label values by :func:`label_table`; [H,W] uint8, classes 0..K-1 and 255 for void.
+
+    Raises:
+        DataError: a value that no class has.
+    """
+    label = cv2.LUT(mask, table)
+    if num_classes is not None and (label == _UNKNOWN_LABEL).any():
+        values = np.unique(mask[label == _UNKNOWN_LABEL]).tolist()
+        allowed = np.flatnonzero(table < num_classes)
+        raise DataError(
+            f'{path}: label out of range: {values}; the data set has {num_classes} classes, stored as '
+            f'{allowed[0]}..{allowed[-1]}, and 255 for void')
+    return label
