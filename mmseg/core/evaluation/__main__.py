@@ -13,21 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from PIL import Image
 
 from mmseg.utils.cli import INTERRUPTED, run_all, run_tool
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import read_lines, refuse_overwriting
+from mmseg.utils.images import read_frame, read_mask
 from mmseg.utils.names import natural_key, some
 from mmseg.utils.signals import Interruption, stop_signals
 
 from .metrics import ConsistencyOptions, StreamingMetrics
 from .results import CSV_FILES
 
-_GREY_SCALES = {'L;2': 85, 'L;4': 17}  # by which Pillow multiplies grey values of fewer than 8 bits
 EPILOG = """layouts (both folders, one may differ from the other):
   DIR/<video>/<frame>.png        label maps, 8-bit, grey or palette
   DIR/<video>/mask/<frame>.png   VSPW's data folder
@@ -208,7 +206,7 @@ def _score(make: partial[StreamingMetrics], images: Path | None,
     metrics = make(videos={name: [frame for frame, _, _ in frames]})
     for frame, pred, gt in frames:
         image = _read_image(images, name, frame) if images and metrics.needs_images else None
-        metrics.update(name, frame, read_label_map(pred), read_label_map(gt), image)
+        metrics.update(name, frame, read_mask(str(pred)), read_mask(str(gt)), image)
     return metrics.state()
 
 
@@ -216,29 +214,8 @@ def _read_image(root: Path, video: str, frame: str) -> np.ndarray:
     for folder in (root / video / 'origin', root / video):
         for path in (folder / f'{frame}.jpg', folder / f'{frame}.png'):
             if path.exists():
-                image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-                if image is None:
-                    raise DataError(f'{path} cannot be read')
-                return image
+                return read_frame(str(path))
     raise DataError(f'{root / video}: no frame {frame}.jpg or .png, nor in origin/')
-
-
-def read_label_map(path: Path) -> np.ndarray:
-    """The labels of a grey or palette PNG of up to 8 bits, uint8 [H, W], as stored.
-
-    Raises:
-        DataError: not readable, damaged, or not a label map.
-    """
-    try:
-        with Image.open(path, formats=['PNG']) as image:
-            stored = image.tile[0][3] if image.tile else None
-            if image.mode not in ('L', 'P'):
-                raise DataError(f'{path}: expected an 8-bit grey or palette PNG, got mode {image.mode}')
-            image.verify()  # the checksums of all chunks, which reading passes over
-        with Image.open(path, formats=['PNG']) as image:
-            return np.array(image) // np.uint8(_GREY_SCALES.get(str(stored), 1))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f'{path} cannot be read: {error}') from None
 
 
 if __name__ == '__main__':
