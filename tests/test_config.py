@@ -80,7 +80,7 @@ def test_ours_has_the_values_of_the_reference(reference, name):
         ({'optimizer_config.grad_clip.max_nrom': 1}, "(did you mean 'max_norm'?)"),
         ({'fp16.dtpye': 'bfloat16'}, "unknown key 'dtpye' in fp16 (did you mean 'dtype'?)"),
         ({'model.backbone.type': 'mit_b9'}, "model.backbone.type: unknown backbone 'mit_b9' (did you mean 'mit_b"),
-        ({'runner.max_iters': 'many'}, "runner.max_iters: expected int, got 'many' (str)"),
+        ({'runner.max_iters': 'many'}, "runner.max_iters: expected int, at least 1, got 'many' (str)"),
     ],
 )
 def test_wrong_override_names_key_place_and_nearest(options, said):

@@ -15,12 +15,15 @@ import cv2
 import numpy as np
 
 from mmseg.registry import PIPELINES, retired
+from mmseg.utils.arguments import Count, Label, Ratio, Weight
 from mmseg.utils.errors import ConfigError
 
 from .loading import VOID
 from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_frames
 
 _CROP_REDRAWS = 10
+Scale = tuple[Ratio, Ratio]
+Scales = Scale | Sequence[Scale] | None
 
 
 def _map_labels(results: Results, method: str, *args: Any) -> None:
@@ -33,11 +36,11 @@ def _align(side: int, divisor: int) -> int:
     return math.ceil(side / divisor) * divisor
 
 
-def scale_list(value: Any) -> list[tuple[int, int]]:
+def scale_list(value: Scales) -> list[tuple[int, int]]:
     """One scale or a list of scales as a list."""
-    if value is None:
+    if value is None or len(value) == 0:
         return []
-    scales = value if isinstance(value[0], Sequence) else [value]
+    scales: Any = value if isinstance(value[0], Sequence) else [value]
     return [(int(w), int(h)) for w, h in scales]
 
 
@@ -59,8 +62,9 @@ class Resize(Transform):
     """
 
     def __init__(
-            self, img_scale: Any = None, multiscale_mode: str = 'range', ratio_range: Sequence[float] | None = None,
-            keep_ratio: bool = True, size_divisor: int | None = None):
+            self, img_scale: Scales = None, multiscale_mode: str = 'range',
+            ratio_range: tuple[Weight, Weight] | None = None,
+            keep_ratio: bool = True, size_divisor: Count | None = None):
         self.img_scales = scale_list(img_scale)
         self.multiscale_mode = multiscale_mode
         self.ratio_range = ratio_range
@@ -124,8 +128,9 @@ class AlignedResize(Resize):
     """:class:`Resize` to a multiple of ``size_divisor`` 32, the backbone's last stride (SegFormer's test resize)."""
 
     def __init__(
-            self, img_scale: Any = None, multiscale_mode: str = 'range', ratio_range: Sequence[float] | None = None,
-            keep_ratio: bool = True, size_divisor: int = 32):
+            self, img_scale: Scales = None, multiscale_mode: str = 'range',
+            ratio_range: tuple[Weight, Weight] | None = None,
+            keep_ratio: bool = True, size_divisor: Count = 32):
         super().__init__(img_scale, multiscale_mode, ratio_range, keep_ratio, size_divisor)
 
 
@@ -142,7 +147,7 @@ class RandomCrop(Transform):
         ignore_index: label that does not count.
     """
 
-    def __init__(self, crop_size: Sequence[int], cat_max_ratio: float = 1.0, ignore_index: int = VOID):
+    def __init__(self, crop_size: tuple[int, int], cat_max_ratio: float = 1.0, ignore_index: Label = VOID):
         self.height, self.width = crop_size
         self.cat_max_ratio = cat_max_ratio
         self.ignore_index = ignore_index
@@ -223,8 +228,8 @@ class Pad(Transform):
     """
 
     def __init__(
-            self, size: Sequence[int] | None = None, size_divisor: int | None = None, pad_val: float = 0,
-            seg_pad_val: int = VOID):
+            self, size: tuple[Count, Count] | None = None, size_divisor: Count | None = None, pad_val: float = 0,
+            seg_pad_val: Label = VOID):
         if (size is None) == (size_divisor is None):
             raise ConfigError('Pad: give either size or size_divisor')
         self.size = size

@@ -7,8 +7,6 @@ neighbouring steps are one table.  Only the turns to HSV and back (OpenCV's 8-bi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import cv2
 import numpy as np
 
@@ -54,8 +52,8 @@ class PhotoMetricDistortion(Transform):
     """
 
     def __init__(
-            self, brightness_delta: float = 32, contrast_range: Sequence[float] = (0.5, 1.5),
-            saturation_range: Sequence[float] = (0.5, 1.5), hue_delta: int = 18, per_clip: bool = False):
+            self, brightness_delta: float = 32, contrast_range: tuple[float, float] = (0.5, 1.5),
+            saturation_range: tuple[float, float] = (0.5, 1.5), hue_delta: int = 18, per_clip: bool = False):
         self.brightness_delta = brightness_delta
         self.contrast_low, self.contrast_high = contrast_range
         self.saturation_low, self.saturation_high = saturation_range
@@ -122,7 +120,7 @@ class Normalize(Transform):
         to_rgb: turn BGR to RGB.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], to_rgb: bool = True):
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float], to_rgb: bool = True):
         self.mean = np.array(mean, dtype=np.float32)
         self.std = np.array(std, dtype=np.float32)
         self.to_rgb = to_rgb

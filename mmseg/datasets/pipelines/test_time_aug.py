@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mmseg.registry import PIPELINES
+from mmseg.utils.arguments import Factor
 from mmseg.utils.errors import ConfigError
 
 from .compose import Compose
-from .geometry import scale_list
+from .geometry import Scales, scale_list
 from .transform import FLIP_DIRECTIONS, Results, Transform, last_frame
 
 
@@ -26,8 +26,8 @@ class MultiScaleFlipAug(Transform):
     """
 
     def __init__(
-            self, transforms: Sequence[Mapping], img_scale: Any = None,
-            img_ratios: float | Sequence[float] | None = None, flip: bool = False,
+            self, transforms: Sequence[Mapping], img_scale: Scales = None,
+            img_ratios: Factor | Sequence[Factor] | None = None, flip: bool = False,
             flip_direction: str | Sequence[str] = 'horizontal'):
         self.transforms = Compose(transforms)
         self.img_scales = scale_list(img_scale)

@@ -21,6 +21,7 @@ from mmseg.models.linear import Linear
 from mmseg.models.norm import post_norm, post_norm_and_cast
 from mmseg.models.pieces import by_pieces
 from mmseg.registry import PIXEL_DECODERS, retired
+from mmseg.utils.arguments import Count, Share
 from mmseg.utils.autocast import cast_once, cast_weight
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
@@ -196,13 +197,13 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
     def __init__(
         self,
-        input_shape: Mapping[str, Mapping[str, int]],
-        conv_dim: int = 256,
-        mask_dim: int = 256,
-        transformer_nheads: int = 8,
-        transformer_dim_feedforward: int = 1024,
-        transformer_enc_layers: int = 6,
-        transformer_dropout: float = 0.0,
+        input_shape: Mapping[str, Mapping[str, Count]],
+        conv_dim: Count = 256,
+        mask_dim: Count = 256,
+        transformer_nheads: Count = 8,
+        transformer_dim_feedforward: Count = 1024,
+        transformer_enc_layers: Count = 6,
+        transformer_dropout: Share = 0.0,
         transformer_in_features: Sequence[str] = ('res3', 'res4', 'res5'),
         common_stride: int = 4,
         with_cp: bool = False,
