@@ -26,6 +26,7 @@ from mmseg.core.runner import IterBasedRunner, UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
 from mmseg.models import build_segmentor
 from mmseg.registry import HOOKS, build, check_arguments, nearest
+from mmseg.utils.config import as_text
 from mmseg.utils.dist import barrier, broadcast_object, get_dist_info
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.logger import get_logger, setup_logger
@@ -63,7 +64,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     precision = Precision.from_config(cfg, device)
     work_dir = Path(cfg.work_dir)
     timestamp = broadcast_object(time.strftime('%Y%m%d_%H%M%S'))
-    config_text = _as_text(cfg)
+    config_text = as_text(cfg)
     _prepare_work_dir(cfg, work_dir, timestamp, config_text)
     logger = get_logger()
 
@@ -147,25 +148,6 @@ def _check_plan(cfg: Config) -> None:
             raise ConfigError(f'{key}.by_epoch: training counts iterations; set it to False')
     check_model(cfg)
     check_optimizer(cfg.optimizer)
-
-
-def _as_text(cfg: Config) -> str:
-    """The config as a Python file that can be loaded again.
-
-    Raises:
-        ConfigError: a value has no Python text, such as an array.
-    """
-    try:
-        return cfg.pretty_text
-    except SyntaxError:  # of the formatter, which shows the whole text and not the place
-        for key, value in cfg.items():
-            try:
-                Config({key: value}).pretty_text  # noqa: B018
-            except SyntaxError:
-                raise ConfigError(
-                    f'{key}: the final config cannot be written down with {value!r} ({type(value).__name__}); use '
-                    'plain numbers, texts, lists and dicts') from None
-        raise
 
 
 def _prepare_work_dir(cfg: Config, work_dir: Path, timestamp: str, config_text: str) -> None:

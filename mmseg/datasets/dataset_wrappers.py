@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from mmseg.registry import DATASETS, build
+from mmseg.utils.arguments import Count
 from mmseg.utils.errors import ConfigError
 
 
@@ -22,8 +23,9 @@ class RepeatDataset(Dataset):
         times: number of repetitions.
     """
 
-    def __init__(self, dataset: Any, times: int):
-        self.dataset = build(DATASETS, dataset, 'dataset') if isinstance(dataset, Mapping) else dataset
+    def __init__(self, dataset: Mapping[str, Any] | Dataset, times: Count):
+        given: Any = dataset
+        self.dataset = build(DATASETS, dataset, 'dataset') if isinstance(dataset, Mapping) else given
         self.times = times
         self.CLASSES = self.dataset.CLASSES
         self.PALETTE = self.dataset.PALETTE
@@ -47,8 +49,8 @@ class ConcatDataset(Dataset):
         datasets: data sets or their configs.
     """
 
-    def __init__(self, datasets: Sequence[Any]):
-        self.datasets = [
+    def __init__(self, datasets: Sequence[Mapping[str, Any] | Dataset]):
+        self.datasets: list[Any] = [
             build(DATASETS, cfg, f'datasets[{index}]') if isinstance(cfg, Mapping) else cfg
             for index, cfg in enumerate(datasets)
         ]

@@ -127,8 +127,7 @@ def fits(value: Any, annotation: Any) -> bool:
     if origin is Annotated:
         return fits(value, args[0]) and all(value in limit for limit in args[1:] if isinstance(limit, Range))
     if origin in _UNIONS:
-        return any(fits(value, a) for a in args if _is_known(a)) or (
-            not all(map(_is_known, args)) and not _is_plain(value))
+        return any(fits(value, a) if _is_known(a) else _may_be(value, a) for a in args)
     if origin is Literal:
         return any(type(value) is type(allowed) and value == allowed for allowed in args)
     return not _is_known(annotation) or _fits_simple(value, annotation, origin or annotation)
@@ -187,8 +186,10 @@ def _is_path(kind: Any) -> bool:
     return inspect.isclass(kind) and issubclass(kind, os.PathLike)
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, numbers.Number, str, bytes)) or _is_list(value)
+def _may_be(value: Any, unknown: Any) -> bool:
+    """Whether ``value`` may be of another class than those that are known here; numbers, texts and lists are none."""
+    plain = value is None or isinstance(value, (numbers.Number, str, bytes)) or _is_list(value)
+    return not plain or (inspect.isclass(unknown) and isinstance(value, unknown))
 
 
 def _is_list(value: Any) -> bool:

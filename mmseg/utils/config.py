@@ -56,7 +56,7 @@ SECTIONS: dict[str, Any] = {
     'model': SEGMENTORS,
     'train_cfg': Mapping[str, Any] | None,
     'test_cfg': Mapping[str, Any] | None,
-    'optimizer': ANY,
+    'optimizer': Mapping[str, Any],
     'optimizer_config': {
         'grad_clip': {'max_norm': _Positive, 'norm_type': _Positive},
         'cumulative_iters': Count,
@@ -188,12 +188,65 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     except (Exception, SystemExit) as error:  # a config is code: anything may come out of it
         raise ConfigError(f"config file '{path}' cannot be read: {type(error).__name__}: {error}") from error
     override(cfg, options or {})
-    for key in [key for key, value in cfg.items() if value is None and isinstance(SECTIONS.get(key), (dict, list))]:
-        cfg.pop(key)  # no section
+    _drop_none(cfg, SECTIONS)
     for key, value in cfg.items():
         cfg[key] = _at_home(value)
     check_config(cfg)
     return cfg
+
+
+def _drop_none(section: Any, schema: Mapping[str, Any]) -> None:
+    """None in place of a section or a component means that there is none."""
+    for key in list(section.keys() & schema.keys()):
+        if section[key] is None and isinstance(schema[key], (dict, list, Registry)):
+            section.pop(key)
+        elif isinstance(section[key], Mapping) and isinstance(schema[key], dict):
+            _drop_none(section[key], schema[key])
+
+
+def required(cfg: Config, dotted: str) -> Any:
+    """The section ``dotted`` (``data.test``) of a config that is good for another purpose without it.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    section: Any = cfg
+    for part in dotted.split('.'):
+        section = section.get(part)
+        if section is None:
+            raise ConfigError(f'{dotted}: missing in the config')
+    return section
+
+
+def clip_length(cfg: Config) -> int:
+    """Frames of a test clip.
+
+    Raises:
+        ConfigError: there is no test set, or a list of them.
+    """
+    section = required(cfg, 'data.test')
+    if not isinstance(section, Mapping):
+        raise ConfigError(f'data.test: expected one test set, got {len(section)}')
+    return section.get('test_size') or 1
+
+
+def as_text(cfg: Config) -> str:
+    """The config as a Python file that can be loaded again.
+
+    Raises:
+        ConfigError: a value has no Python text, such as an array.
+    """
+    try:
+        return cfg.pretty_text
+    except SyntaxError:  # of the formatter, which shows the whole text and not the place
+        for key, value in cfg.items():
+            try:
+                Config({key: value}).pretty_text  # noqa: B018
+            except SyntaxError:
+                raise ConfigError(
+                    f'{key}: the final config cannot be written down with {value!r} ({type(value).__name__}); use '
+                    'plain numbers, texts, lists and dicts') from None
+        raise
 
 
 def _at_home(value: Any) -> Any:

@@ -40,7 +40,7 @@ class MultiScaleFlipAug(Transform):
             raise ConfigError('MultiScaleFlipAug: give img_scale, img_ratios or both')
         directions = [flip_direction] if isinstance(flip_direction, str) else list(flip_direction)
         unknown = set(directions) - set(FLIP_DIRECTIONS)
-        if unknown:
+        if unknown or not directions:
             raise ConfigError(f'MultiScaleFlipAug: flip_direction is one of {FLIP_DIRECTIONS}, got {sorted(unknown)}')
         self.flips = [(False, directions[0])] + [(True, direction) for direction in directions if flip]
 
