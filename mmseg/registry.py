@@ -75,11 +75,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f' (known: {", ".join(known)})' if known else ''
 
 
+def registered(registry: Registry, name: Any) -> Callable[..., Any] | None:
+    """The component of that name, if there is one."""
+    is_name = isinstance(name, str) and all(name.split('.'))  # mmengine has no answer to others
+    return registry.get(name) if is_name else None
+
+
 def find(registry: Registry, name: Any, where: str) -> Callable[..., Any]:
     """The component registered as ``name``; a :class:`ConfigError` naming the nearest one where there is none."""
     if callable(name):
         return name
-    component = registry.get(name) if isinstance(name, str) else None
+    component = registered(registry, name)
     if component is None:
         raise ConfigError(f"{where}.type: unknown {registry.name} '{name}'{nearest(str(name), registry.module_dict)}")
     return component

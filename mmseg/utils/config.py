@@ -31,6 +31,7 @@ from mmseg.registry import (
     TRANSFORMER_DECODERS,
     check_component,
     nearest,
+    registered,
     unknown_argument,
 )
 from mmseg.utils.arguments import Count, Index, Range, Share, Weight, check_value, fits
@@ -397,6 +398,6 @@ def find_anywhere(name: Any) -> Any:
     from mmseg import registry as registries
 
     for registry in vars(registries).values():
-        if isinstance(registry, Registry) and isinstance(name, str) and (component := registry.get(name)) is not None:
+        if isinstance(registry, Registry) and (component := registered(registry, name)) is not None:
             return component
     return None

@@ -148,7 +148,7 @@ def _first_host() -> str:
     if name is None:
         raise ConfigError(f'--launcher slurm: set MASTER_ADDR, or start with srun, which sets {variables[0]}')
     first = re.split(r',(?![^\[]*\])', os.environ[name])[0]
-    host = re.sub(r'\[(\w+)[^\[\]]*\]', r'\1', first)
+    host = re.sub(r'\[(\w+)[\w,-]*\]', r'\1', first)
     if not re.fullmatch(r'[\w.-]+', host):
         raise ConfigError(
             f"--launcher slurm: no host can be read from {name}='{os.environ[name]}'; set MASTER_ADDR to the first one")

@@ -222,6 +222,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         self.fine_feature = fine[0]
         self.coarse_features = [name for name in reversed(self.in_features) if name in transformer_in_features]
 
+        self.coarsest_stride = max(shape['stride'] for shape in input_shape.values())
         channels = [input_shape[name]['channels'] for name in self.coarse_features]
         convs = [Conv2d(c, conv_dim, 1) for c in channels]
         for conv in convs:
@@ -253,6 +254,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """
         if not isinstance(features, Mapping):
             features = dict(zip(self.in_features, features))
+        self._check_norm(features)
         projected = [proj(features[name]) for proj, name in zip(self.input_proj, self.coarse_features)]
         maps = self.encoder(projected)
         fine = self.lateral(features[self.fine_feature])
@@ -260,3 +262,14 @@ class MSDeformAttnPixelDecoder(nn.Module):
         fine = self.output.convolve(fine)  # each result takes the place of the one before: no three at a time
         fine = F.relu(self.output.norm(fine), inplace=True)
         return self.mask_features(fine), maps
+
+    def _check_norm(self, features: Mapping[str, Tensor]) -> None:
+        """A GroupNorm cannot be computed where each group has one value."""
+        batch, _, height, width = features[self.coarse_features[0]].shape
+        if batch * self.mask_features.in_channels * height * width == _GROUPS:
+            side = self.coarsest_stride
+            raise ConfigError(
+                f'frames of at most {side}x{side} pixels give a map of one pixel at stride {side}; with one frame a '
+                f'batch and conv_dim={_GROUPS} a group of GroupNorm has one value, which has no deviation: take larger '
+                'frames (crop_size of RandomCrop, size of Pad, test_cfg.crop_size, --size), more of them '
+                '(data.samples_per_gpu) or more channels (pixel_decoder_cfg.conv_dim)')
