@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import warnings
 
@@ -84,7 +85,12 @@ def check(config, seed):
             raise AssertionError(f'seed {seed}: {options}') from error
 
 
-@pytest.mark.parametrize('seed', range(3))
-def test_random_overrides_work_or_are_refused(config, seed):
-    for number in range(25):
-        check(config, 1000 * seed + number)
+def test_random_overrides_work_or_are_refused(config):
+    for seed in range(8):
+        check(config, seed)
+
+
+@pytest.mark.slow
+def test_thousands_of_random_overrides_work_or_are_refused(config):
+    for seed in range(100, 100 + int(os.environ.get('THEMASK_FUZZ', '2500'))):
+        check(config, seed)

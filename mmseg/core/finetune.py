@@ -50,9 +50,9 @@ class FinetuneConfig:
         return cls(**section)
 
 
-def warn_of_unused(section: Any, finetune_from: Any) -> None:
-    """Warns of a ``finetune`` section in a training that does not start by ``--finetune-from``."""
-    if section and not finetune_from:
+def warn_of_unused(section: Any) -> None:
+    """Warns of a ``finetune`` section in a training that is not started or resumed as a fine-tuning."""
+    if section:
         logger.warning(
             'the finetune section of the config has no effect: it goes with --finetune-from, and everything is trained')
 
