@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from mmengine.registry import Registry
 
+from mmseg.utils.arguments import annotations_of, check_value, named_parameters, takes_any_name
 from mmseg.utils.errors import ConfigError
 
 _MODELS = ['mmseg.models']
@@ -54,14 +55,15 @@ def register_variant(registry: Registry, name: str, component: _Component, **row
     The registered function shows the row's values as defaults in its signature; a config may still set any of them.
     """
 
-    def construct(**overrides: Any) -> Any:
+    def variant(**overrides: Any) -> Any:
         return component(**{**row, **overrides})
 
-    construct.__name__ = construct.__qualname__ = name
-    construct.__doc__ = f':class:`{component.__name__}` with {row}.'
-    construct.__signature__ = inspect.signature(functools.partial(component, **row))  # type: ignore[attr-defined]
-    construct.retired_arguments = getattr(component, 'retired_arguments', {})  # type: ignore[attr-defined]
-    return registry.register_module(module=construct)
+    variant.__name__ = variant.__qualname__ = name
+    variant.__doc__ = f':class:`{component.__name__}` with {row}.'
+    variant.__wrapped__ = component  # type: ignore[attr-defined]
+    variant.__signature__ = inspect.signature(functools.partial(component, **row))  # type: ignore[attr-defined]
+    variant.retired_arguments = getattr(component, 'retired_arguments', {})  # type: ignore[attr-defined]
+    return registry.register_module(module=variant)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -73,32 +75,45 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f' (known: {", ".join(known)})' if known else ''
 
 
+def registered(registry: Registry, name: Any) -> Callable[..., Any] | None:
+    """The component of that name, if there is one."""
+    is_name = isinstance(name, str) and all(name.split('.'))  # mmengine has no answer to others
+    return registry.get(name) if is_name else None
+
+
 def find(registry: Registry, name: Any, where: str) -> Callable[..., Any]:
     """The component registered as ``name``; a :class:`ConfigError` naming the nearest one where there is none."""
     if callable(name):
         return name
-    component = registry.get(name) if isinstance(name, str) else None
+    component = registered(registry, name)
     if component is None:
         raise ConfigError(f"{where}.type: unknown {registry.name} '{name}'{nearest(str(name), registry.module_dict)}")
     return component
 
 
-def arguments_of(component: Callable[..., Any]) -> set[str]:
-    """Names a config may give to ``component``, retired ones included."""
-    names = {p.name for p in inspect.signature(component).parameters.values() if p.kind is not p.VAR_KEYWORD}
-    return names | set(getattr(component, 'retired_arguments', {}))
+def unknown_argument(component: Callable[..., Any], name: str) -> str | None:
+    """None where a config may give ``name`` to ``component``; else the nearest names, for an error."""
+    known = named_parameters(component) | set(getattr(component, 'retired_arguments', {}))
+    return None if name in known or takes_any_name(component) else nearest(name, known)
 
 
 def check_arguments(component: Callable[..., Any], args: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``args`` without the retired ones; a :class:`ConfigError` for a name or a retired value it does not take."""
+    """``args`` without the retired ones.
+
+    Raises:
+        ConfigError: a name that ``component`` does not take, a value that does not fit its annotation (see
+            :mod:`mmseg.utils.arguments`), or a retired one.
+    """
     retired_here = getattr(component, 'retired_arguments', {})
     label = getattr(component, '__name__', str(component))
-    known = arguments_of(component)
+    annotations = annotations_of(component)
     kept = {}
     for key, value in args.items():
-        if key not in known:
-            raise ConfigError(f"{where}.{key}: {label} takes no argument '{key}'{nearest(key, known)}")
+        near = unknown_argument(component, key)
+        if near is not None:
+            raise ConfigError(f"{where}.{key}: {label} takes no argument '{key}'{near}")
         if key not in retired_here:
+            check_value(value, annotations.get(key, Any), f'{where}.{key}')
             kept[key] = value
         elif retired_here[key] and value not in retired_here[key]:
             allowed = ' or '.join(map(repr, retired_here[key]))
@@ -136,13 +151,40 @@ def build(registry: Registry, cfg: Any, where: str, **defaults: Any) -> Any:
         ConfigError: unknown ``type``, an argument that the component does not take, or a missing one.
     """
     with standing_at(where) as path:
-        if not isinstance(cfg, Mapping) or 'type' not in cfg:
-            raise ConfigError(f"{path}: expected a dict with a 'type' key for a {registry.name}, got {cfg!r}")
-        component = find(registry, cfg['type'], path)
-        args = check_arguments(component, {k: v for k, v in cfg.items() if k != 'type'}, path)
-        args = {**defaults, **args}
-        try:
-            inspect.signature(component).bind(**args)
-        except TypeError as error:
-            raise ConfigError(f'{path}: {getattr(component, "__name__", component)}: {error}') from None
+        component, args = check_component(registry, cfg, path)
+        return construct(component, {**defaults, **args}, path)
+
+
+def check_component(registry: Registry, cfg: Any, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The component that ``cfg`` names, and the arguments that it is given there.
+
+    Raises:
+        ConfigError: see :func:`build`.
+    """
+    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+        raise ConfigError(f"{where}: expected a dict with a 'type' key for a {registry.name}, got {cfg!r}")
+    component = find(registry, cfg['type'], where)
+    return component, check_arguments(component, {k: v for k, v in cfg.items() if k != 'type'}, where)
+
+
+def construct(component: Callable[..., Any], args: Mapping[str, Any], where: str) -> Any:
+    """Calls ``component``; what it says against its arguments becomes an error that tells where they stand.
+
+    Raises:
+        ConfigError: an argument is missing, or the component refuses a value (it raises ``ValueError``).
+    """
+    label = getattr(component, '__name__', component)
+    try:
+        inspect.signature(component).bind(**args)
+    except TypeError as error:
+        raise ConfigError(f'{where}: {label}: {error}') from None
+    try:
         return component(**args)
+    except ConfigError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f'{where}: {label}: {error}') from error
+    except TypeError as error:  # of a base class that **kwargs go to
+        if takes_any_name(component) and 'keyword argument' in str(error):
+            raise ConfigError(f'{where}: {label}: {error}') from error
+        raise

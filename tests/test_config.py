@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import logging
 import sys
@@ -10,11 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmengine.config import Config
+import torch
+from mmengine.config import Config, ConfigDict
 from PIL import Image
 
+from mmseg.apis.test import check_model
+from mmseg.core.lr_schedule import LrSchedule
+from mmseg.core.optimizer import check_optimizer
 from mmseg.datasets import build_dataset
+from mmseg.models import build_segmentor
+from mmseg.registry import check_arguments
 from mmseg.utils.config import OptionsAction, check_config, load_config, override
+from mmseg.utils.dist import ArgumentParser
 from mmseg.utils.errors import ConfigError
 from tests.vspw_fixture import write_vspw
 
@@ -84,7 +92,7 @@ def test_ours_has_the_values_of_the_reference(reference, name):
         ({'optimizer_config.grad_clip.max_nrom': 1}, "(did you mean 'max_norm'?)"),
         ({'fp16.dtpye': 'bfloat16'}, "unknown key 'dtpye' in fp16 (did you mean 'dtype'?)"),
         ({'model.backbone.type': 'mit_b9'}, "model.backbone.type: unknown backbone 'mit_b9' (did you mean 'mit_b"),
-        ({'runner.max_iters': 'many'}, "runner.max_iters: expected int, got 'many' (str)"),
+        ({'runner.max_iters': 'many'}, "runner.max_iters: expected int, at least 1, got 'many' (str)"),
     ],
 )
 def test_wrong_override_names_key_place_and_nearest(options, said):
@@ -110,6 +118,90 @@ def test_right_overrides_are_applied():
     assert cfg.data.train.dataset.dilation == [-3]
     assert cfg.fp16.dtype == 'bfloat16'
     assert cfg.data.test.pipeline[1].flip is True
+
+
+@pytest.mark.parametrize('options, key, value', [
+    ({'data.train.dataset.dilation.0': -9}, 'data.train.dataset.dilation', [-9]),
+    ({'data.train.dataset.pipeline.3.crop_size.1': 64}, 'data.train.dataset.pipeline.3.crop_size', (480, 64)),
+    ({'data.train.dataset.pipeline.6.mean.2': 1}, 'data.train.dataset.pipeline.6.mean', [123.675, 116.28, 1]),
+    ({'workflow.0': ('train', 2)}, 'workflow', [('train', 2)]),
+    ({'workflow.0.1': 2}, 'workflow', [('train', 2)]),
+    ({'log_config.hooks.0.interval': 5, 'log_config.hooks.0.by_epoch': False}, 'log_config.hooks.0.interval', 5),
+    ({'runner': {'max_iters': 3}}, 'runner', {'type': 'IterBasedRunner', 'max_iters': 3}),
+    ({'optimizer': {'_delete_': True, 'type': 'SGD', 'lr': 1}}, 'optimizer', {'type': 'SGD', 'lr': 1}),
+    ({'finetune.copy.a': ['b']}, 'finetune', {'copy': {'a': ['b']}}),
+])
+def test_an_override_reaches_every_place(options, key, value):
+    cfg = load_config(VIDEO_B1, options)
+    found = cfg
+    for part in key.split('.'):
+        found = found[int(part)] if isinstance(found, (list, tuple)) else found[part]
+    assert found == value and type(found) in (type(value), ConfigDict)
+
+
+def test_an_override_changes_no_other_place_that_shares_a_value():
+    cfg = load_config(VIDEO_B1)
+    override(cfg, {'data.val.pipeline.0.type': 'x', 'data.train.dataset.pipeline.6.mean.0': 7})
+    assert cfg.data.test.pipeline[0].type == cfg.test_pipeline[0].type == 'LoadImageFromFile'
+    assert cfg.img_norm_cfg.mean[0] == cfg.train_pipeline[6].mean[0] == 123.675
+
+
+@pytest.mark.parametrize('options, said', [
+    ({'model.decode_head.num_classes': '5'}, "model.decode_head.num_classes: expected int, at least 1, got '5' (str)"),
+    ({'model.decode_head.loss_cfg.round_weight': 1.0}, 'loss_cfg.round_weight: expected list of float, at least 0'),
+    ({'model.decode_head.loss_cfg.matcher_cfg.mask_weight': float('nan')}, 'matcher_cfg.mask_weight: expected float'),
+    ({'model.backbone.num_heads': (1, 3, 5, 8)}, 'model.backbone: mit_b1: 128 channels cannot be split into 3 heads'),
+    ({'model.backbone.depths': 3}, 'model.backbone.depths: expected list of int, at least 1, got 3 (int)'),
+    ({'model.test_cfg.crop_size': 'large'}, 'model.test_cfg.crop_size: expected int, at least 0 or list of 2'),
+    ({'data.samples_per_gpu': None}, 'data.samples_per_gpu: expected int, at least 1, got None'),
+    ({'data.train.times': 1.5}, 'data.train.times: expected int, at least 1, got 1.5 (float)'),
+    ({'data.val.pipeline.1.img_scale.0': 'wide'}, 'data.val.pipeline[1].img_scale: expected list of 2'),
+    ({'optimizer.betas': 0.9}, 'optimizer.betas: expected list of 2: float'),
+    ({'optimizer.lr': -1}, 'optimizer.lr: expected float, at least 0, got -1'),
+    ({'evaluation.metric': None}, 'evaluation.metric: expected str or list of str, got None'),
+    ({'lr_config.power': float('nan')}, 'lr_config.power: expected float, at least 0, got nan'),
+    ({'dist_params.port': 70000}, 'dist_params.port: expected int, at least 1, at most 65535, got 70000'),
+    ({'log_level': 'LOUD'}, "log_level: expected 'DEBUG' or"),
+    ({'finetune.copy': {'a': 3}}, 'finetune.copy.a: expected str or list of str, got 3'),
+    ({'train_cfg': 5}, 'train_cfg: expected dict'),
+])
+def test_a_wrong_value_is_named_with_what_was_expected(options, said):
+    with pytest.raises(ConfigError) as error:
+        cfg = load_config(VIDEO_B1, {**options, 'fp16.dtype': 'bfloat16'})
+        check_model(cfg)
+        check_optimizer(cfg.optimizer)
+        LrSchedule(3, **check_arguments(LrSchedule, cfg.lr_config, 'lr_config'))
+    assert said in str(error.value)
+
+
+def test_a_section_that_is_none_is_none():
+    cfg = load_config(VIDEO_B1, dict.fromkeys(
+        ('evaluation', 'dist_params', 'custom_hooks', 'optimizer_config.grad_clip', 'data.val', 'log_config.hooks')))
+    assert not {'evaluation', 'dist_params', 'custom_hooks'} & set(cfg) and 'val' not in cfg.data
+    assert 'hooks' not in cfg.log_config
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'c.py').write_text(f"_base_ = {str(VIDEO_B1)!r}\nwork_dir = '~/runs'\nnotes = '~'")
+    cfg = load_config('~/c.py', {'model.pretrained': '~/mit.pth', 'data.test.data_root': '~/a~b'})
+    assert (cfg.work_dir, cfg.model.pretrained, cfg.data.test.data_root, cfg.notes) == (
+        f'{tmp_path}/runs', f'{tmp_path}/mit.pth', f'{tmp_path}/a~b', '~')
+    parser = ArgumentParser()
+    parser.add_argument('--out')
+    OptionsAction.add_to(parser)
+    args = parser.parse_args(['--out=~/o', '--options', 'load_from=~/x', 'y=a~/b'])
+    assert (args.out, args.options) == (f'{tmp_path}/o', {'load_from': f'{tmp_path}/x', 'y': 'a~/b'})
+
+
+def test_the_segmentation_settings_stand_in_one_place():
+    cfg = load_config(VIDEO_B1, {'test_cfg.mode': 'slide', 'test_cfg.crop_size': 64, 'test_cfg.stride': 48})
+    with pytest.raises(ConfigError, match=r"test_cfg: .*'slide'.* at the top level, but model.test_cfg is .*'whole'"):
+        check_model(cfg)
+    cfg.model.pop('test_cfg')
+    with torch.device('meta'):
+        model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.test_cfg)
+    assert (model.inference.window, model.inference.step) == ((64, 64), (48, 48))
 
 
 def test_slip_at_the_top_level_is_a_warning_and_own_names_pass(caplog):
@@ -182,6 +274,25 @@ def test_broken_or_missing_file_is_named(tmp_path, text):
         load_config(path)
     path.write_text(text)
     with pytest.raises(ConfigError, match=r'broken\.py'):
+        load_config(path)
+
+
+def test_what_is_no_readable_file_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r'is a folder; name the \.py file in it'):
+        load_config(tmp_path)
+    path = tmp_path / 'latin.py'
+    path.write_bytes("runner = dict()  # gr\xf6\xdfer".encode('latin-1'))
+    with pytest.raises(ConfigError, match=r'latin\.py.*UTF-8'):
+        load_config(path)
+    path.write_text('import sys\nsys.exit(3)')
+    with pytest.raises(ConfigError, match=r'latin\.py.*SystemExit'):
+        load_config(path)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+    monkeypatch.setattr(Config, 'fromfile', refuse)
+    with pytest.raises(ConfigError, match=r'latin\.py.*Permission denied'):
         load_config(path)
 
 

@@ -193,7 +193,7 @@ def test_dilation_may_come_in_any_form_a_command_line_gives(vspw, dilation):
 
 @pytest.mark.parametrize('dilation', [[], [-1, -3], [3], [0, 0], ['-3'], '-3', [-1.5]])
 def test_a_wrong_dilation_is_refused(vspw, dilation):
-    with pytest.raises(ConfigError, match='dilation: expected ascending offsets'):
+    with pytest.raises(ConfigError, match='dilation: expected '):
         build_train(vspw, dilation=dilation)
 
 

@@ -1,6 +1,7 @@
 """Two gloo processes: the gradients of one on the whole batch; stops and errors that leave no rank behind."""
 
 import os
+import re
 import signal
 import time
 
@@ -15,6 +16,7 @@ from mmseg.core.hooks import Hook
 from mmseg.models import build_segmentor
 from mmseg.models.losses import point_sampling
 from mmseg.utils import dist as dist_utils
+from mmseg.utils.cli import run_tool
 from mmseg.utils.errors import ConfigError, DataError
 from tests.engine import Model, batch, make_runner
 from tests.processes import free_port, start
@@ -256,6 +258,93 @@ def test_wrong_launches_are_errors(monkeypatch):
             dist_utils.init_dist(launcher)
     with pytest.raises(ConfigError, match=r'dist_params.backend.*smoke'):
         dist_utils.init_dist('none', 'smoke')
+
+
+_TORCHRUN = dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1')
+_SRUN = dict(SLURM_PROCID='1', SLURM_NTASKS='2', SLURM_LOCALID='0', SLURM_STEP_ID='0', SLURM_NODELIST='n[3-4]')
+_MPIRUN = dict(OMPI_COMM_WORLD_RANK='1', OMPI_COMM_WORLD_SIZE='2', OMPI_COMM_WORLD_LOCAL_RANK='1')
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Sets the variables of a launcher, and only these."""
+    words = 'RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|SLURM_.*|OMPI_.*|LOCAL_WORLD_SIZE'
+    for name in list(os.environ):
+        if re.fullmatch(words, name):
+            monkeypatch.delenv(name)
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):  # are taken away afterwards
+        monkeypatch.setenv(name, '0')
+        monkeypatch.delenv(name)
+
+    def start(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return start
+
+
+@pytest.mark.parametrize('variables, given, found', [
+    ({}, 'none', 'none'),
+    (_TORCHRUN, 'none', 'pytorch'),
+    (_SRUN, 'none', 'slurm'),
+    (_MPIRUN, 'none', 'mpi'),
+    (_SRUN | _TORCHRUN, 'none', 'pytorch'),
+    (_TORCHRUN, 'slurm', 'slurm'),
+    (_TORCHRUN | dict(WORLD_SIZE='1', RANK='0'), 'none', 'none'),
+    (dict(WORLD_SIZE='4', RANK='3'), 'none', 'none'),  # of a cluster, which counts machines
+    ({k: v for k, v in _SRUN.items() if k != 'SLURM_STEP_ID'}, 'none', 'none'),  # sbatch without srun
+    (_SRUN | dict(SLURM_STEP_NUM_TASKS='1'), 'none', 'none'),  # srun --pty bash in a larger job
+])
+def test_the_launcher_is_noticed(launched, variables, given, found):
+    launched(variables)
+    assert dist_utils.detect_launcher(given) == found
+
+
+@pytest.mark.parametrize('launcher, variables, said', [
+    ('pytorch', _TORCHRUN | dict(WORLD_SIZE='0'), "WORLD_SIZE: expected a whole number, at least 1, got '0'"),
+    ('none', _TORCHRUN | dict(WORLD_SIZE='many'), "WORLD_SIZE: expected a whole number, at least 1, got 'many'"),
+    ('none', _TORCHRUN | dict(RANK='2'), "RANK: expected a whole number, from 0 to 1, got '2'"),
+    ('none', _TORCHRUN | dict(RANK='-1'), "RANK: expected a whole number, from 0 to 1, got '-1'"),
+    ('none', _TORCHRUN | dict(LOCAL_RANK='x'), "LOCAL_RANK: expected a whole number, at least 0, got 'x'"),
+    ('none', _TORCHRUN | dict(MASTER_PORT='99999'), "MASTER_PORT: expected a whole number, from 1 to 65535"),
+    ('slurm', _SRUN | dict(SLURM_NODELIST='n[a{]'), 'set MASTER_ADDR'),
+    ('slurm', _SRUN | dict(SLURM_NODELIST=''), 'set MASTER_ADDR'),
+])
+def test_wrong_variables_of_a_launcher_are_named(launched, launcher, variables, said):
+    launched(variables)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        dist_utils.init_dist(launcher)
+
+
+@pytest.mark.parametrize('hosts, first', [
+    ('gpu7', 'gpu7'), ('a-1.net,b', 'a-1.net'), ('gpu[03-07,11],login1', 'gpu03'), ('n[1,5-6]-ib', 'n1-ib'),
+    ('rack[2-3]n[01-08]', 'rack2n01')])
+def test_the_first_host_of_slurm_needs_no_other_program(launched, monkeypatch, hosts, first):
+    launched(_SRUN | dict(SLURM_NODELIST=hosts))
+    joined = []
+    monkeypatch.setattr(dist, 'init_process_group', lambda *args, **_: joined.append(args))
+    dist_utils.init_dist('none', port=1234)
+    assert joined == [('gloo',)]
+    assert {name: os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')} == {
+        'RANK': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': first, 'MASTER_PORT': '1234'}
+
+
+def test_the_port_of_the_launcher_goes_before_that_of_the_config(launched, monkeypatch):
+    launched(_TORCHRUN | dict(MASTER_PORT='777'))
+    monkeypatch.setattr(dist, 'init_process_group', lambda *_, **__: None)
+    dist_utils.init_dist('pytorch', port=1234)
+    assert os.environ['MASTER_PORT'] == '777'
+
+
+def test_a_tool_for_one_process_refuses_to_be_one_of_several(launched, capsys, monkeypatch):
+    monkeypatch.setattr(dist_utils, '_PATIENCE', 0)
+    launched(_TORCHRUN | dict(RANK='0', LOCAL_RANK='0'))
+    assert run_tool(lambda: 0) == 1
+    assert 'this tool runs in one process, but pytorch has started several' in capsys.readouterr().err
+    assert run_tool(lambda: 5, parallel=True) == 5
+    launched(dict(LOCAL_RANK='x', WORLD_SIZE='x'))
+    assert run_tool(lambda: 0, parallel=True) == 1
+    assert "WORLD_SIZE: expected a whole number, at least 1, got 'x'" in capsys.readouterr().err
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 
 from mmseg.core import FinetuneConfig, freeze, load_for_finetune
-from mmseg.core.finetune import frozen_parts
+from mmseg.core.finetune import frozen_parts, warn_of_unused
 from mmseg.models import build_segmentor
 from mmseg.utils.errors import CheckpointError, ConfigError
 from tests.engine import Model
@@ -139,3 +139,17 @@ def test_frozen_parts_are_the_largest_modules_without_training():
     model = tiny('video')
     freeze(model, ('predictor',))
     assert frozen_parts(model) == [model.backbone, model.decode_head.pixel_decoder]
+
+
+@pytest.mark.parametrize('section, said', [(None, False), ({}, False), ({'frozen_eval': True}, True)])
+def test_a_section_without_its_start_weights_is_a_warning(caplog, section, said):
+    warn_of_unused(section)
+    assert ('--finetune-from' in caplog.text) == said
+
+
+@pytest.mark.parametrize('section, key', [
+    ({'train': 3}, 'train: expected str or list of str'), ({'fresh': [1]}, 'fresh'), ({'copy': ['a']}, 'copy: expect'),
+    ({'copy': {'a': {}}}, r'copy\.a'), ({'frozen_eval': 1}, 'frozen_eval: expected bool')])
+def test_values_of_a_wrong_type_are_refused(section, key):
+    with pytest.raises(ConfigError, match=f'finetune.{key}'):
+        FinetuneConfig.from_dict(section)

@@ -1,6 +1,10 @@
 """tools/get_flops.py and tools/benchmark.py as processes, and the counting of FLOPs."""
 
+import errno
+import io
 import json
+import locale
+import os
 import sys
 
 import pytest
@@ -16,7 +20,7 @@ from mmseg.utils.config import load_config
 from tests.tiny_config import write_tiny_config
 from tests.tool_process import run_tool
 from tests.vspw_fixture import write_vspw
-from tools import benchmark, get_flops
+from tools import benchmark, get_flops, print_config
 
 
 @pytest.fixture(scope='module')
@@ -84,9 +88,9 @@ def test_benchmark_process(config, tmp_path):
     assert 'median of 3 rounds after 1 warm-up rounds' in done.stdout and '1 threads' in done.stdout
 
 
-def call(monkeypatch, *args):
+def call(monkeypatch, *args, tool=benchmark):
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, args)])
-    benchmark.main()
+    return tool.main()
 
 
 def test_benchmark_on_data(config, tmp_path, monkeypatch, capsys):
@@ -94,11 +98,66 @@ def test_benchmark_on_data(config, tmp_path, monkeypatch, capsys):
     assert 'data.test, loading included, clips of 2' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('args, message', [
-    (['--rounds', '0'], '--rounds'),
-    (['--data', '--batch', '2'], '--batch'),
-    (['none.pth', '--device', 'cpu'], 'does not exist'),
+@pytest.mark.parametrize('tool, args, message', [
+    (benchmark, ['--rounds', '0'], '--rounds: expected int, at least 1, got 0'),
+    (benchmark, ['--warmup', '-1'], '--warmup: expected int, at least 0'),
+    (benchmark, ['--frames', '0'], '--frames: expected'),
+    (benchmark, ['--threads', '0'], '--threads: expected'),
+    (benchmark, ['--threads', '-2'], '--threads: expected'),
+    (benchmark, ['--size', '0', '0'], '--size[0]: expected int, at least 1, got 0'),
+    (benchmark, ['--out-size', '9', '-1'], '--out-size[1]: expected'),
+    (benchmark, ['--data', '--batch', '2'], '--batch'),
+    (benchmark, ['none.pth', '--device', 'cpu'], 'does not exist'),
+    (benchmark, ['--device', 'cuda'], '--device cuda'),
+    (benchmark, ['--device', 'smoke'], '--device smoke'),
+    (benchmark, ['--device', 'meta'], "--device: expected 'cpu' or 'cuda', got 'meta'"),
+    (benchmark, ['--options', 'data.test=None'], 'data.test: missing in the config'),
+    (benchmark, ['--size', '32', '32', '--frames', '1', '--device', 'cpu'], 'frames of at most 32x32 pixels'),
+    (get_flops, ['--frames', '0'], '--frames: expected int, at least 1 or None, got 0'),
+    (get_flops, ['--size', '0', '0'], '--size[0]: expected int, at least 32'),
+    (get_flops, ['--options', 'data.test=None'], 'data.test: missing in the config'),
+    (get_flops, ['--options', 'model=None'], "model: missing in the config"),
+    (print_config, ['--diff', 'none.py'], "config file 'none.py' does not exist"),
 ])
-def test_benchmark_wrong_usage(config, monkeypatch, args, message):
-    with pytest.raises(SystemExit, match=message):
-        call(monkeypatch, config, *args)
+def test_wrong_usage_is_one_line(config, monkeypatch, capsys, tool, args, message):
+    assert call(monkeypatch, config, *args, tool=tool) == 1
+    said = capsys.readouterr().err
+    assert said.startswith('error: ') and said.count('\n') == 1 and message in said
+
+
+@pytest.mark.parametrize('tool, option, args', [
+    (get_flops, '--json', ['--size', '64', '64', '--frames', '1']),
+    (benchmark, '--json', ['--size', '64', '64', '--frames', '1', '--rounds', '1', '--warmup', '0', '--device', 'cpu']),
+    (print_config, '--out', []),
+])
+def test_a_result_takes_the_place_of_no_input(config, tmp_path, monkeypatch, capsys, tool, option, args):
+    own = tmp_path / 'own.py'
+    own.write_text(config.read_text())
+    (tmp_path / 'link.py').symlink_to(own)
+    assert call(monkeypatch, own, option, tmp_path / 'link.py', *args, tool=tool) == 1
+    assert 'is the config and would be overwritten' in capsys.readouterr().err
+    assert own.read_text() == config.read_text()
+    assert call(monkeypatch, own, option, own / 'out', *args, tool=tool) == 1  # below a file
+    assert capsys.readouterr().err.startswith(f'error: {own}')
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    out = tmp_path / 'out.py'
+    assert call(monkeypatch, own, option, out, *args, tool=tool) == 1
+    assert capsys.readouterr().err == f'error: {out}: No space left on device\n'
+    assert {path.name for path in tmp_path.iterdir()} == {'own.py', 'link.py'}
+
+
+def test_a_config_is_written_and_printed_in_any_locale(config, tmp_path, monkeypatch, capsys):
+    own = tmp_path / 'own.py'
+    own.write_text(config.read_text() + "\nown_words = 'größer ✓'\n", encoding='utf-8')
+    monkeypatch.setattr(locale, 'getpreferredencoding', lambda *_: 'ascii')
+    assert call(monkeypatch, own, '--out', tmp_path / 'out.py', tool=print_config) == 0
+    assert 'größer ✓' in (tmp_path / 'out.py').read_text(encoding='utf-8')
+    stream = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    monkeypatch.setattr(sys, 'stdout', stream)
+    assert call(monkeypatch, own, tool=print_config) == 0
+    stream.flush()
+    assert b'gr\\xf6\\xdfer' in stream.buffer.getvalue()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -237,7 +238,11 @@ def test_a_fixed_scale_stays_and_an_overflow_leaves_the_weights():
     assert precision.scaler.get_scale() == 512.0
 
 
-@pytest.mark.parametrize('section', [dict(dtype='float8'), dict(loss_scale='static'), dict(loss_scale=dict(scale=1))])
+@pytest.mark.parametrize('section', [
+    dict(dtype='float8'), dict(loss_scale='static'), dict(loss_scale=dict(scale=1)),
+    dict(loss_scale=True), dict(loss_scale=-1), dict(loss_scale=0.0), dict(loss_scale=float('nan')),
+    dict(loss_scale=dict(init_scale='x')), dict(loss_scale=dict(growth_factor=0.5)),
+    dict(loss_scale=dict(enabled=True))])
 def test_unknown_precision_is_refused(section):
     with pytest.raises(ConfigError, match='fp16'):
         Precision(torch.device('cpu'), **section)
@@ -282,3 +287,22 @@ def test_the_fused_form_takes_the_steps_of_the_plain_one(name):
 
 def test_an_optimizer_without_a_fused_form():
     assert 'fused' not in build_optimizer(Model(), dict(type='NAdam', lr=0.1)).defaults
+
+
+@pytest.mark.parametrize('changes, said', [
+    (dict(lr='fast'), 'optimizer.lr: expected float'),
+    (dict(lr=float('nan')), 'optimizer.lr: expected float'),
+    (dict(weight_decay=[0.1]), 'optimizer.weight_decay: expected float'),
+    (dict(betas=0.9), 'optimizer.betas: expected list of 2'),
+    (dict(betas=(0.9, 'x')), 'optimizer.betas[1]: expected float'),
+    (dict(betas=(0.9, 1.5)), 'optimizer: Invalid beta'),
+    (dict(amsgrad='yes'), 'optimizer.amsgrad: expected bool'),
+    (dict(type=['AdamW']), 'optimizer.type'),
+    (dict(params=3), 'optimizer.params'),
+    (dict(paramwise_cfg=[3]), 'optimizer.paramwise_cfg: expected dict'),
+    (dict(paramwise_cfg=dict(custom_keys=dict(norm=3))), 'custom_keys.norm: expected dict of float'),
+    (dict(paramwise_cfg=dict(custom_keys=dict(norm=dict(lr_mult='x')))), 'custom_keys.norm.lr_mult: expected float'),
+])
+def test_values_of_a_wrong_type_are_refused(changes, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        build_optimizer(nn.Linear(2, 2), {'type': 'AdamW', 'lr': 0.1, **changes})

@@ -167,6 +167,28 @@ def test_launchers_honour_their_environment_and_pass_the_exit_status_on(tmp_path
     assert first != second, 'each run finds a free port'
 
 
+@pytest.mark.parametrize('environment, said', [
+    (dict(NNODES='2'), 'NNODES=2 needs MASTER_ADDR'),
+    (dict(NNODES='2', MASTER_ADDR='10.0.0.1'), 'NODE_RANK (which this one is'),
+    (dict(NNODES='2', MASTER_ADDR='10.0.0.1', NODE_RANK='2'), 'NODE_RANK: expected a whole number from 0 to 1'),
+    (dict(NNODES='0'), 'NNODES: expected a whole number from 1'),
+    (dict(NNODES='two'), "got 'two'"),
+    (dict(NNODES='08'), "got '08'"),
+    (dict(PORT='http'), "PORT: expected a whole number from 1 to 65535, got 'http'"),
+    (dict(PORT='70000'), "got '70000'"),
+])
+def test_wrong_environments_of_the_launchers_are_named(tmp_path, environment, said):
+    run = recorded('dist_train.sh', 'c.py', '1', cwd=tmp_path, **environment)
+    assert run.returncode == 2 and run.stderr.startswith('error: ') and said in run.stderr
+
+
+@pytest.mark.slow
+def test_no_launcher_starts_inside_of_another():
+    command = [sys.executable, str(ROOT / 'tools/_launch.py'), '--standalone', '--nproc_per_node=2', 'x.py']
+    run = subprocess.run(command, capture_output=True, text=True, env={**ENV, 'TORCHELASTIC_RUN_ID': 'none'})
+    assert run.returncode == 1 and 'torchrun has started already' in run.stderr and run.stderr.count('\n') == 1
+
+
 def test_the_launcher_ends_as_its_processes_do_without_a_traceback(tmp_path):
     tool = tmp_path / 'tool.py'
     tool.write_text(textwrap.dedent('''\

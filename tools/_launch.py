@@ -19,6 +19,11 @@ _NOISY = ('torch.distributed.elastic.multiprocessing.api', 'torch.distributed.el
 
 def main() -> int:
     """Runs the processes; returns the status of the first that failed, or 128 + the signal that ended them."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            print('error: this is one of several processes that torchrun has started already; start the tool by itself '
+                  'with --gpus, or leave --gpus out', file=sys.stderr)
+        return 1
     # after a signal an iteration is finished and saved, which may take longer than torchrun's 30 seconds
     os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '300')
     if 'LOGLEVEL' not in os.environ:

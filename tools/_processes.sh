@@ -19,6 +19,16 @@ find_python() {
     return 1
 }
 
+# check_number NAME VALUE LEAST MOST: ends the script where VALUE is no whole number within the limits.
+check_number() {
+    case $2 in
+        '' | *[!0-9]* | 0?* | ??????????*) ;;
+        *) if [ "$2" -ge "$3" ] && [ "$2" -le "$4" ]; then return 0; fi ;;
+    esac
+    echo "error: $1: expected a whole number from $3 to $4, got '$2'" >&2
+    exit 2
+}
+
 # run_processes TOOL COUNT ARGUMENTS...: the tool in COUNT processes of this machine, maybe one machine of several.
 run_processes() {
     tool=$1
@@ -30,11 +40,19 @@ run_processes() {
             exit 2
             ;;
     esac
-    python=$(find_python) || exit
     nnodes=${NNODES:-1}
-    if [ -z "${PORT:-}" ]; then
+    check_number NNODES "$nnodes" 1 99999
+    check_number NODE_RANK "${NODE_RANK:-0}" 0 $((nnodes - 1))
+    if [ "$nnodes" -gt 1 ] && { [ -z "${MASTER_ADDR:-}" ] || [ -z "${NODE_RANK:-}" ]; }; then
+        echo "error: NNODES=$nnodes needs MASTER_ADDR (the first machine) and NODE_RANK (which this one is, from 0)" >&2
+        exit 2
+    fi
+    python=$(find_python) || exit
+    if [ -n "${PORT:-}" ]; then
+        check_number PORT "$PORT" 1 65535
+    else
         PORT=29500
-        if [ "$nnodes" = 1 ]; then
+        if [ "$nnodes" -eq 1 ]; then
             PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') || exit
         fi
     fi
@@ -57,8 +75,14 @@ run_slurm() {
     job=$3
     shift 3
     gpus=${GPUS:-4}
+    check_number GPUS "$gpus" 1 99999
     per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
     cpus=${CPUS_PER_TASK:-5}
+    check_number GPUS_PER_NODE "$per_node" 1 99999
+    check_number CPUS_PER_TASK "$cpus" 1 99999
+    if [ -n "${PORT:-}" ]; then
+        check_number PORT "$PORT" 1 65535
+    fi
     python=$(find_python) || exit
     MASTER_PORT=${PORT:-$("$python" -c 'import random; print(random.randrange(20000, 40000))')}
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}

@@ -21,10 +21,13 @@ from mmseg.apis.inference import init_segmentor
 from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import build_dataset
 from mmseg.utils.allocator import use_huge_pages
-from mmseg.utils.config import OptionsAction, load_config
+from mmseg.utils.arguments import Count, Index, check_value
+from mmseg.utils.cli import run_tool
+from mmseg.utils.config import OptionsAction, clip_length, load_config, required
 from mmseg.utils.console import table_console
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError
-from mmseg.utils.files import write_atomically
+from mmseg.utils.dist import ArgumentParser
+from mmseg.utils.errors import ConfigError
+from mmseg.utils.files import refuse_overwriting, write_atomically
 
 EPILOG = """One clip at a time (or --batch of them) is timed from the normalised tensor on the device to label maps of
 the output size on the host; with --data also loading and the test pipeline, in this process.  Every round is timed on
@@ -37,6 +40,9 @@ examples:
   python tools/benchmark.py local_configs/themask/mini_video.py --size 128 160 --out-size 120 160 --threads 1
   python tools/benchmark.py CONFIG --dtype bfloat16 --options model.test_cfg.mode=whole
 """
+_LIMITS = dict(
+    rounds=Count, warmup=Index, batch=Count, frames=Count | None, threads=Count | None, size=tuple[Count, Count],
+    out_size=tuple[Count, Count])
 
 
 def measure(step: Callable[[], Any], rounds: int, warmup: int, device: torch.device) -> np.ndarray:
@@ -100,10 +106,9 @@ def data_step(model: Any, dataset: Any, device: torch.device) -> Callable[[], in
     return step
 
 
-def main() -> None:
-    """Runs the command line."""
-    use_huge_pages()
-    parser = argparse.ArgumentParser(
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('checkpoint', nargs='?')
@@ -119,33 +124,44 @@ def main() -> None:
     parser.add_argument('--threads', type=int, help='of the CPU')
     OptionsAction.add_to(parser)
     parser.add_argument('--json', type=Path, help='write figures and protocol to this file')
-    args = parser.parse_args()
-    try:
-        report = benchmark(args)
-    except (CheckpointError, ConfigError, DataError) as error:
-        sys.exit(f'error: {error}')
-    show(report)
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, writes and prints."""
+    refuse_overwriting({'--json': args.json}, {'config': args.config, 'checkpoint': args.checkpoint})
+    report = benchmark(args)
     if args.json:
         write_atomically(args.json, json.dumps(report, indent=1))
+    show(report)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's first line says what is missing
+        raise ConfigError(f'--device {name}: torch cannot use it here: {str(error).splitlines()[0]}') from None
+    if device.type not in ('cpu', 'cuda'):
+        raise ConfigError(f"--device: expected 'cpu' or 'cuda', got '{name}'")
+    return device
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Figures and protocol."""
-    if min(args.rounds, args.batch, *args.size, *args.out_size) < 1 or args.warmup < 0:
-        raise ConfigError('--rounds, --batch, --size, --out-size: expected at least 1; --warmup: at least 0')
+    for name, annotation in _LIMITS.items():
+        check_value(getattr(args, name), annotation, f'--{name.replace("_", "-")}')
     if args.data and args.batch != 1:
         raise ConfigError('--data runs one clip at a time, as testing does; it does not go with --batch')
-    device = torch.device(args.device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ConfigError('--device cuda: this machine has no GPU that torch can use')
+    device = _device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     cfg = load_config(args.config, args.options)
     set_backends(cfg)
     model = init_segmentor(cfg, args.checkpoint, device)
-    frames = args.frames or cfg.data.test.get('test_size', 1)
+    frames = args.frames or clip_length(cfg)
     if args.data:
-        cfg.data.test.test_size = frames
+        required(cfg, 'data.test').test_size = frames
         step = data_step(model, build_dataset(cfg.data.test, where='data.test'), device)
     else:
         step = random_step(model, args, frames, device)
@@ -198,5 +214,12 @@ def show(report: dict[str, Any]) -> None:
     table_console().print(table)
 
 
+def main() -> int:
+    """Runs the command line."""
+    use_huge_pages()
+    args = parse_args()
+    return run_tool(lambda: run(args))
+
+
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

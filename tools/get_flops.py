@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmseg.models import build_segmentor
 from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.library import ops
-from mmseg.utils.config import OptionsAction, load_config
+from mmseg.utils.arguments import Count, Range, check_value
+from mmseg.utils.cli import run_tool
+from mmseg.utils.config import OptionsAction, clip_length, load_config, required
 from mmseg.utils.console import table_console
-from mmseg.utils.errors import ConfigError
-from mmseg.utils.files import write_atomically
+from mmseg.utils.dist import ArgumentParser
+from mmseg.utils.files import refuse_overwriting, write_atomically
 
 EPILOG = """Counted are matrix products, convolutions, attention and multi-scale deformable attention, of one clip in
 evaluation, up to the scores at stride 4.  A multiplication with its addition is 2 FLOPs (papers that give "FLOPs" of
@@ -34,6 +36,7 @@ examples:
   python tools/get_flops.py local_configs/themask/video_themask_mit_b1.py
   python tools/get_flops.py local_configs/themask/1f_themask_mit_b5.py --frames 1 --size 480 853 --json flops.json
 """
+_Side = Annotated[int, Range(32, 2**16)]
 
 
 class PartCounter:
@@ -84,7 +87,8 @@ def count(cfg: Any, frames: int, size: tuple[int, int]) -> dict[str, dict[str, i
         Part -> ``parameters`` and ``flops``; ``deformable attention`` is a share of the pixel decoder's.
     """
     with torch.device('meta'):
-        model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg')).eval().requires_grad_(False)
+        model = build_segmentor(required(cfg, 'model'), cfg.get('train_cfg'), cfg.get('test_cfg'))
+        model.eval().requires_grad_(False)
         clip = torch.empty(1, frames, 3, *size)
     head = model.decode_head
     parts = {'backbone': model.backbone, 'pixel decoder': head.pixel_decoder, 'mask decoder': head.predictor}
@@ -103,9 +107,9 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def main() -> None:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--size', '--shape', type=int, nargs=2, default=(480, 864), metavar=('H', 'W'),
@@ -113,15 +117,19 @@ def main() -> None:
     parser.add_argument('--frames', type=int, help='of the clip (default: test_size of the config)')
     OptionsAction.add_to(parser)
     parser.add_argument('--json', type=Path, help='write the numbers to this file')
-    args = parser.parse_args()
-    try:
-        cfg = load_config(args.config, args.options)
-        frames = args.frames or cfg.data.test.get('test_size', 1)
-        if frames < 1 or min(args.size) < 32:
-            raise ConfigError(f'--frames, --size: expected at least 1 and 32x32, got {frames} and {args.size}')
-        table = count(cfg, frames, tuple(args.size))
-    except ConfigError as error:
-        sys.exit(f'error: {error}')
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Counts, writes and prints."""
+    refuse_overwriting({'--json': args.json}, {'config': args.config})
+    check_value(args.frames, Count | None, '--frames')
+    check_value(args.size, tuple[_Side, _Side], '--size')
+    cfg = load_config(args.config, args.options)
+    frames = args.frames or clip_length(cfg)
+    table = count(cfg, frames, tuple(args.size))
+    if args.json:
+        write_atomically(args.json, json.dumps({'frames': frames, 'size': list(args.size), 'parts': table}, indent=1))
     from rich.table import Table
 
     shown = Table(title=f'{frames} frames of {args.size[1]}x{args.size[0]}', title_justify='left')
@@ -132,9 +140,13 @@ def main() -> None:
         shown.add_row(label, f'{row["parameters"] / 1e6:.2f}', f'{row["flops"] / 1e9:.2f}',
                       f'{row["flops"] / 2e9:.2f}', f'{row["flops"] / 1e9 / frames:.2f}')
     table_console().print(shown)
-    if args.json:
-        write_atomically(args.json, json.dumps({'frames': frames, 'size': list(args.size), 'parts': table}, indent=1))
+
+
+def main() -> int:
+    """Runs the command line."""
+    args = parse_args()
+    return run_tool(lambda: run(args))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -10,8 +10,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.utils.config import OptionsAction, load_config
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.cli import run_tool
+from mmseg.utils.config import OptionsAction, as_text, load_config
+from mmseg.utils.dist import ArgumentParser
+from mmseg.utils.files import refuse_overwriting, write_atomically
 
 EPILOG = """examples:
   python tools/print_config.py local_configs/themask/video_themask_mit_b1.py
@@ -41,26 +43,29 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
     return [row for row in rows if row[1] is _ABSENT or row[2] is _ABSENT or row[1] != row[2]]
 
 
-def main() -> None:
-    """Runs the command line."""
-    parser = argparse.ArgumentParser(
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--diff', metavar='OTHER', help='print only what differs from this config (exit status 1 then)')
     OptionsAction.add_to(parser, 'overrides of CONFIG, as in training')
     parser.add_argument('--out', type=Path, help='write the final config to this .py file, which can be trained')
-    args = parser.parse_args()
-    try:
-        config = load_config(args.config, args.options)
-        other = load_config(args.diff) if args.diff else None
-    except ConfigError as error:
-        sys.exit(f'error: {error}')
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints or writes what is asked for; returns the exit status."""
+    refuse_overwriting({'--out': args.out}, {'config': args.config, 'other config': args.diff})
+    config = load_config(args.config, args.options)
+    other = load_config(args.diff) if args.diff else None
+    text = as_text(config) if args.out or other is None else ''
     if args.out:
-        config.dump(str(args.out))
+        write_atomically(args.out, text)
     if other is None:
         if not args.out:
-            print(config.pretty_text)
-        return
+            print(text)
+        return 0
     rows = differences(config.to_dict(), other.to_dict())
     for path, first, second in rows:
         if first is not _ABSENT:
@@ -68,8 +73,14 @@ def main() -> None:
         if second is not _ABSENT:
             print(f'+ {path} = {second!r}')
     print(f'{len(rows)} differences' if rows else 'no difference')
-    sys.exit(1 if rows else 0)
+    return 1 if rows else 0
+
+
+def main() -> int:
+    """Runs the command line."""
+    args = parse_args()
+    return run_tool(lambda: run(args))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

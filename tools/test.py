@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_huge_pages()
     args = parse_args(argv)
     try:
-        return run_tool(lambda: run(args))
+        return run_tool(lambda: run(args), parallel=True)
     finally:
         close_dist()
 
@@ -131,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     """Tests as ``args`` says; returns the exit status."""
     check_args(args)
     cfg = load_config(args.config, args.options)
-    device = init_dist(args.launcher, cfg.get('dist_params', {}).get('backend'))
+    params = cfg.get('dist_params') or {}
+    device = init_dist(args.launcher, params.get('backend'), port=params.get('port'))
     with Interruption('stopping after this clip', owner=is_main_process()) as interruption:
         try:
             test(args, cfg, device, interruption)

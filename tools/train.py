@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if cfg.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    device = init_dist(args.launcher, cfg.get('dist_params', {}).get('backend'))
+    params = cfg.get('dist_params') or {}
+    device = init_dist(args.launcher, params.get('backend'), port=params.get('port'))
     if device.type == 'cpu':
         keep_pages()
     try:
@@ -120,7 +121,7 @@ def main() -> int:
         start_processes(args)
         return run(args)
 
-    return run_tool(start)
+    return run_tool(start, parallel=True)
 
 
 if __name__ == '__main__':

@@ -25,6 +25,7 @@ from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.datasets.video_dataset import VideoDataset
 from mmseg.models import build_segmentor
 from mmseg.registry import nearest
+from mmseg.utils.config import required
 from mmseg.utils.dist import broadcast_object, fail_together, gather_objects, get_dist_info, is_main_process
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import write_atomically
@@ -105,7 +106,7 @@ def check_model(cfg: Config) -> None:
     """
     try:
         with torch.device('meta'):
-            build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))
+            build_segmentor(required(cfg, 'model'), cfg.get('train_cfg'), cfg.get('test_cfg'))
     except ConfigError:
         raise
     except Exception as error:  # a part of one's own may compute with its weights; it is built for real later

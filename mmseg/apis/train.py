@@ -27,7 +27,7 @@ from mmseg.core.checkpoint import (
     remove_leftovers,
     run_of,
 )
-from mmseg.core.finetune import FinetuneConfig, freeze, load_for_finetune
+from mmseg.core.finetune import FinetuneConfig, freeze, load_for_finetune, warn_of_unused
 from mmseg.core.hooks import CheckpointHook, EvalHook, JsonLoggerHook
 from mmseg.core.lr_schedule import LrSchedule
 from mmseg.core.optimizer import build_optimizer, check_optimizer
@@ -37,6 +37,7 @@ from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
 from mmseg.datasets.loader import STALL_SECONDS
 from mmseg.models import build_segmentor
 from mmseg.registry import HOOKS, build, check_arguments, nearest
+from mmseg.utils.config import as_text
 from mmseg.utils.dist import barrier, broadcast_object, describe, get_dist_info
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError
 from mmseg.utils.files import write_atomically
@@ -71,7 +72,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     device = device or torch.device('cpu')
     _check_plan(cfg)
     work_dir = Path(cfg.work_dir)
-    config_text = _as_text(cfg)
+    config_text = as_text(cfg)
     with _work_dir(cfg, work_dir, config_text) as timestamp:
         return _train(cfg, device, validate, work_dir, timestamp, config_text)
 
@@ -169,25 +170,6 @@ def _check_plan(cfg: Config) -> None:
             raise ConfigError(f'{key}.by_epoch: training counts iterations; set it to False')
     check_model(cfg)
     check_optimizer(cfg.optimizer)
-
-
-def _as_text(cfg: Config) -> str:
-    """The config as a Python file that can be loaded again.
-
-    Raises:
-        ConfigError: a value has no Python text, such as an array.
-    """
-    try:
-        return cfg.pretty_text
-    except SyntaxError:  # of the formatter, which shows the whole text and not the place
-        for key, value in cfg.items():
-            try:
-                Config({key: value}).pretty_text  # noqa: B018
-            except SyntaxError:
-                raise ConfigError(
-                    f'{key}: the final config cannot be written down with {value!r} ({type(value).__name__}); use '
-                    'plain numbers, texts, lists and dicts') from None
-        raise
 
 
 _WRITTEN_BY_US = '# The config of a training as it ran: bases and overrides resolved.\n'
@@ -322,6 +304,7 @@ def _initialise(model: nn.Module, cfg: Config, resumed: Mapping[str, Any] | None
         report = load_for_finetune(model, checkpoint['state_dict'], config)
         logger.info('fine-tuning from %s\n  %s', path, '\n  '.join(report.lines()))
         return {'train': list(config.train), 'frozen_eval': config.frozen_eval}
+    warn_of_unused(cfg.get('finetune'))
     if load_from:
         path, checkpoint = _open_on_all_ranks(load_from)
         report = load_for_finetune(model, checkpoint['state_dict'], FinetuneConfig(train=('',)))

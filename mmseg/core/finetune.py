@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmseg.registry import check_arguments
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.state_dict_alias import reference_names
 
 _SHOWN = 5
+logger = logging.getLogger('mmseg')
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class FinetuneConfig:
         frozen_eval: frozen parts run in eval mode, so that drop path does not disturb them (the reference left it on).
     """
 
-    train: Sequence[str] = ('predictor',)
-    fresh: Sequence[str] = ()
+    train: str | Sequence[str] = ('predictor',)
+    fresh: str | Sequence[str] = ()
     copy: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     frozen_eval: bool = False
 
@@ -37,20 +40,21 @@ class FinetuneConfig:
         """Reads the section; a pattern may be a string or a list of them.
 
         Raises:
-            ConfigError: an unknown key, or ``copy`` is no dict.
+            ConfigError: an unknown key, or a value of a wrong type.
         """
-        section = dict(section or {})
-        for key in section:
-            if key not in cls.__dataclass_fields__:
-                raise ConfigError(f"finetune.{key}: unknown key '{key}' (known: {', '.join(cls.__dataclass_fields__)})")
-        for key in ('train', 'fresh'):
-            if key in section:
-                section[key] = _as_tuple(section[key])
-        copies = section.get('copy') or {}
-        if not isinstance(copies, Mapping):
-            raise ConfigError(f'finetune.copy: expected a dict of name -> names, got {copies!r}')
-        section['copy'] = {source: _as_tuple(targets) for source, targets in copies.items()}
+        given = {key: value for key, value in (section or {}).items() if value is not None}
+        section = check_arguments(cls, given, 'finetune')
+        for key in {'train', 'fresh'} & section.keys():
+            section[key] = _as_tuple(section[key])
+        section['copy'] = {source: _as_tuple(targets) for source, targets in section.get('copy', {}).items()}
         return cls(**section)
+
+
+def warn_of_unused(section: Any) -> None:
+    """Warns of a ``finetune`` section in a training that is not started or resumed as a fine-tuning."""
+    if section:
+        logger.warning(
+            'the finetune section of the config has no effect: it goes with --finetune-from, and everything is trained')
 
 
 @dataclass

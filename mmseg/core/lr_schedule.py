@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from mmseg.registry import nearest
+from mmseg.utils.arguments import Count, Index, Share, Weight
 from mmseg.utils.errors import ConfigError
 
 _POLICIES = ('poly', 'fixed')
@@ -35,14 +36,14 @@ class LrSchedule:
 
     def __init__(
         self,
-        max_iters: int,
+        max_iters: Count,
         policy: str = 'poly',
-        power: float = 1.0,
-        min_lr: float = 0.0,
+        power: Weight = 1.0,
+        min_lr: Weight = 0.0,
         by_epoch: bool = False,
         warmup: str | None = None,
-        warmup_iters: int = 0,
-        warmup_ratio: float = 0.1,
+        warmup_iters: Index = 0,
+        warmup_ratio: Share = 0.1,
         warmup_by_epoch: bool = False,
     ) -> None:
         if policy not in _POLICIES:

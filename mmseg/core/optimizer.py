@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmseg.registry import nearest
+from mmseg.registry import check_arguments, nearest
+from mmseg.utils.arguments import Weight, check_value
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.state_dict_alias import reference_names
 
@@ -50,8 +51,8 @@ def build_optimizer(model: nn.Module, cfg: Mapping[str, Any]) -> torch.optim.Opt
         arguments.setdefault('fused', True)
     try:
         return optimizer(params, **arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f'optimizer: {error}') from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f'optimizer: {error}') from error
 
 
 def check_optimizer(
@@ -63,36 +64,36 @@ def check_optimizer(
         Class, its arguments, and the custom keys, the one that wins first.
 
     Raises:
-        ConfigError: unknown optimizer, argument or key; a rate or decay that is no number.
+        ConfigError: unknown optimizer, argument or key; a value of a wrong type or out of range.
     """
     arguments = dict(cfg)
     name = arguments.pop('type', None)
-    paramwise = dict(arguments.pop('paramwise_cfg', None) or {})
+    paramwise = arguments.pop('paramwise_cfg', None) or {}
     classes: dict[str, Any] = {n: c for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != 'Optimizer'}
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ConfigError(f"optimizer.type: torch.optim has no '{name}'{nearest(str(name), classes)}")
-    known = set(inspect.signature(classes[name]).parameters) - {'params'}
-    for key in arguments:
-        if key not in known:
-            raise ConfigError(f"optimizer.{key}: {name} takes no argument '{key}'{nearest(key, known)}")
+    if 'params' in arguments:
+        raise ConfigError('optimizer.params: these are the parameters of the model; see paramwise_cfg')
     if 'lr' not in arguments:
         raise ConfigError('optimizer.lr: missing')
-    for key in ('lr', 'weight_decay'):
-        if isinstance(arguments.get(key, 0.0), bool) or not isinstance(arguments.get(key, 0.0), (int, float)):
-            raise ConfigError(f'optimizer.{key}: expected a number, got {arguments[key]!r}')
-    return classes[name], arguments, _custom_keys(paramwise)
+    for key in ('lr', 'weight_decay'):  # torch takes a tensor, too, and annotates them in several ways
+        check_value(arguments.get(key, 0.0), Weight, f'optimizer.{key}')
+    return classes[name], check_arguments(classes[name], arguments, 'optimizer'), _custom_keys(paramwise)
 
 
-def _custom_keys(paramwise: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _custom_keys(paramwise: Any) -> dict[str, dict[str, float]]:
     """Checks ``paramwise_cfg`` and returns its custom keys, the one that wins first."""
-    custom_keys = dict(paramwise.pop('custom_keys', None) or {})
-    for key in paramwise:
-        raise ConfigError(f"optimizer.paramwise_cfg.{key}: unknown key '{key}' (known: custom_keys)")
+    where = 'optimizer.paramwise_cfg'
+    check_value(paramwise, Mapping[str, Mapping[str, Any] | None], where)
+    for key in paramwise.keys() - {'custom_keys'}:
+        raise ConfigError(f"{where}.{key}: unknown key '{key}' (known: custom_keys)")
+    custom_keys = dict(paramwise.get('custom_keys') or {})
+    check_value(custom_keys, Mapping[str, Mapping[str, Weight]], f'{where}.custom_keys')
     for pattern, multipliers in custom_keys.items():
         for key in multipliers:
             if key not in _MULTIPLIERS:
-                where = f'optimizer.paramwise_cfg.custom_keys.{pattern}.{key}'
-                raise ConfigError(f"{where}: unknown key '{key}'{nearest(key, _MULTIPLIERS)}")
+                place = f'{where}.custom_keys.{pattern}.{key}'
+                raise ConfigError(f"{place}: unknown key '{key}'{nearest(key, _MULTIPLIERS)}")
     return {key: custom_keys[key] for key in sorted(sorted(custom_keys), key=len, reverse=True)}
 
 

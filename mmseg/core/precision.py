@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mmseg.registry import check_arguments, nearest
+from mmseg.utils.arguments import Factor, fits
 from mmseg.utils.autocast import cpu_computes_in, weights_cast_once
 from mmseg.utils.errors import ConfigError
 
@@ -71,16 +72,16 @@ class Precision:
         self.fixed_scale: float | None = None
         options: dict[str, Any] = {}
         if isinstance(loss_scale, Mapping):
-            options = dict(loss_scale)
-            options.pop('mode', None)  # mmcv's own key; its scaler's other keys are torch's
-        elif isinstance(loss_scale, (int, float)):
+            options = {k: v for k, v in loss_scale.items() if k != 'mode'}  # mmcv's own key; the others are torch's
+            check_arguments(torch.amp.GradScaler, options, 'fp16.loss_scale')
+        elif fits(loss_scale, Factor):
             self.fixed_scale = float(loss_scale)
             options = {'init_scale': self.fixed_scale}
         elif loss_scale != 'dynamic':
-            raise ConfigError(f"fp16.loss_scale: expected a number, 'dynamic' or a dict, got {loss_scale!r}")
+            raise ConfigError(f"fp16.loss_scale: expected a number above 0, 'dynamic' or a dict, got {loss_scale!r}")
         try:
             self.scaler = torch.amp.GradScaler(device.type, enabled=wanted == torch.float16, **options)
-        except TypeError as error:
+        except (TypeError, AssertionError) as error:  # device and enabled are given here; limits of torch
             raise ConfigError(f'fp16.loss_scale: {error}') from None
 
     @classmethod

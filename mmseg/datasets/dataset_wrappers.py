@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from mmseg.registry import DATASETS, build
+from mmseg.utils.arguments import Count
 from mmseg.utils.errors import ConfigError
 
 
@@ -26,7 +27,7 @@ class RepeatDataset(Dataset):
         times: number of repetitions.
     """
 
-    def __init__(self, dataset: Any, times: int):
+    def __init__(self, dataset: Mapping[str, Any] | Dataset, times: Count):
         self.dataset = _built(dataset, 'dataset')
         self.times = times
         self.CLASSES = self.dataset.CLASSES
@@ -51,7 +52,7 @@ class ConcatDataset(Dataset):
         datasets: data sets or their configs.
     """
 
-    def __init__(self, datasets: Sequence[Any]):
+    def __init__(self, datasets: Sequence[Mapping[str, Any] | Dataset]):
         self.datasets = [_built(dataset, f'datasets[{index}]') for index, dataset in enumerate(datasets)]
         if not self.datasets:
             raise ConfigError('ConcatDataset: needs at least one data set')

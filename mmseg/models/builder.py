@@ -7,6 +7,7 @@ from typing import Any
 
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import SEGMENTORS, build
+from mmseg.utils.errors import ConfigError
 
 
 def build_segmentor(
@@ -20,7 +21,13 @@ def build_segmentor(
         test_cfg: the same.
 
     Raises:
-        ConfigError: naming the key that is wrong and where it stands.
+        ConfigError: naming the key that is wrong and where it stands; ``train_cfg`` or ``test_cfg`` stands in both
+            places and differs.
     """
     beside = {'train_cfg': train_cfg, 'test_cfg': test_cfg}
+    for key, value in beside.items():
+        within = cfg.get(key) if isinstance(cfg, Mapping) else None
+        if value is not None and within is not None and value != within:
+            raise ConfigError(
+                f'{key}: {dict(value)} at the top level, but model.{key} is {dict(within)}; keep one of the two')
     return build(SEGMENTORS, cfg, 'model', **{key: value for key, value in beside.items() if value is not None})

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
 
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
+from mmseg.utils.launcher import detect_launcher
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteLossError, OtherRankError, OSError)
 INTERRUPTED = 130  # of a program that Ctrl-C has ended
 
 
-def run_tool(run: Callable[[], int | None], failed: int = 1) -> int:
+def run_tool(run: Callable[[], int | None], failed: int = 1, parallel: bool = False) -> int:
     """Calls ``run`` and returns the exit status of the tool.
 
     Args:
         run: returns the status, or None for 0.
         failed: the status where an error of :data:`USER_ERRORS` ends it; its message goes to standard error.
+        parallel: whether several processes of the tool share its work; any other tool refuses to be one of several,
+            as each would write the same files.
     """
-    with contextlib.suppress(AttributeError, ValueError):  # names that the locale cannot show end no program
-        sys.stdout.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a terminal that cannot show a letter ends no tool
+            stream.reconfigure(errors='backslashreplace')
     try:
+        launcher = detect_launcher()
+        if launcher != 'none' and not parallel:
+            raise ConfigError(f'this tool runs in one process, but {launcher} has started several; start it by itself')
         return run() or 0
     except BrokenPipeError:  # "tool | head" has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

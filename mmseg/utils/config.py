@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import Registry
 
 from mmseg.registry import (
@@ -27,99 +29,105 @@ from mmseg.registry import (
     PIXEL_DECODERS,
     SEGMENTORS,
     TRANSFORMER_DECODERS,
-    arguments_of,
-    find,
+    check_component,
     nearest,
+    registered,
+    unknown_argument,
 )
-from mmseg.registry import check_arguments as _check_arguments
+from mmseg.utils.arguments import Count, Index, Range, Share, Weight, check_value, fits
 from mmseg.utils.config_variables import fill_in_variables
 from mmseg.utils.errors import ConfigError
 
-_NUMBER = (int, float)
-_OPTIONAL_TEXT = (str, type(None))
+_Positive = Annotated[float, Range(0, math.inf, above=True)]
+Port = Annotated[int, Range(1, 65535)]
+_Level = Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL']
+_DELETE = '_delete_'
 ANY = object()
 """Marks a place whose keys are the user's or are checked by the component that reads them."""
 
 SECTIONS: dict[str, Any] = {
     'data': {
-        'samples_per_gpu': int,
-        'workers_per_gpu': int,
+        'samples_per_gpu': Count,
+        'workers_per_gpu': Annotated[int, Range(0, 1024)],
         'persistent_workers': bool,
         'pin_memory': bool,
-        'stall_seconds': _NUMBER,
+        'stall_seconds': _Positive,
         'train': DATASETS,
         'val': DATASETS,
         'test': DATASETS,
     },
     'model': SEGMENTORS,
-    'optimizer': ANY,
+    'train_cfg': Mapping[str, Any] | None,
+    'test_cfg': Mapping[str, Any] | None,
+    'optimizer': Mapping[str, Any],
     'optimizer_config': {
-        'grad_clip': {'max_norm': _NUMBER, 'norm_type': _NUMBER},
-        'cumulative_iters': int,
+        'grad_clip': {'max_norm': _Positive, 'norm_type': _Positive},
+        'cumulative_iters': Count,
         'type': str,
         'loss_scale': ANY,
     },
     'lr_config': {
         'policy': str,
-        'power': _NUMBER,
-        'min_lr': _NUMBER,
+        'power': Weight,
+        'min_lr': Weight,
         'by_epoch': bool,
-        'warmup': _OPTIONAL_TEXT,
-        'warmup_iters': int,
-        'warmup_ratio': _NUMBER,
+        'warmup': str | None,
+        'warmup_iters': Index,
+        'warmup_ratio': Share,
         'warmup_by_epoch': bool,
     },
-    'runner': {'type': str, 'max_iters': int},
+    'runner': {'type': str, 'max_iters': Count},
     'checkpoint_config': {
         'by_epoch': bool,
         'interval': int,
         'max_keep_ckpts': int,
         'save_last': bool,
         'save_optimizer': bool,
-        'meta': ANY,
-        'out_dir': _OPTIONAL_TEXT,
+        'meta': Mapping[str, Any] | None,
+        'out_dir': str | None,
         'type': str,
         'create_symlink': bool,
         'sync_buffer': bool,
     },
     'evaluation': {
         'interval': int,
-        'metric': (str, list, tuple),
-        'save_best': (*_OPTIONAL_TEXT, bool),
-        'rule': _OPTIONAL_TEXT,
+        'metric': str | Sequence[str],
+        'save_best': str | bool | None,
+        'rule': str | None,
         'by_epoch': bool,
-        'start': (int, type(None)),
+        'start': int | None,
         'pre_eval': bool,
         'efficient_test': bool,
         'broadcast_bn_buffer': bool,
         'gpu_collect': bool,
-        'tmpdir': _OPTIONAL_TEXT,
+        'tmpdir': str | None,
     },
     'log_config': {'interval': int, 'hooks': [HOOKS]},
     'custom_hooks': [HOOKS],
-    'dist_params': {'backend': str, 'port': ANY},
+    'dist_params': {'backend': str, 'port': Port},
     'fp16': {'dtype': str, 'loss_scale': ANY},
     'finetune': {
-        'train': (list, tuple, str),
-        'fresh': (list, tuple, str),
-        'copy': ANY,
+        'train': str | Sequence[str],
+        'fresh': str | Sequence[str],
+        'copy': Mapping[str, str | Sequence[str]] | None,
         'frozen_eval': bool,
     },
     'cudnn_benchmark': bool,
-    'float32_matmul_precision': _OPTIONAL_TEXT,
+    'float32_matmul_precision': str | None,
     'find_unused_parameters': bool,
-    'workflow': (list, tuple),
-    'log_level': str,
-    'load_from': _OPTIONAL_TEXT,
-    'resume_from': _OPTIONAL_TEXT,
-    'finetune_from': _OPTIONAL_TEXT,
-    'work_dir': _OPTIONAL_TEXT,
-    'seed': (int, type(None)),
+    'workflow': Sequence[tuple[str, int]],
+    'log_level': _Level,
+    'load_from': str | None,
+    'resume_from': str | None,
+    'finetune_from': str | None,
+    'work_dir': str | None,
+    'seed': int | None,
     'deterministic': bool,
-    'gpu_ids': ANY,
-    'nan_loss': str,
+    'gpu_ids': int | Sequence[int] | None,
+    'nan_loss': Literal['stop', 'skip'],
 }
-"""What each section of a config may hold: a type, a dict of keys, a registry (a component stands there), or ``ANY``."""
+"""What each section may hold: an annotation, a dict of keys, a registry (of the component that stands there), a list of
+one registry, or ``ANY``."""
 
 _COMPONENT_KEYS = {
     'backbone': BACKBONES,
@@ -169,15 +177,90 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
         ConfigError: the file is missing or broken; a key, argument, type name or override is unknown; a value of a
             section has a wrong type.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"config file '{path}' does not exist (looked from {Path.cwd()})")
+    path = Path(path).expanduser()
     try:
+        if path.is_dir():
+            raise ConfigError(f"config file '{path}' is a folder; name the .py file in it")
+        if not path.exists():
+            raise ConfigError(f"config file '{path}' does not exist (looked from {Path.cwd()})")
         cfg = Config.fromfile(str(path), lazy_import=False)  # a file with imports is run, as by mmcv
-    except Exception as error:  # a config is code: anything may come out of it
+    except ConfigError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file '{path}' is no text in UTF-8 ({error}); save it as such") from error
+    except (Exception, SystemExit) as error:  # a config is code: anything may come out of it
         raise ConfigError(f"config file '{path}' cannot be read: {type(error).__name__}: {error}") from error
     override(cfg, options or {})
+    _drop_none(cfg, SECTIONS)
+    for key, value in cfg.items():
+        cfg[key] = _at_home(value)
     check_config(cfg)
     return cfg
+
+
+def _drop_none(section: Any, schema: Mapping[str, Any]) -> None:
+    """None in place of a section or a component means that there is none."""
+    for key in list(section.keys() & schema.keys()):
+        if section[key] is None and isinstance(schema[key], (dict, list, Registry)):
+            section.pop(key)
+        elif isinstance(section[key], Mapping) and isinstance(schema[key], dict):
+            _drop_none(section[key], schema[key])
+
+
+def required(cfg: Config, dotted: str) -> Any:
+    """The section ``dotted`` (``data.test``) of a config that is good for another purpose without it.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    section: Any = cfg
+    for part in dotted.split('.'):
+        section = section.get(part)
+        if section is None:
+            raise ConfigError(f'{dotted}: missing in the config')
+    return section
+
+
+def clip_length(cfg: Config) -> int:
+    """Frames of a test clip.
+
+    Raises:
+        ConfigError: there is no test set, or a list of them.
+    """
+    section = required(cfg, 'data.test')
+    if not isinstance(section, Mapping):
+        raise ConfigError(f'data.test: expected one test set, got {len(section)}')
+    return section.get('test_size') or 1
+
+
+def as_text(cfg: Config) -> str:
+    """The config as a Python file that can be loaded again.
+
+    Raises:
+        ConfigError: a value has no Python text, such as an array.
+    """
+    try:
+        return cfg.pretty_text
+    except SyntaxError:  # of the formatter, which shows the whole text and not the place
+        for key, value in cfg.items():
+            try:
+                Config({key: value}).pretty_text  # noqa: B018
+            except SyntaxError:
+                raise ConfigError(
+                    f'{key}: the final config cannot be written down with {value!r} ({type(value).__name__}); use '
+                    'plain numbers, texts, lists and dicts') from None
+        raise
+
+
+def _at_home(value: Any) -> Any:
+    """``value`` with the user's home folder in place of ``~`` in each text that is a path below it."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith('~') and '/' in value else value
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _at_home(item)
+        return value
+    return type(value)(map(_at_home, value)) if type(value) in (list, tuple) else value
 
 
 def override(cfg: Config, options: Mapping[str, Any]) -> None:
@@ -185,18 +268,37 @@ def override(cfg: Config, options: Mapping[str, Any]) -> None:
 
     Args:
         cfg: a config.
-        options: dotted keys to values, as in :func:`load_config`.
+        options: dotted keys to values, as in :func:`load_config`.  A number stands for an entry of a list; a dict is
+            merged into one that is there, unless it holds ``_delete_=True``.
 
     Raises:
         ConfigError: a key that is neither there nor known at its place, or stands inside a plain value.
     """
     for key in options:
         _check_override(cfg, key)
-    try:
-        cfg.merge_from_dict(dict(options))
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f'--options: {error}') from None
+    for key, value in options.items():
+        first, *rest = key.split('.')
+        cfg[first] = _changed(cfg.get(first, {}), rest, value, first)
     fill_in_variables(cfg)
+
+
+def _changed(place: Any, parts: Sequence[str], value: Any, where: str) -> Any:
+    """``place`` with ``value`` under the dotted ``parts``; nothing that other places may share is written to."""
+    if not parts:
+        if not isinstance(value, Mapping):
+            return value
+        kept = place if isinstance(place, Mapping) and not value.get(_DELETE) else {}
+        added = {k: _changed(kept.get(k), (), v, f'{where}.{k}') for k, v in value.items() if k != _DELETE}
+        return ConfigDict({**kept, **added})
+    part, *rest = parts
+    inner = f'{where}.{part}'
+    if isinstance(place, (list, tuple)):
+        entries = list(place)
+        entries[int(part)] = _changed(entries[int(part)], rest, value, inner)
+        return type(place)(entries)
+    if not isinstance(place, Mapping):
+        raise ConfigError(f"--options {where}.{'.'.join(parts)}: {where} is {place!r} and has no key '{part}'")
+    return ConfigDict({**place, part: _changed(place.get(part, {}), rest, value, inner)})
 
 
 def check_config(cfg: Config) -> None:
@@ -207,8 +309,7 @@ def check_config(cfg: Config) -> None:
     """
     for key in cfg:
         if key in SECTIONS:
-            if cfg[key] is not None:
-                _check_value(cfg[key], SECTIONS[key], key)
+            _check_value(cfg[key], SECTIONS[key], key)
             continue
         slip = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.8)
         if slip:
@@ -216,16 +317,19 @@ def check_config(cfg: Config) -> None:
 
 
 def _check_value(value: Any, schema: Any, where: str) -> None:
-    if schema is ANY or value is None:
+    if schema is ANY:
         return
     if isinstance(schema, Registry):
-        _check_component(value, schema, where)
+        if value is not None:
+            _check_component(value, schema, where)
     elif isinstance(schema, list):
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f'{where}: expected a list of dicts, got {value!r}')
         for i, item in enumerate(value):
             _check_component(item, schema[0], f'{where}[{i}]')
     elif isinstance(schema, dict):
+        if value is None:
+            return
         if not isinstance(value, Mapping):
             raise ConfigError(f'{where}: expected a dict with keys {", ".join(schema)}, got {value!r}')
         for key, inner in value.items():
@@ -233,10 +337,7 @@ def _check_value(value: Any, schema: Any, where: str) -> None:
                 raise ConfigError(f"{where}.{key}: unknown key '{key}' in {where}{nearest(key, schema)}")
             _check_value(inner, schema[key], f'{where}.{key}')
     else:
-        types = schema if isinstance(schema, tuple) else (schema,)
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = ' or '.join(t.__name__ for t in types if t is not type(None))
-            raise ConfigError(f'{where}: expected {wanted}, got {value!r} ({type(value).__name__})')
+        check_value(value, schema, where)
 
 
 def _check_component(cfg: Any, registry: Registry, where: str) -> None:
@@ -245,11 +346,9 @@ def _check_component(cfg: Any, registry: Registry, where: str) -> None:
         for i, item in enumerate(cfg):
             _check_component(item, registry, f'{where}[{i}]')
         return
-    if not isinstance(cfg, Mapping) or 'type' not in cfg:
-        raise ConfigError(f"{where}: expected a dict with a 'type' key for a {registry.name}, got {cfg!r}")
-    component = find(registry, cfg['type'], where)
-    beside = ('type', 'priority') if registry is HOOKS else ('type',)
-    _check_arguments(component, {k: v for k, v in cfg.items() if k not in beside}, where)
+    if registry is HOOKS and isinstance(cfg, Mapping):
+        cfg = {key: value for key, value in cfg.items() if key != 'priority'}
+    check_component(registry, cfg, where)
     for key, value in cfg.items():
         if key in _COMPONENT_KEYS and isinstance(value, Mapping):
             _check_component(value, _COMPONENT_KEYS[key], f'{where}.{key}')
@@ -283,26 +382,25 @@ def _known_key(place: Any, schema: Any, part: str, dotted: str, walked: str) -> 
     """Schema of the new key ``part`` at ``place``; a ConfigError where the place does not know it."""
     if isinstance(schema, dict):
         known = set(schema) | (set(place) if isinstance(place, Mapping) else set())
+        near = None if part in known else nearest(part, known)
     elif isinstance(place, Mapping) and 'type' in place:
-        component = _find_anywhere(place['type'])
-        if component is None:
-            return ANY
-        known = arguments_of(component) | {'type'}
-    elif schema is ANY or isinstance(schema, Registry):
+        component = find_anywhere(place['type'])
+        near = None if component is None or part == 'type' else unknown_argument(component, part)
+    elif schema is ANY or isinstance(schema, Registry) or fits({}, schema):
         return ANY
     else:
         raise ConfigError(f"--options {dotted}: '{walked}' is a plain value and has no key '{part}'")
-    if part not in known:
+    if near is not None:
         stands = f'in {walked}' if walked else 'at the top level'
-        raise ConfigError(f"--options {dotted}: unknown key '{part}' {stands}{nearest(part, known)}")
+        raise ConfigError(f"--options {dotted}: unknown key '{part}' {stands}{near}")
     return schema.get(part, ANY) if isinstance(schema, dict) else ANY
 
 
-def _find_anywhere(name: Any) -> Any:
+def find_anywhere(name: Any) -> Any:
     """The component of that name in any registry, or None; its section's own check names an unknown type."""
     from mmseg import registry as registries
 
     for registry in vars(registries).values():
-        if isinstance(registry, Registry) and isinstance(name, str) and (component := registry.get(name)) is not None:
+        if isinstance(registry, Registry) and (component := registered(registry, name)) is not None:
             return component
     return None

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import os
-import subprocess
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mmseg.utils.errors import ConfigError, OtherRankError
+from mmseg.utils.launcher import detect_launcher, whole_number
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
@@ -43,23 +44,29 @@ _RANK_VARIABLES = {
 }
 
 
-def init_dist(launcher: str, backend: str | None = None, timeout_minutes: float = 30) -> torch.device:
+def init_dist(
+    launcher: str, backend: str | None = None, timeout_minutes: float = 30, port: int | None = None
+) -> torch.device:
     """Joins the process group that ``launcher`` started and returns this process's device.
 
     Args:
-        launcher: ``none`` (one process, no group), ``pytorch`` (torchrun), ``slurm`` (srun) or ``mpi`` (Open MPI).
+        launcher: ``none`` (one process, no group; or the one that :func:`detect_launcher` finds), ``pytorch``
+            (torchrun), ``slurm`` (srun) or ``mpi`` (Open MPI).
         backend: ``nccl`` or ``gloo``; ``nccl`` falls back to ``gloo`` where there is no GPU.
         timeout_minutes: how long a collective call may wait for the other ranks.
+        port: where the ranks meet, if the launcher does not say it (``dist_params.port``; default 29500).
 
     Returns:
         This process's GPU where there is one, else ``cpu``.
 
     Raises:
-        ConfigError: unknown launcher, its environment variables are missing, or there are more processes than GPUs.
+        ConfigError: unknown launcher, its environment variables are missing or no numbers, or there are more processes
+            than GPUs.
     """
     if launcher not in LAUNCHERS:
         raise ConfigError(f"launcher: expected one of {', '.join(LAUNCHERS)}, got '{launcher}'")
-    local_rank = _export_rank_variables(launcher) if launcher != 'none' else 0
+    launcher = detect_launcher(launcher)
+    local_rank = _export_rank_variables(launcher, port or 29500) if launcher != 'none' else 0
     if not torch.cuda.is_available():
         device = torch.device('cpu')
     else:
@@ -83,28 +90,31 @@ def _gpu_index(launcher: str, local_rank: int, gpus: int) -> int:
     """Which of the ``gpus`` that this process sees is its own."""
     if launcher == 'none' or (launcher == 'slurm' and 'SLURM_GPUS_PER_TASK' in os.environ):  # it sees its own alone
         return 0
-    processes = max(local_rank + 1, int(os.environ.get(_LOCAL_SIZE[launcher], 1)))
+    size = _LOCAL_SIZE[launcher]
+    processes = max(local_rank + 1, whole_number(size, 1) if size in os.environ else 1)
     if processes > gpus:
         raise ConfigError(f'{processes} processes were started on a machine with {gpus} GPUs; start {gpus} at most')
     return local_rank
 
 
-def _export_rank_variables(launcher: str) -> int:
-    """Puts the launcher's rank variables under torch's names into the environment; returns the local rank."""
-    for name, source in _RANK_VARIABLES[launcher].items():
+def _export_rank_variables(launcher: str, port: int) -> int:
+    """Puts the launcher's variables under torch's names into the environment; returns the local rank."""
+    sources = _RANK_VARIABLES[launcher]
+    for source in sources.values():
         if source not in os.environ:
             raise ConfigError(
                 f'--launcher {launcher}: the environment variable {source} is missing; start with tools/dist_train.sh '
                 f'(pytorch), tools/slurm_train.sh (slurm) or mpirun (mpi), or use --launcher none'
             )
-        os.environ[name] = os.environ[source]
+    size = whole_number(sources['WORLD_SIZE'], 1)
+    os.environ['RANK'] = str(whole_number(sources['RANK'], 0, size - 1))
+    os.environ['WORLD_SIZE'] = str(size)
+    os.environ['LOCAL_RANK'] = str(whole_number(sources['LOCAL_RANK'], 0))
     if launcher == 'slurm' and 'MASTER_ADDR' not in os.environ:
-        hosts = subprocess.run(
-            ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']], capture_output=True, text=True, check=True
-        )
-        os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
+        os.environ['MASTER_ADDR'] = _first_host()
     os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
-    os.environ.setdefault('MASTER_PORT', '29500')
+    os.environ.setdefault('MASTER_PORT', str(port))
+    whole_number('MASTER_PORT', 1, 65535)
     return int(os.environ['LOCAL_RANK'])
 
 
@@ -127,6 +137,20 @@ def pick_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, ImportError):
         raise ConfigError(f"device: '{device}' cannot be used on this machine; take cpu") from None
     return picked
+
+
+def _first_host() -> str:
+    """Name of the first of SLURM's hosts, whose list is shortened: ``gpu[03-07,11],login1`` gives ``gpu03``."""
+    variables = ('SLURM_STEP_NODELIST', 'SLURM_NODELIST', 'SLURM_JOB_NODELIST')
+    name = next((name for name in variables if os.environ.get(name)), None)
+    if name is None:
+        raise ConfigError(f'--launcher slurm: set MASTER_ADDR, or start with srun, which sets {variables[0]}')
+    first = re.split(r',(?![^\[]*\])', os.environ[name])[0]
+    host = re.sub(r'\[(\w+)[\w,-]*\]', r'\1', first)
+    if not re.fullmatch(r'[\w.-]+', host):
+        raise ConfigError(
+            f"--launcher slurm: no host can be read from {name}='{os.environ[name]}'; set MASTER_ADDR to the first one")
+    return host
 
 
 def close_dist() -> None:
@@ -185,7 +209,17 @@ def describe(error: Exception) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser for processes that share one command line: a usage error is printed once a machine."""
+    """The parser of all tools.
+
+    Processes may share one command line: a usage error is printed once a machine.  ``~`` is the home folder also behind
+    ``=``, where a shell leaves it as it is.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse."""
+        words = [re.sub(r'(^|=)(~/.*)', lambda m: m[1] + os.path.expanduser(m[2]), word)
+                 for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Ends with status 2; the first process of the machine says why, and the others leave it the time to."""
@@ -197,7 +231,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def _is_first_of_machine() -> bool:
     """What the launchers' variables say; it needs no process group."""
-    return not any(int(os.environ.get(variables['LOCAL_RANK'], 0)) for variables in _RANK_VARIABLES.values())
+    return all(os.environ.get(variables['LOCAL_RANK'], '0') in ('', '0') for variables in _RANK_VARIABLES.values())
 
 
 @contextlib.contextmanager

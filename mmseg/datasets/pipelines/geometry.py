@@ -15,12 +15,15 @@ import cv2
 import numpy as np
 
 from mmseg.registry import PIPELINES, retired
+from mmseg.utils.arguments import Count, Label, Ratio, Weight
 from mmseg.utils.errors import ConfigError
 
 from .loading import VOID
-from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_frames, numbers
+from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_frames
 
 _CROP_REDRAWS = 10
+Scale = tuple[Ratio, Ratio]
+Scales = Scale | Sequence[Scale] | None
 
 
 def _map_labels(results: Results, method: str, *args: Any) -> None:
@@ -33,13 +36,12 @@ def _align(side: int, divisor: int) -> int:
     return math.ceil(side / divisor) * divisor
 
 
-def scale_list(value: Any) -> list[tuple[int, int]]:
+def scale_list(value: Scales) -> list[tuple[int, int]]:
     """One scale or a list of scales as a list."""
-    if value is None:
+    if value is None or len(value) == 0:
         return []
-    several = isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Sequence)
-    scales = value if several else [value]
-    return [(int(w), int(h)) for w, h in (numbers(scale, 'img_scale', least=1) for scale in scales)]
+    scales: Any = value if isinstance(value[0], Sequence) else [value]
+    return [(int(w), int(h)) for w, h in scales]
 
 
 @PIPELINES.register_module()
@@ -60,11 +62,12 @@ class Resize(Transform):
     """
 
     def __init__(
-            self, img_scale: Any = None, multiscale_mode: str = 'range', ratio_range: Sequence[float] | None = None,
-            keep_ratio: bool = True, size_divisor: int | None = None):
+            self, img_scale: Scales = None, multiscale_mode: str = 'range',
+            ratio_range: tuple[Weight, Weight] | None = None,
+            keep_ratio: bool = True, size_divisor: Count | None = None):
         self.img_scales = scale_list(img_scale)
         self.multiscale_mode = multiscale_mode
-        self.ratio_range = None if ratio_range is None else numbers(ratio_range, 'ratio_range', least=0)
+        self.ratio_range = ratio_range
         self.keep_ratio = keep_ratio
         self.size_divisor = size_divisor
         if multiscale_mode not in ('range', 'value'):
@@ -125,8 +128,9 @@ class AlignedResize(Resize):
     """:class:`Resize` to a multiple of ``size_divisor`` 32, the backbone's last stride (SegFormer's test resize)."""
 
     def __init__(
-            self, img_scale: Any = None, multiscale_mode: str = 'range', ratio_range: Sequence[float] | None = None,
-            keep_ratio: bool = True, size_divisor: int = 32):
+            self, img_scale: Scales = None, multiscale_mode: str = 'range',
+            ratio_range: tuple[Weight, Weight] | None = None,
+            keep_ratio: bool = True, size_divisor: Count = 32):
         super().__init__(img_scale, multiscale_mode, ratio_range, keep_ratio, size_divisor)
 
 
@@ -143,8 +147,8 @@ class RandomCrop(Transform):
         cat_max_ratio: largest share of one label.
     """
 
-    def __init__(self, crop_size: Sequence[int], cat_max_ratio: float = 1.0):
-        self.height, self.width = numbers(crop_size, 'crop_size', least=1)
+    def __init__(self, crop_size: tuple[Count, Count], cat_max_ratio: float = 1.0):
+        self.height, self.width = crop_size
         self.cat_max_ratio = cat_max_ratio
 
     def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -221,11 +225,11 @@ class Pad(Transform):
     """
 
     def __init__(
-            self, size: Sequence[int] | None = None, size_divisor: int | None = None, pad_val: float = 0,
-            seg_pad_val: int = VOID):
+            self, size: tuple[Count, Count] | None = None, size_divisor: Count | None = None, pad_val: float = 0,
+            seg_pad_val: Label = VOID):
         if (size is None) == (size_divisor is None):
             raise ConfigError('Pad: give either size or size_divisor')
-        self.size = None if size is None else numbers(size, 'size', least=1)
+        self.size = size
         self.size_divisor = size_divisor
         self.pad_val = pad_val
         self.seg_pad_val = seg_pad_val

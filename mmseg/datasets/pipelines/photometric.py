@@ -7,15 +7,13 @@ neighbouring steps are one table.  Only the turns to HSV and back (OpenCV's 8-bi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import cv2
 import numpy as np
 
 from mmseg.registry import PIPELINES
 from mmseg.utils.errors import ConfigError
 
-from .transform import Results, Transform, map_frames, numbers
+from .transform import Results, Transform, map_frames
 
 _BYTES = np.arange(256, dtype=np.uint8)
 _HUES = 180  # OpenCV stores a hue in half degrees
@@ -54,11 +52,11 @@ class PhotoMetricDistortion(Transform):
     """
 
     def __init__(
-            self, brightness_delta: float = 32, contrast_range: Sequence[float] = (0.5, 1.5),
-            saturation_range: Sequence[float] = (0.5, 1.5), hue_delta: int = 18, per_clip: bool = False):
+            self, brightness_delta: float = 32, contrast_range: tuple[float, float] = (0.5, 1.5),
+            saturation_range: tuple[float, float] = (0.5, 1.5), hue_delta: int = 18, per_clip: bool = False):
         self.brightness_delta = brightness_delta
-        self.contrast_low, self.contrast_high = numbers(contrast_range, 'contrast_range')
-        self.saturation_low, self.saturation_high = numbers(saturation_range, 'saturation_range')
+        self.contrast_low, self.contrast_high = contrast_range
+        self.saturation_low, self.saturation_high = saturation_range
         self.hue_delta = hue_delta
         self.per_clip = per_clip
 
@@ -122,9 +120,9 @@ class Normalize(Transform):
         to_rgb: turn BGR to RGB.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], to_rgb: bool = True):
-        self.mean = np.array(numbers(mean, 'mean', 3), dtype=np.float32)
-        self.std = np.array(numbers(std, 'std', 3), dtype=np.float32)
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float], to_rgb: bool = True):
+        self.mean = np.array(mean, dtype=np.float32)
+        self.std = np.array(std, dtype=np.float32)
         self.to_rgb = to_rgb
         if (self.std <= 0).any():
             raise ConfigError(f'Normalize: needs three means and three positive deviations, got {mean} and {std}')

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mmseg.registry import PIPELINES
+from mmseg.utils.arguments import Factor
 from mmseg.utils.errors import ConfigError
 
 from .compose import Compose
-from .geometry import scale_list
-from .transform import FLIP_DIRECTIONS, Results, Transform, last_frame, numbers
+from .geometry import Scales, scale_list
+from .transform import FLIP_DIRECTIONS, Results, Transform, last_frame
 
 
 @PIPELINES.register_module()
@@ -26,22 +26,21 @@ class MultiScaleFlipAug(Transform):
     """
 
     def __init__(
-            self, transforms: Sequence[Mapping], img_scale: Any = None,
-            img_ratios: float | Sequence[float] | None = None, flip: bool = False,
+            self, transforms: Sequence[Mapping], img_scale: Scales = None,
+            img_ratios: Factor | Sequence[Factor] | None = None, flip: bool = False,
             flip_direction: str | Sequence[str] = 'horizontal'):
         self.transforms = Compose(transforms)
         self.img_scales = scale_list(img_scale)
         self.img_ratios = None
         if img_ratios is not None:
-            ratios = img_ratios if isinstance(img_ratios, Sequence) else [img_ratios]
-            self.img_ratios = list(numbers(ratios, 'img_ratios', None, least=0))
+            self.img_ratios = list(img_ratios) if isinstance(img_ratios, Sequence) else [float(img_ratios)]
             if len(self.img_scales) > 1:
                 raise ConfigError('MultiScaleFlipAug: img_ratios goes with one img_scale, not with several')
         elif not self.img_scales:
             raise ConfigError('MultiScaleFlipAug: give img_scale, img_ratios or both')
         directions = [flip_direction] if isinstance(flip_direction, str) else list(flip_direction)
         unknown = set(directions) - set(FLIP_DIRECTIONS)
-        if unknown:
+        if unknown or not directions:
             raise ConfigError(f'MultiScaleFlipAug: flip_direction is one of {FLIP_DIRECTIONS}, got {sorted(unknown)}')
         self.flips = [(False, directions[0])] + [(True, direction) for direction in directions if flip]
 

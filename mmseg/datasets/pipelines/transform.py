@@ -9,7 +9,6 @@ a frame (the idea of sam2's clip transforms).
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +17,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-
-from mmseg.registry import config_path
-from mmseg.utils.errors import ConfigError
 
 Results = dict[str, Any]
 FLIP_DIRECTIONS = ('horizontal', 'vertical')
@@ -134,16 +130,3 @@ class Transform(ABC):
         results = dict(results)
         results.setdefault('seg_fields', ['gt_semantic_seg'] if 'gt_semantic_seg' in results else [])
         return materialise(self.apply(results))
-
-
-def numbers(value: Any, name: str, count: int | None = 2, least: float = -math.inf) -> tuple[Any, ...]:
-    """``value`` as a tuple of ``count`` finite numbers of at least ``least``; a ConfigError names the argument."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    good = isinstance(value, Sequence) and len(value) == (count or len(value)) and all(
-        isinstance(number, (int, float, np.number)) and not isinstance(number, bool) and least <= number < math.inf
-        for number in value)
-    if not good:
-        wanted = f'{count or "a list of"} numbers' + (f' >= {least}' if least > -math.inf else '')
-        raise ConfigError(f'{config_path("pipeline step")}.{name}: expected {wanted}, got {value!r}')
-    return tuple(value)

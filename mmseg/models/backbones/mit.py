@@ -19,6 +19,7 @@ from mmseg.models.init import init_transformer_
 from mmseg.models.linear import Linear
 from mmseg.models.norm import pre_norm
 from mmseg.registry import BACKBONES, register_variant, retired
+from mmseg.utils.arguments import Count, Factor, Share
 from mmseg.utils.autocast import cast_once
 
 _NORM_EPS = 1e-6  # blocks and stage ends; patch embedding and spatial reduction keep torch's default
@@ -151,13 +152,13 @@ class MixTransformer(nn.Module):
 
     def __init__(
         self,
-        embed_dims: Sequence[int],
-        depths: Sequence[int],
-        num_heads: Sequence[int] = (1, 2, 5, 8),
-        sr_ratios: Sequence[int] = (8, 4, 2, 1),
-        mlp_ratios: Sequence[float] = (4, 4, 4, 4),
-        in_channels: int = 3,
-        drop_path_rate: float = 0.1,
+        embed_dims: Sequence[Count],
+        depths: Sequence[Count],
+        num_heads: Sequence[Count] = (1, 2, 5, 8),
+        sr_ratios: Sequence[Count] = (8, 4, 2, 1),
+        mlp_ratios: Sequence[Factor] = (4, 4, 4, 4),
+        in_channels: Count = 3,
+        drop_path_rate: Share = 0.1,
         with_cp: bool = False,
     ) -> None:
         super().__init__()

@@ -21,9 +21,11 @@ from mmseg.registry import (
     TRANSFORMER_DECODERS,
     build,
     check_arguments,
+    construct,
     register_variant,
     standing_at,
 )
+from mmseg.utils.arguments import Count, Index, Label, Weight
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import drop_dead_keys
 
@@ -53,15 +55,15 @@ class THEMaskHead(nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: Count,
         pixel_decoder_cfg: Mapping[str, Any],
         transformer_decoder_cfg: Mapping[str, Any],
         loss_cfg: Mapping[str, Any] | None = None,
-        input_shape: Mapping[str, Mapping[str, int]] | None = None,
-        in_index: Sequence[int] = (0, 1, 2, 3),
+        input_shape: Mapping[str, Mapping[str, Count]] | None = None,
+        in_index: Sequence[Index] = (0, 1, 2, 3),
         in_features: Sequence[str] = ('res2', 'res3', 'res4', 'res5'),
-        loss_weight: float = 1.0,
-        ignore_value: int = IGNORE_INDEX,
+        loss_weight: Weight = 1.0,
+        ignore_value: Label = IGNORE_INDEX,
         frame_level: bool = True,
     ) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class THEMaskHead(nn.Module):
         self.predictor = self._build_predictor(transformer_decoder_cfg, frame_level)
         with standing_at('loss_cfg') as where:
             options = check_arguments(THEMaskCriterion, loss_cfg or {}, where)
-            self.criterion = THEMaskCriterion(**{'num_classes': num_classes, **options})
+            self.criterion = construct(THEMaskCriterion, {'num_classes': num_classes, **options}, where)
         drop_dead_keys(self, ('conv_seg',))
 
     @staticmethod

@@ -21,6 +21,7 @@ from mmseg.models.linear import linear
 from mmseg.models.losses import mask_losses, point_sampling
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction, Match
 from mmseg.registry import check_arguments, retired, standing_at
+from mmseg.utils.arguments import Count, Index, Ratio, Share, Weight
 
 Matches = list[list[tuple[Match, Match]]]  # [stage][clip]: (primary, secondary)
 _NO_MATCH = Match(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
@@ -39,11 +40,11 @@ class LossWeights:
         dice_weight_unmatched: dice of secondary masks.
     """
 
-    class_weight: float = 2.0
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
-    mask_weight_unmatched: float = 0.5
-    dice_weight_unmatched: float = 0.5
+    class_weight: Weight = 2.0
+    mask_weight: Weight = 5.0
+    dice_weight: Weight = 5.0
+    mask_weight_unmatched: Weight = 0.5
+    dice_weight_unmatched: Weight = 0.5
 
 
 @dataclass
@@ -107,15 +108,15 @@ class THEMaskCriterion(nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: Count,
         matcher_cfg: Mapping[str, Any] | None = None,
-        warmup_iters: int | None = 30000,
-        round_weight: Sequence[float] = (1.0, 0.5),
-        aux_weight: float = 0.25,
-        no_object_weight: float = 0.1,
-        train_num_points: int = 12544,
-        oversample_ratio: float = 3.0,
-        importance_sample_ratio: float = 0.75,
+        warmup_iters: Index | None = 30000,
+        round_weight: Sequence[Weight] = (1.0, 0.5),
+        aux_weight: Weight = 0.25,
+        no_object_weight: Weight = 0.1,
+        train_num_points: Count = 12544,
+        oversample_ratio: Ratio = 3.0,
+        importance_sample_ratio: Share = 0.75,
         round2_cost: Round2Cost | None = None,
         match_masks: Literal['clip', 'frame'] | None = None,
     ) -> None:

@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmseg.core.checkpoint import load_weights, read_checkpoint
-from mmseg.registry import BACKBONES, HEADS, SEGMENTORS, build, check_arguments, config_path, standing_at
+from mmseg.registry import (
+    BACKBONES,
+    HEADS,
+    SEGMENTORS,
+    build,
+    check_arguments,
+    check_component,
+    config_path,
+    standing_at,
+)
+from mmseg.utils.arguments import Index
 from mmseg.utils.errors import ConfigError
 
 from .label_map import ScoreView, label_map, resize_matrix, window_matrix, window_starts
@@ -27,25 +37,29 @@ class InferenceConfig:
 
     Attributes:
         mode: ``whole``: at once; ``slide``: in overlapping windows whose scores are averaged.
-        crop_size: (height, width) of a window; ``slide`` only.
-        stride: (rows, columns) from window to window; ``slide`` only.
+        crop_size: (height, width) of a window, or the side of a square one; ``slide`` only.
+        stride: (rows, columns) from window to window, or one number for both; ``slide`` only.
     """
 
     mode: str = 'whole'
-    crop_size: Size = (0, 0)
-    stride: Size = (0, 0)
+    crop_size: Index | tuple[Index, Index] = (0, 0)
+    stride: Index | tuple[Index, Index] = (0, 0)
 
     def __post_init__(self) -> None:
         where = config_path('test_cfg')
         if self.mode not in ('whole', 'slide'):
             raise ConfigError(f"{where}.mode: expected 'whole' or 'slide', got {self.mode!r}")
-        for name in ('crop_size', 'stride'):
-            value = getattr(self, name)
+        self.window, self.step = _pair(self.crop_size), _pair(self.stride)
+        for name, value in (('crop_size', self.window), ('stride', self.step)):
             if self.mode == 'slide' and (len(value) != 2 or min(value) < 1):
                 raise ConfigError(f"{where}.{name}: mode 'slide' needs two positive numbers, got {value!r}")
-        if any(step > crop for step, crop in zip(self.stride, self.crop_size)):
+        if any(step > crop for step, crop in zip(self.step, self.window)):
             raise ConfigError(
                 f'{where}.stride: {self.stride} is more than crop_size {self.crop_size}; windows would leave gaps')
+
+
+def _pair(value: int | Size) -> Size:
+    return (value, value) if isinstance(value, int) else value
 
 
 @SEGMENTORS.register_module(name='EncoderDecoder_clips')
@@ -106,6 +120,8 @@ class EncoderDecoder(nn.Module):
             self.inference = InferenceConfig(**check_arguments(InferenceConfig, test_cfg or {}, where))
         self.pretrained = pretrained
         self.backbone = build(BACKBONES, backbone, 'backbone')
+        with standing_at('decode_head') as where:
+            check_component(HEADS, decode_head, where)
         shape = _input_shape(self.backbone, decode_head)
         self.decode_head = build(HEADS, decode_head, 'decode_head', input_shape=shape)
         self.compiled = compile_cfg is not None
@@ -113,7 +129,10 @@ class EncoderDecoder(nn.Module):
             with standing_at('compile_cfg') as where:
                 options = check_arguments(torch.compile, compile_cfg, where)
             for part in (self.backbone, self.decode_head.pixel_decoder, self.decode_head.predictor):
-                part.compile(**options)
+                try:
+                    part.compile(**options)
+                except (TypeError, RuntimeError) as error:
+                    raise ConfigError(f'{where}: torch.compile: {error}') from error
 
     @property
     def num_classes(self) -> int:
@@ -260,9 +279,9 @@ class EncoderDecoder(nn.Module):
             Scores ``[B, T, K, rows of windows * h, columns of windows * w]``; matrices ``[., H]`` and ``[., W]``.
         """
         height, width = clip.shape[3:]
-        crop_height, crop_width = self.inference.crop_size
-        tops = window_starts(height, crop_height, self.inference.stride[0])
-        lefts = window_starts(width, crop_width, self.inference.stride[1])
+        crop_height, crop_width = self.inference.window
+        tops = window_starts(height, crop_height, self.inference.step[0])
+        lefts = window_starts(width, crop_width, self.inference.step[1])
         scores = torch.cat([
             torch.cat([self._whole_scores(clip[..., y : y + crop_height, x : x + crop_width]) for x in lefts], dim=4)
             for y in tops

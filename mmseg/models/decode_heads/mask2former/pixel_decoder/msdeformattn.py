@@ -21,6 +21,7 @@ from mmseg.models.linear import Linear
 from mmseg.models.norm import post_norm, post_norm_and_cast
 from mmseg.models.pieces import by_pieces
 from mmseg.registry import PIXEL_DECODERS, retired
+from mmseg.utils.arguments import Count, Share
 from mmseg.utils.autocast import cast_once, cast_weight
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
@@ -196,13 +197,13 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
     def __init__(
         self,
-        input_shape: Mapping[str, Mapping[str, int]],
-        conv_dim: int = 256,
-        mask_dim: int = 256,
-        transformer_nheads: int = 8,
-        transformer_dim_feedforward: int = 1024,
-        transformer_enc_layers: int = 6,
-        transformer_dropout: float = 0.0,
+        input_shape: Mapping[str, Mapping[str, Count]],
+        conv_dim: Count = 256,
+        mask_dim: Count = 256,
+        transformer_nheads: Count = 8,
+        transformer_dim_feedforward: Count = 1024,
+        transformer_enc_layers: Count = 6,
+        transformer_dropout: Share = 0.0,
         transformer_in_features: Sequence[str] = ('res3', 'res4', 'res5'),
         common_stride: int = 4,
         with_cp: bool = False,
@@ -221,6 +222,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         self.fine_feature = fine[0]
         self.coarse_features = [name for name in reversed(self.in_features) if name in transformer_in_features]
 
+        self.coarsest_stride = max(shape['stride'] for shape in input_shape.values())
         channels = [input_shape[name]['channels'] for name in self.coarse_features]
         convs = [Conv2d(c, conv_dim, 1) for c in channels]
         for conv in convs:
@@ -252,6 +254,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         """
         if not isinstance(features, Mapping):
             features = dict(zip(self.in_features, features))
+        self._check_norm(features)
         projected = [proj(features[name]) for proj, name in zip(self.input_proj, self.coarse_features)]
         maps = self.encoder(projected)
         fine = self.lateral(features[self.fine_feature])
@@ -259,3 +262,14 @@ class MSDeformAttnPixelDecoder(nn.Module):
         fine = self.output.convolve(fine)  # each result takes the place of the one before: no three at a time
         fine = F.relu(self.output.norm(fine), inplace=True)
         return self.mask_features(fine), maps
+
+    def _check_norm(self, features: Mapping[str, Tensor]) -> None:
+        """A GroupNorm cannot be computed where each group has one value."""
+        batch, _, height, width = features[self.coarse_features[0]].shape
+        if batch * self.mask_features.in_channels * height * width == _GROUPS:
+            side = self.coarsest_stride
+            raise ConfigError(
+                f'frames of at most {side}x{side} pixels give a map of one pixel at stride {side}; with one frame a '
+                f'batch and conv_dim={_GROUPS} a group of GroupNorm has one value, which has no deviation: take larger '
+                'frames (crop_size of RandomCrop, size of Pad, test_cfg.crop_size, --size), more of them '
+                '(data.samples_per_gpu) or more channels (pixel_decoder_cfg.conv_dim)')

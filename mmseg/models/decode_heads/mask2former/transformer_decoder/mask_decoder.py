@@ -34,6 +34,7 @@ from mmseg.models.init import init_kaiming_
 from mmseg.models.linear import Linear
 from mmseg.models.structures import DecoderOutput, MaskPrediction, mask_logits
 from mmseg.registry import TRANSFORMER_DECODERS, register_variant, retired
+from mmseg.utils.arguments import Count, Share
 from mmseg.utils.autocast import cast_once, cast_weight
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import alias_state_dict
@@ -105,17 +106,17 @@ class MaskDecoder(nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
-        hidden_dim: int = 256,
-        num_queries: int = 100,
-        nheads: int = 8,
-        dim_feedforward: int = 2048,
-        dec_layers: int = 9,
-        mask_dim: int = 256,
-        num_frames: int = 1,
-        in_channels: int | None = None,
+        num_classes: Count,
+        hidden_dim: Count = 256,
+        num_queries: Count = 100,
+        nheads: Count = 8,
+        dim_feedforward: Count = 2048,
+        dec_layers: Count = 9,
+        mask_dim: Count = 256,
+        num_frames: Count = 1,
+        in_channels: Count | None = None,
         temporal: bool = False,
-        temporal_dropout: float = 0.1,
+        temporal_dropout: Share = 0.1,
     ) -> None:
         super().__init__()
         if hidden_dim % 4 or hidden_dim % nheads:

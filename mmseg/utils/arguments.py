@@ -1,0 +1,197 @@
+"""Whether the value of a config fits the annotation of the argument that it is given to.
+
+Checked are numbers, texts, lists and dicts; a list may stand for a tuple and a whole number for a float, as in config
+files.  What an annotation says beyond that is not checked.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import numbers
+import os
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from mmseg.utils.errors import ConfigError
+
+_NO_LIMIT = 10**9  # of a count: more is a slip, or does not fit into what torch counts with
+
+
+@dataclass(frozen=True)
+class Range:
+    """Limits of a number, in ``Annotated[float, Range(0, 1)]``; both are allowed themselves, and NaN never is.
+
+    Attributes:
+        least: the smallest value.
+        most: the largest value; infinity is only allowed where it stands here.
+        above: ``least`` itself is too small.
+    """
+
+    least: float
+    most: float = 1e30
+    above: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        return self.least <= value <= self.most and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        least = f'{"above" if self.above else "at least"} {self.least}'
+        return least if self.most >= _NO_LIMIT else f'{least}, at most {self.most}'
+
+
+Count = Annotated[int, Range(1, _NO_LIMIT)]
+Index = Annotated[int, Range(0, _NO_LIMIT)]
+Weight = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Factor = Annotated[float, Range(0, above=True)]
+Ratio = Annotated[float, Range(1)]
+Label = Annotated[int, Range(0, 255)]
+
+_UNIONS = (typing.Union, types.UnionType)
+_NAMED_ONLY = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_LISTS = (tuple, list, collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable)
+_DICTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+
+
+def named_parameters(component: Callable[..., Any]) -> set[str]:
+    """Names under which ``component`` takes arguments, those that fall into its ``**kwargs`` left out."""
+    return {p.name for p in inspect.signature(component).parameters.values() if p.kind in _NAMED_ONLY}
+
+
+def takes_any_name(component: Callable[..., Any]) -> bool:
+    """Whether ``component`` has ``**kwargs``."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(component).parameters.values())
+
+
+def annotations_of(component: Callable[..., Any]) -> dict[str, Any]:
+    """The annotation of each named parameter; of none where one of them cannot be resolved at run time."""
+    function = inspect.unwrap(component)
+    try:
+        hints = typing.get_type_hints(
+            function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    except Exception:  # names that only a type checker imports
+        return {}
+    return {name: hints[name] for name in named_parameters(component) if name in hints}
+
+
+def check_value(value: Any, annotation: Any, where: str) -> None:
+    """Raises where ``value`` does not fit.
+
+    Raises:
+        ConfigError: naming the innermost list entry or key that is wrong.
+    """
+    if fits(value, annotation):
+        return
+    lists_or_dicts = [a for a in _alternatives(annotation) if a is not type(None)]
+    if len(lists_or_dicts) == 1:
+        for place, item, inner in _entries(value, lists_or_dicts[0]):
+            check_value(item, inner, where + place)
+    raise ConfigError(
+        f'{where}: expected {expected(annotation)}, got {reprlib.repr(value)} ({type(value).__name__})')
+
+
+def expected(annotation: Any) -> str:
+    """The annotation as an error shows it: ``int, at least 1``, ``list of str or None``."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return ', '.join([expected(args[0]), *(str(limit) for limit in args[1:] if isinstance(limit, Range))])
+    if origin in _UNIONS:
+        return ' or '.join(map(expected, args))
+    if origin is Literal:
+        return ' or '.join(map(repr, args))
+    if annotation in (None, type(None)):
+        return 'None'
+    if origin is tuple and args and args[-1] is not ...:
+        return f'list of {len(args)}: {", ".join(map(expected, args))}'
+    if (origin or annotation) in _LISTS:
+        return f'list of {expected(args[0])}' if args and args[0] is not Any else 'list'
+    if (origin or annotation) in _DICTS:
+        return f'dict of {expected(args[1])}' if args and args[1] is not Any else 'dict'
+    if origin is collections.abc.Callable:
+        return 'callable'
+    if _is_path(annotation):
+        return 'path'
+    return getattr(annotation, '__name__', str(annotation))
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether an argument that is annotated so may have this value."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return fits(value, args[0]) and all(value in limit for limit in args[1:] if isinstance(limit, Range))
+    if origin in _UNIONS:
+        return any(fits(value, a) if _is_known(a) else _may_be(value, a) for a in args)
+    if origin is Literal:
+        return any(type(value) is type(allowed) and value == allowed for allowed in args)
+    return not _is_known(annotation) or _fits_simple(value, annotation, origin or annotation)
+
+
+def _fits_simple(value: Any, annotation: Any, kind: Any) -> bool:
+    if kind in (None, type(None)):
+        return value is None
+    if kind is bool:
+        return isinstance(value, (bool, np.bool_))
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str)
+    if _is_path(kind):
+        return isinstance(value, (str, os.PathLike))
+    if kind is collections.abc.Callable:
+        return callable(value)
+    if kind in _DICTS:
+        return isinstance(value, collections.abc.Mapping) and all(
+            fits(item, inner) for _, item, inner in _entries(value, annotation))
+    args = typing.get_args(annotation)
+    if not _is_list(value) or (kind is tuple and args and args[-1] is not ... and len(value) != len(args)):
+        return False
+    return all(fits(item, inner) for _, item, inner in _entries(value, annotation))
+
+
+def _entries(value: Any, annotation: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Place, item and annotation of each entry of a list or dict; nothing where value and annotation are neither."""
+    kind, args = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind in _DICTS and isinstance(value, collections.abc.Mapping) and args:
+        for key, item in value.items():
+            yield f' (key {key!r})', key, args[0]
+            yield f'.{key}', item, args[1]
+    elif kind in _LISTS and _is_list(value) and args:
+        if kind is tuple and args[-1] is not ...:
+            inner = args if len(args) == len(value) else ()
+        else:
+            inner = (args[0],) * len(value)
+        for i, (item, own) in enumerate(zip(value, inner)):
+            yield f'[{i}]', item, own
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else (annotation,)
+
+
+def _is_known(annotation: Any) -> bool:
+    """Whether the annotation is one that is checked; any other class may be something that a config stands for."""
+    kind = typing.get_origin(annotation) or annotation
+    simple = (None, type(None), bool, int, float, str, collections.abc.Callable, Annotated, Literal)
+    return kind in (*simple, *_UNIONS, *_LISTS, *_DICTS) or _is_path(kind)
+
+
+def _is_path(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, os.PathLike)
+
+
+def _may_be(value: Any, unknown: Any) -> bool:
+    """Whether ``value`` may be of another class than those that are known here; numbers, texts and lists are none."""
+    plain = value is None or isinstance(value, (numbers.Number, str, bytes)) or _is_list(value)
+    return not plain or (inspect.isclass(unknown) and isinstance(value, unknown))
+
+
+def _is_list(value: Any) -> bool:
+    """A text is no list, though Python calls it a sequence."""
+    return isinstance(value, (collections.abc.Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
