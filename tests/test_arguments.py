@@ -52,7 +52,7 @@ def test_what_fits(annotation, good, bad):
     (Share, math.nan, 'x: expected float, at least 0, at most 1, got nan (float)'),
     (Sequence[int] | None, [1, 'y'], "x[1]: expected int, got 'y' (str)"),
     (Mapping[str, Mapping[str, float]], {'a': {'b': [1]}}, 'x.a.b: expected float, got [1] (list)'),
-    (tuple[int, int], (1, 2, 3), 'x: expected list of 2: int, int, got (1, 2, 3) (tuple)'),
+    (tuple[int, int], (1, 2, 3), 'x: expected list of 2 (int each), got (1, 2, 3) (tuple)'),
     (str | Sequence[str], 3, 'x: expected str or list of str, got 3 (int)'),
     (Literal['a', 'b'] | None, 'c', "x: expected 'a' or 'b' or None, got 'c' (str)"),
 ])

@@ -156,7 +156,7 @@ def test_an_override_changes_no_other_place_that_shares_a_value():
     ({'data.samples_per_gpu': None}, 'data.samples_per_gpu: expected int, at least 1, got None'),
     ({'data.train.times': 1.5}, 'data.train.times: expected int, at least 1, got 1.5 (float)'),
     ({'data.val.pipeline.1.img_scale.0': 'wide'}, 'data.val.pipeline[1].img_scale: expected list of 2'),
-    ({'optimizer.betas': 0.9}, 'optimizer.betas: expected list of 2: float'),
+    ({'optimizer.betas': 0.9}, 'optimizer.betas: expected list of 2 (float'),
     ({'optimizer.lr': -1}, 'optimizer.lr: expected float, at least 0, got -1'),
     ({'evaluation.metric': None}, 'evaluation.metric: expected str or list of str, got None'),
     ({'lr_config.power': float('nan')}, 'lr_config.power: expected float, at least 0, got nan'),
@@ -257,7 +257,7 @@ def test_an_override_inside_a_section_that_is_none_is_an_error():
 
 def test_step_of_a_pipeline_is_checked_where_it_stands():
     with pytest.raises(ConfigError, match=r'data\.train\.dataset\.pipeline\[3\].*crop_sise'):
-        cfg = Config.fromfile(str(VIDEO_B1))
+        cfg = load_config(VIDEO_B1)
         cfg.data.train.dataset.pipeline[3]['crop_sise'] = (1, 1)
         check_config(cfg)
 

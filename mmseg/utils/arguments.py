@@ -109,7 +109,8 @@ def expected(annotation: Any) -> str:
     if annotation in (None, type(None)):
         return 'None'
     if origin is tuple and args and args[-1] is not ...:
-        return f'list of {len(args)}: {", ".join(map(expected, args))}'
+        parts = list(dict.fromkeys(map(expected, args)))
+        return f'list of {len(args)} ({parts[0]} each)' if len(parts) == 1 else f'list of ({"; ".join(parts)})'
     if (origin or annotation) in _LISTS:
         return f'list of {expected(args[0])}' if args and args[0] is not Any else 'list'
     if (origin or annotation) in _DICTS:

@@ -274,12 +274,14 @@ def override(cfg: Config, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: a key that is neither there nor known at its place, or stands inside a plain value.
     """
-    for key in options:
-        _check_override(cfg, key)
-    for key, value in options.items():
-        first, *rest = key.split('.')
-        cfg[first] = _changed(cfg.get(first, {}), rest, value, first)
-    fill_in_variables(cfg)
+    variables = {key: value for key, value in options.items() if key.split('.')[0] not in SECTIONS}
+    for part in (variables, {key: value for key, value in options.items() if key not in variables}):
+        for key in part:
+            _check_override(cfg, key)
+        for key, value in part.items():
+            first, *rest = key.split('.')
+            cfg[first] = _changed(cfg.get(first, {}), rest, value, first)
+        fill_in_variables(cfg)  # before the second part, which may reach into what a variable gives
 
 
 def _changed(place: Any, parts: Sequence[str], value: Any, where: str) -> Any:

@@ -38,8 +38,10 @@ def _align(side: int, divisor: int) -> int:
 
 def scale_list(value: Scales) -> list[tuple[int, int]]:
     """One scale or a list of scales as a list."""
-    if value is None or len(value) == 0:
+    if value is None:
         return []
+    if len(value) == 0:
+        raise ConfigError('img_scale: expected (width, height) or a list of them, got an empty list')
     scales: Any = value if isinstance(value[0], Sequence) else [value]
     return [(int(w), int(h)) for w, h in scales]
 

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from mmseg.registry import PIPELINES
+from mmseg.utils.arguments import Weight
 from mmseg.utils.errors import ConfigError
 
 from .transform import Results, Transform, map_frames
@@ -52,8 +53,8 @@ class PhotoMetricDistortion(Transform):
     """
 
     def __init__(
-            self, brightness_delta: float = 32, contrast_range: tuple[float, float] = (0.5, 1.5),
-            saturation_range: tuple[float, float] = (0.5, 1.5), hue_delta: int = 18, per_clip: bool = False):
+            self, brightness_delta: float = 32, contrast_range: tuple[Weight, Weight] = (0.5, 1.5),
+            saturation_range: tuple[Weight, Weight] = (0.5, 1.5), hue_delta: int = 18, per_clip: bool = False):
         self.brightness_delta = brightness_delta
         self.contrast_low, self.contrast_high = contrast_range
         self.saturation_low, self.saturation_high = saturation_range
