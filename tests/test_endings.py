@@ -386,3 +386,22 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_in_the_log(tmp_path, mo
     assert 'bad_hook.py' in log.read_text() and (tmp_path / 'work/iter_2.pth').exists()
     for handler in list(logging.getLogger('mmseg').handlers):
         logging.getLogger('mmseg').removeHandler(handler)
+
+
+def test_a_resumed_run_whose_frames_are_in_another_order_now_is_warned(tmp_path, caplog):
+    data = write_vspw(tmp_path / 'vspw', {'train': {'a': 12}, 'val': {'v0': 3}})
+    for path in sorted((data / 'data/a').rglob('*.*')):
+        path.rename(path.with_stem(f'frame_{int(path.stem)}'))
+    cfg = load_config(write_tiny_config(tmp_path / 'c.py', data, iters=1))
+    cfg.work_dir = str(tmp_path / 'work')
+    train_api.train_segmentor(cfg, validate=False)
+    path, checkpoint = newest_checkpoint(tmp_path / 'work')
+    for marked in (True, False):
+        if not marked:
+            del checkpoint['meta']['frame_order']
+            torch.save(checkpoint, path)
+        cfg.resume_from = str(path)
+        logging.getLogger('mmseg').propagate = True
+        train_api.train_segmentor(cfg, validate=False)
+        (log,) = sorted((tmp_path / 'work').glob('*.log'))[-1:]
+        assert ('natural order now' in log.read_text()) is not marked

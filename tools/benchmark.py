@@ -25,7 +25,7 @@ from mmseg.utils.arguments import Count, Index, check_value
 from mmseg.utils.cli import run_tool
 from mmseg.utils.config import OptionsAction, clip_length, load_config, required
 from mmseg.utils.console import table_console
-from mmseg.utils.dist import ArgumentParser
+from mmseg.utils.dist import ArgumentParser, pick_device
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.files import refuse_overwriting, write_atomically
 
@@ -136,24 +136,13 @@ def run(args: argparse.Namespace) -> None:
     show(report)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's first line says what is missing
-        raise ConfigError(f'--device {name}: torch cannot use it here: {str(error).splitlines()[0]}') from None
-    if device.type not in ('cpu', 'cuda'):
-        raise ConfigError(f"--device: expected 'cpu' or 'cuda', got '{name}'")
-    return device
-
-
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """Figures and protocol."""
     for name, annotation in _LIMITS.items():
         check_value(getattr(args, name), annotation, f'--{name.replace("_", "-")}')
     if args.data and args.batch != 1:
         raise ConfigError('--data runs one clip at a time, as testing does; it does not go with --batch')
-    device = _device(args.device)
+    device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     cfg = load_config(args.config, args.options)

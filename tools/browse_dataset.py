@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mmseg.datasets import VideoDataset, build_dataset
+from mmseg.datasets.dataset_wrappers import video_datasets
 from mmseg.datasets.loader import seeded
 from mmseg.datasets.pipelines.loading import load_labels
 from mmseg.utils.cli import run_tool
@@ -32,17 +33,6 @@ examples:
   python tools/browse_dataset.py CONFIG --part test --number 3 --options data.test.test_size=4
   python tools/browse_dataset.py CONFIG --videos 123_abc --seed 5
 """
-
-
-def video_datasets(dataset: Any) -> Iterator[VideoDataset]:
-    """The data sets under repetitions and concatenations."""
-    if hasattr(dataset, 'datasets'):
-        for part in dataset.datasets:
-            yield from video_datasets(part)
-    elif hasattr(dataset, 'dataset'):
-        yield from video_datasets(dataset.dataset)
-    else:
-        yield dataset
 
 
 def denormalise(frame: torch.Tensor, norm: dict[str, Any]) -> np.ndarray:

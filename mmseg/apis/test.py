@@ -151,6 +151,7 @@ def stream_test(
     gather: Gather = gather_objects,
     progress: bool = True,
     interruption: Interruption | None = None,
+    interrupted_together: bool = False,
 ) -> TestOutcome:
     """Predicts every clip of ``loader``, counts it, hands it to the sinks, and forgets it.
 
@@ -170,11 +171,12 @@ def stream_test(
         gather: collects a value from all ranks on every rank.
         progress: show rate and remaining time on rank 0.
         interruption: ends the test after a clip, or while it waits for one.
+        interrupted_together: ranks wait for each other before they leave.
 
     Raises:
         DataError: a bad file, named, unless the data set has ``skip_bad_clips``.  What the sinks have finished stays.
         OtherRankError: another rank has failed; it raises its own error.  The sinks are closed.
-        Interrupted: the interruption has come.  Each rank leaves by itself.
+        Interrupted: the interruption has come.  Each rank leaves by itself, unless ``interrupted_together``.
     """
     segmentor = getattr(model, 'module', model)
     device = torch.device(device) if device is not None else next(segmentor.parameters()).device
@@ -190,7 +192,8 @@ def stream_test(
     segmentor.eval()
     try:
         # One context for all clips: autocast keeps the cast weights as long as it lasts.
-        with fail_together(), _closing(sinks), torch.no_grad(), autocast(), _Progress(loader, progress) as show:
+        with (fail_together(interrupted_together), _closing(sinks), torch.no_grad(), autocast(),
+              _Progress(loader, progress) as show):
             video = None
             for item in _until(interruption, loader):
                 if video is not None and item['video'] != video and left[video]:

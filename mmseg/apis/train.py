@@ -34,6 +34,7 @@ from mmseg.core.optimizer import build_optimizer, check_optimizer
 from mmseg.core.precision import Precision, set_backends
 from mmseg.core.runner import IterBasedRunner, UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
+from mmseg.datasets.dataset_wrappers import video_datasets
 from mmseg.datasets.loader import STALL_SECONDS
 from mmseg.models import build_segmentor
 from mmseg.registry import HOOKS, build, check_arguments, nearest
@@ -43,6 +44,7 @@ from mmseg.utils.errors import CheckpointError, ConfigError, DataError
 from mmseg.utils.files import write_atomically
 from mmseg.utils.lock import FolderLock
 from mmseg.utils.logger import get_logger, setup_logger
+from mmseg.utils.names import order_changed
 from mmseg.utils.seed import draw_seed, set_random_seed
 from mmseg.version import __version__
 
@@ -112,6 +114,7 @@ def _train(
             'exp_name': Path(cfg.filename).stem if cfg.filename else None,
             'mmseg_version': __version__,
             'seed': seed,
+            'frame_order': 'natural',
             'finetune': finetune,
             'CLASSES': list(dataset.CLASSES),
             'PALETTE': [list(map(int, colour)) for colour in dataset.PALETTE],
@@ -124,6 +127,11 @@ def _train(
         _register_evaluation(runner, cfg)
     if resumed:
         runner.resume(resumed[1], resumed[0])
+        if resumed[1]['meta'].get('frame_order') != 'natural' and any(
+                order_changed(video.frames) for part in video_datasets(dataset) for video in part.videos):
+            logger.warning(
+                'the frames of this data set are in natural order now (frame_2 before frame_10), which they were not '
+                'when the resumed run began: its clips are of other frames from here on')
         resumed[1].clear()
 
     data = {
@@ -397,8 +405,8 @@ def _register_evaluation(runner: IterBasedRunner, cfg: Config) -> None:
     def evaluate(model: nn.Module) -> Mapping[str, float]:
         metrics = metrics_for(dataset, names)
         return run_test(
-            model, dataset, loader, device=runner.device, metrics=metrics, autocast=autocast, gather=gather
-        )
+            model, dataset, loader, device=runner.device, metrics=metrics, autocast=autocast, gather=gather,
+            interruption=runner.interruption, interrupted_together=True)
 
     runner.register_hook(EvalHook(evaluate, **options), where='evaluation')
 

@@ -328,7 +328,8 @@ class IterBasedRunner:
     def interruptible(self) -> Iterator[None]:
         """Inside, a signal raises ``KeyboardInterrupt``: for evaluations, which may take hours and can be redone.
 
-        With several ranks the block runs to its end, because ranks cannot leave their common calls one by one.
+        With several ranks nothing is raised, because ranks cannot leave their common calls one by one; the block may
+        ask :attr:`interruption` where all can leave.
         """
         with self.interruption.raising() if self.world_size == 1 else contextlib.nullcontext():
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from mmseg.registry import DATASETS, build
 from mmseg.utils.arguments import Count
 from mmseg.utils.errors import ConfigError
+
+from .video_dataset import VideoDataset
 
 
 def _built(dataset: Any, where: str) -> Any:
@@ -76,3 +78,14 @@ class ConcatDataset(Dataset):
             index += len(self)
         which = bisect_right(self._ends, index)
         return self.datasets[which][index - (self._ends[which - 1] if which else 0)]
+
+
+def video_datasets(dataset: Any) -> Iterator[VideoDataset]:
+    """The data sets under repetitions and concatenations."""
+    if hasattr(dataset, 'datasets'):
+        for part in dataset.datasets:
+            yield from video_datasets(part)
+    elif hasattr(dataset, 'dataset'):
+        yield from video_datasets(dataset.dataset)
+    else:
+        yield dataset

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmseg.registry import DATASETS, build
 from mmseg.utils import images
 from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.signals import leave_signals_to_the_parent
 
 from .dataset_wrappers import ConcatDataset
 from .video_dataset import VideoDataset
@@ -211,11 +212,10 @@ def _opencv_without_threads() -> Iterator[None]:
 
 
 def _init_worker(_: int) -> None:
-    """Limits a worker to one thread, and leaves signals to the main process, which finishes its iteration first."""
+    """Limits a worker to one thread, and leaves signals to the main process."""
     if torch.multiprocessing.get_start_method() != 'fork':
         cv2.setNumThreads(0)  # torch does its part
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    leave_signals_to_the_parent()
 
 
 def _shared(collate: Any, items: Any) -> Any:

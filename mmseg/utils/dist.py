@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from mmseg.utils.errors import ConfigError, OtherRankError
 from mmseg.utils.launcher import detect_launcher, whole_number
+from mmseg.utils.signals import Interrupted
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
@@ -128,6 +129,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         picked = torch.device(device)
     except (RuntimeError, TypeError):
         raise ConfigError(f"device: expected cpu, cuda or cuda:N, got '{device}'") from None
+    if picked.type == 'meta':  # computes nothing
+        raise ConfigError(f"device: expected cpu, cuda or cuda:N, got '{device}'")
     if picked.type == 'cuda' and not torch.cuda.is_available():
         raise ConfigError(f"device: '{device}', but this machine has no GPU that torch can use; take cpu")
     if picked.type == 'cuda' and (picked.index or 0) >= torch.cuda.device_count():
@@ -273,19 +276,31 @@ def largest(value: int) -> int:
 
 
 @contextlib.contextmanager
-def fail_together() -> Iterator[None]:
+def fail_together(interrupted_too: bool = False) -> Iterator[None]:
     """A block that every rank enters: where it fails on one, it fails on all, and no rank waits for ever.
 
     The error is raised where it came up, and :class:`OtherRankError` on the other ranks.  At its end the ranks wait for
-    each other.  An interruption (``KeyboardInterrupt``) leaves at once.
+    each other.
+
+    Args:
+        interrupted_too: an interruption of one rank interrupts all at the end of the block; else it leaves at once.
     """
+    failed, interrupted = 1, 2
     try:
         yield
     except Exception:
         with contextlib.suppress(OtherRankError):
-            largest(1)
+            largest(failed)
         raise
-    if largest(0):
+    except KeyboardInterrupt:
+        if interrupted_too:
+            with contextlib.suppress(OtherRankError):
+                largest(interrupted)
+        raise
+    end = largest(0)
+    if end == interrupted:
+        raise Interrupted
+    if end:
         raise OtherRankError('another rank has failed')
 
 

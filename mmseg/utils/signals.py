@@ -32,6 +32,13 @@ def stop_signals() -> list[int]:
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
+def leave_signals_to_the_parent() -> None:
+    """In a worker process: the parent finishes what it does first, and then tells its workers to end."""
+    signal.set_wakeup_fd(-1)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Interruption:
     """Takes note of the first signal and leaves at the second; a context, active in the main thread only.
 
@@ -113,13 +120,13 @@ class Interruption:
                     end_now(128 + number)
 
 
-def _leave_signals_to_the_parent() -> None:
+def _forget_the_socket() -> None:
     with contextlib.suppress(ValueError):  # forked by another thread than the main one
         signal.set_wakeup_fd(-1)
 
 
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
+    os.register_at_fork(after_in_child=_forget_the_socket)
 
 
 def end_now(status: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -21,7 +20,7 @@ from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import read_lines, refuse_overwriting
 from mmseg.utils.images import read_frame, read_mask
 from mmseg.utils.names import natural_key, some
-from mmseg.utils.signals import Interruption, stop_signals
+from mmseg.utils.signals import Interruption, leave_signals_to_the_parent
 
 from .metrics import ConsistencyOptions, StreamingMetrics
 from .results import CSV_FILES
@@ -181,7 +180,7 @@ def _score_all(metrics: StreamingMetrics, score: partial[dict[str, Any]],
         for state in show(map(score, videos.items())):
             metrics.merge(state)
         return
-    with ProcessPoolExecutor(min(jobs, len(videos)), initializer=_leave_signals) as pool:
+    with ProcessPoolExecutor(min(jobs, len(videos)), initializer=leave_signals_to_the_parent) as pool:
         try:
             for state in show(pool.map(score, videos.items())):
                 metrics.merge(state)
@@ -191,13 +190,6 @@ def _score_all(metrics: StreamingMetrics, score: partial[dict[str, Any]],
             for process in multiprocessing.active_children():
                 process.kill()
             raise
-
-
-def _leave_signals() -> None:
-    """Leaves signals to the main process, which ends the others."""
-    signal.set_wakeup_fd(-1)
-    for number in stop_signals():
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _score(make: partial[StreamingMetrics], images: Path | None,

@@ -14,7 +14,7 @@ from mmseg.core.checkpoint import RUN, read_checkpoint
 from mmseg.core.hooks.hook import Hook
 from mmseg.core.hooks.loggers import was_evaluated
 from mmseg.registry import HOOKS, nearest
-from mmseg.utils.dist import broadcast_object
+from mmseg.utils.dist import broadcast_object, fail_together
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.signals import Interrupted
 
@@ -86,12 +86,15 @@ class EvalHook(Hook):
     def _evaluate(self, runner: IterBasedRunner) -> None:
         runner.call_hook('before_val_epoch')
         try:
-            with runner.evaluation_weights(), runner.interruptible():
+            with fail_together(interrupted_too=True), runner.evaluation_weights(), runner.interruptible():
                 runner.module.eval()
                 figures = dict(self.evaluate(runner.module))
         except Interrupted:
             runner.logger.warning('the evaluation was interrupted; the resumed run will make it')
             return
+        except Exception:
+            runner.rescue(together=True)
+            raise
         finally:
             runner.train_mode()
         runner.val_results = broadcast_object(figures)
