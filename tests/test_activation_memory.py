@@ -119,6 +119,7 @@ def test_fake_tensors_count_like_real_ones(tiny):
     assert real.largest == fake.largest
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_writes_rows(tmp_path, capsys, monkeypatch, tiny):
     monkeypatch.setattr(memory, 'VARIANTS', memory.VARIANTS[:2])
     asked = []

@@ -53,7 +53,8 @@ def test_tensors_are_on_huge_pages():
         assert memory('use_huge_pages()', THP_MEM_ALLOC_ENABLE='0')[1] < 10
 
 
-@pytest.mark.parametrize('tool', ['test', 'video_demo', 'benchmark'])
+@pytest.mark.parametrize('tool', [
+    'test', *(pytest.param(name, marks=pytest.mark.slow) for name in ('video_demo', 'benchmark'))])
 def test_tools_that_predict_ask_for_huge_pages(tool):
     """What they import makes no tensor before ``main``, which torch's first look at the variable would come with."""
     code = f"""

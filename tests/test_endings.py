@@ -378,6 +378,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_in_the_log(tmp_path, mo
     import importlib
 
     tool = importlib.import_module('train')
+    monkeypatch.setattr(tool, 'keep_pages', lambda: None)  # for the rest of the process
     monkeypatch.setattr(sys, 'argv', ['train.py', str(config), '--work-dir', str(tmp_path / 'work')])
     assert tool.main() == 1
     err = capsys.readouterr().err

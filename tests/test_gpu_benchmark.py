@@ -18,6 +18,7 @@ def test_cases_are_those_of_the_command_line_the_largest_first():
     assert {case.frames for case in gpu.cases_of(gpu.parse([])) if case.work == 'train'} == {2}
 
 
+@pytest.mark.slow
 def test_every_case_has_a_process_and_rows(tmp_path, capsys):
     path = tmp_path / 'rows.json'
     gpu.main([

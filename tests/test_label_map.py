@@ -252,6 +252,7 @@ def test_libraries_are_built_ahead_of_time(fake_compiler, capsys):
     assert capsys.readouterr().err.count('no such header') == 3
 
 
+@pytest.mark.slow
 def test_make_sh_builds_them(fake_compiler, monkeypatch):
     monkeypatch.setenv('PYTHON', sys.executable)
     script = Path(module.__file__).parents[1] / 'decode_heads/mask2former/pixel_decoder/ops/make.sh'

@@ -116,13 +116,24 @@ def test_values_that_are_no_numbers_leave_gaps(tmp_path, capsys):
     assert ['lr', '12', 'nan', '11', 'nan', '0', 'nan', '0'] in rows
 
 
-def test_final_config_can_be_read_again(tmp_path):
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """Runs tools/print_config.py in this process: its status and what it prints."""
+
+    def run(*args):
+        monkeypatch.setattr('sys.argv', ['print_config.py', *map(str, args)])
+        status = print_config.main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_final_config_can_be_read_again(tmp_path, printed):
     out = tmp_path / 'final.py'
-    done = run_tool('print_config', CONFIG, '--options', 'runner.max_iters=12', '--out', out)
-    assert done.returncode == 0, done.stderr
-    done = run_tool('print_config', CONFIG, '--diff', out)
-    assert done.returncode == 1
-    assert done.stdout.splitlines() == ['- runner.max_iters = 160000', '+ runner.max_iters = 12', '1 differences']
+    assert printed(CONFIG, '--options', 'runner.max_iters=12', '--out', out)[0] == 0
+    status, shown, _ = printed(CONFIG, '--diff', out)
+    assert status == 1
+    assert shown.splitlines() == ['- runner.max_iters = 160000', '+ runner.max_iters = 12', '1 differences']
 
 
 def test_differences():
@@ -134,11 +145,11 @@ def test_differences():
     assert print_config.differences(first, first) == []
 
 
-def test_print_config():
-    done = run_tool('print_config', CONFIG, '--options', 'data.workers_per_gpu=7')
-    assert 'workers_per_gpu=7' in done.stdout and "type='mit_b1'" in done.stdout
-    wrong = run_tool('print_config', CONFIG, '--options', 'runner.max_iter=5')
-    assert wrong.returncode == 1 and 'max_iters' in wrong.stderr and 'Traceback' not in wrong.stderr
+def test_print_config(printed):
+    _, shown, _ = printed(CONFIG, '--options', 'data.workers_per_gpu=7')
+    assert 'workers_per_gpu=7' in shown and "type='mit_b1'" in shown
+    status, _, error = printed(CONFIG, '--options', 'runner.max_iter=5')
+    assert status == 1 and 'max_iters' in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize('tool', ['analyze_logs', 'print_config'])

@@ -76,6 +76,7 @@ def test_a_library_is_built_once(fake_compiler):
     assert calls(fake_compiler) == built
 
 
+@pytest.mark.slow
 def test_a_compiler_with_a_static_runtime_gives_no_second_one(tmp_path, monkeypatch):
     """Two C++ runtimes in a process: the error of a wrong call ended in a crash (seen with one such compiler)."""
     compiler = build.find_compiler('cpu')

@@ -444,7 +444,7 @@ def test_two_runs_in_chromium(pages, browser, tmp_path):
     assert browser.log() == []
 
 
-@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('processes', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_test_tool_writes_the_page(tmp_path, processes):
     data = write_vspw(tmp_path / 'vspw', {'val': {'v0': 7, 'v1': 5, 'v2': 4}, 'train': {'a': 3}, 'test': {'t': 1}})
     config = write_tiny_config(tmp_path / 'config.py', data)

@@ -85,7 +85,7 @@ def wait_for_records(work_dir, count, process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_ten_kills_change_nothing(tmp_path, whole, workers):
     configs, expected = whole
     rng = np.random.default_rng(workers)

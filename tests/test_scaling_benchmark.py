@@ -93,6 +93,7 @@ def test_attention_is_counted_as_the_flop_counter_counts_it():
     assert counted['attention_gflop'] == products / 1e9 < counted['gflop']
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_tables_and_a_picture(tmp_path, capsys):
     files = [tmp_path / 'a.json', tmp_path / 'b.json']
     arguments = [*SMALL, '--axis', 'size', 'targets', '--work', 'eval', 'losses', '--rounds', '1', '--same-process']

@@ -236,7 +236,8 @@ def test_frames_one_after_the_other_give_what_a_batch_gives(tiny, monkeypatch):
         assert torch.equal(ours[:1], one) and ours.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize('compile_cfg, steps', [(None, 0), (dict(backend='eager'), 3)])
+@pytest.mark.parametrize('compile_cfg, steps', [
+    (None, 0), pytest.param(dict(backend='eager'), 3, marks=pytest.mark.slow)])
 def test_every_clip_of_a_compiled_model_begins_a_step(compile_cfg, steps, monkeypatch):
     """CUDA graphs would otherwise take what the last clip left for needed still; windows are clips of their own."""
     begun = []

@@ -195,10 +195,9 @@ def test_logs(tmp_path, capsys):
 
 
 def test_report_pages(tmp_path, capsys):
+    from mmseg.apis.report import write_report
     from tests.test_report import collect
     from tools import report
-
-    from mmseg.apis.report import write_report
 
     sink, results = collect([6, 7], [0.1, 0.3])
     page = write_report([sink.run(results, 'run')], tmp_path / 'whole')

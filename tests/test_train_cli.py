@@ -120,6 +120,29 @@ def test_a_signal_saves_and_sets_the_exit_status(tmp_path, data_root, number, st
     assert open_checkpoint(tmp_path / 'w')[1]['meta']['iter'] >= 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_finished_trainings_of_two_processes_end(tmp_path, data_root):
+    """Beside two busy loops; ``THEMASK_ENDINGS`` sets how many, in a row."""
+    config = write_tiny_config(tmp_path / 'tiny.py', data_root, iters=2, extra='evaluation = dict(interval=2)')
+    busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(2)]
+    try:
+        for number in range(int(os.environ.get('THEMASK_ENDINGS', '20'))):
+            process = subprocess.Popen(
+                [str(ROOT / 'tools/dist_train.sh'), str(config), '2', '--work-dir', str(tmp_path / 'work')], env=ENV,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            last = ''
+            for last in process.stdout:
+                if ' - checkpoint: ' in last:
+                    break
+            assert ' - checkpoint: ' in last, f'run {number}: {last}'
+            process.communicate(timeout=20)
+            assert process.returncode == 0, f'run {number}'
+    finally:
+        for process in busy:
+            process.kill()
+
+
 def test_the_exit_status_is_passed_on_and_the_error_is_clear(tmp_path, data_root):
     config = write_tiny_config(tmp_path / 'tiny.py', data_root)
     run = script('dist_train.sh', config, 1, '--options', 'runner.max_iter=5', cwd=tmp_path)

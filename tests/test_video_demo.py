@@ -254,7 +254,7 @@ def test_a_signal_ends_a_run_whose_input_has_stalled(demo, inputs, monkeypatch, 
     assert 'interrupted' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize('number', [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_an_interrupted_run_leaves_a_file_that_plays(model, tmp_path, number):
     source = write_input(tmp_path / 'long.mp4', 3000)
     out = tmp_path / 'out.mp4'
@@ -292,7 +292,7 @@ def peak_memory(model, source, out):
 
 
 @pytest.mark.parametrize(('size', 'short', 'long'), [
-    ((120, 160), 60, 240),
+    pytest.param((120, 160), 60, 240, marks=pytest.mark.slow),
     pytest.param((480, 854), 300, 3000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
 ])
 def test_memory_does_not_grow(model, tmp_path, size, short, long):

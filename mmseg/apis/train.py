@@ -75,17 +75,19 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     _check_plan(cfg)
     work_dir = Path(cfg.work_dir)
     config_text = as_text(cfg)
+    steps = {
+        'schedule': LrSchedule(cfg.runner.max_iters, **check_arguments(LrSchedule, cfg.lr_config, 'lr_config')),
+        'update': UpdateConfig.from_config(cfg.get('optimizer_config'), cfg.get('nan_loss', 'stop')),
+        'precision': Precision.from_config(cfg, device),
+    }
     with _work_dir(cfg, work_dir, config_text) as timestamp:
-        return _train(cfg, device, validate, work_dir, timestamp, config_text)
+        return _train(cfg, device, validate, config_text, work_dir=work_dir, timestamp=timestamp, **steps)
 
 
-def _train(
-    cfg: Config, device: torch.device, validate: bool, work_dir: Path, timestamp: str, config_text: str
-) -> IterBasedRunner:
+def _train(cfg: Config, device: torch.device, validate: bool, config_text: str, **steps: Any) -> IterBasedRunner:
+    """Trains in a work dir that is ready; ``steps`` are arguments of the runner."""
     rank, world_size = get_dist_info()
-    schedule = LrSchedule(cfg.runner.max_iters, **check_arguments(LrSchedule, cfg.lr_config, 'lr_config'))
-    update = UpdateConfig.from_config(cfg.get('optimizer_config'), cfg.get('nan_loss', 'stop'))
-    precision = Precision.from_config(cfg, device)
+    work_dir = steps['work_dir']
     logger = get_logger()
 
     resumed = _resumed_checkpoint(cfg, work_dir)
@@ -102,11 +104,7 @@ def _train(
     runner = IterBasedRunner(
         model=_distribute(model, device, cfg.get('find_unused_parameters', False)),
         optimizer=build_optimizer(model, cfg.optimizer),
-        schedule=schedule,
         max_iters=cfg.runner.max_iters,
-        work_dir=work_dir,
-        update=update,
-        precision=precision,
         device=device,
         frozen_eval=bool(finetune and finetune['frozen_eval']),
         meta={
@@ -119,8 +117,8 @@ def _train(
             'CLASSES': list(dataset.CLASSES),
             'PALETTE': [list(map(int, colour)) for colour in dataset.PALETTE],
         },
-        timestamp=timestamp,
         run_id=_run_id(resumed, work_dir),
+        **steps,
     )
     _register_hooks(runner, cfg)
     if validate:
