@@ -461,7 +461,7 @@ def test_a_signal_ends_the_iteration_saves_and_resumes_bit_for_bit(tmp_path, num
     assert resumed.stopped_by is None and equal(weights(whole), weights(resumed))
 
 
-def test_a_signal_during_a_group_waits_for_the_update(tmp_path):
+def test_a_signal_during_a_group_drops_what_it_has_gathered(tmp_path):
     class Send(Hook):
         def before_train_iter(self, runner):
             if runner.iter == 3:
@@ -469,7 +469,8 @@ def test_a_signal_during_a_group_waits_for_the_update(tmp_path):
 
     runner = make_runner(tmp_path, 9, [Send()], update=UpdateConfig(cumulative_iters=3))
     runner.run(batches())
-    assert [path.name for path in tmp_path.glob('iter_*')] == ['iter_6.pth']
+    assert runner.iter == 4 and [path.name for path in tmp_path.glob('iter_*')] == ['iter_3.pth']
+    assert all(parameter.grad is None for parameter in runner.module.parameters())
 
 
 def test_a_signal_during_an_evaluation_interrupts_it(tmp_path):

@@ -220,12 +220,10 @@ class IterBasedRunner:
     def _draw(self, iterator: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], int, DataError | None]:
         """A batch, what ends the run (a signal's number, bad data, or 0), and the error of the data.
 
-        A group of accumulated gradients is completed before a signal counts, unless its data do not come.
+        A signal drops the half of a group of accumulated gradients: what is saved is the state after the last update.
         """
-        if self.interruption and self.resumable:
-            return {}, self.interruption.number, None
         try:
-            with self.interruption.raising() if not self.interruption else contextlib.nullcontext():
+            with self.interruption.raising():
                 return next(iterator), 0, None
         except Interrupted:
             return {}, self.interruption.number, None
@@ -336,6 +334,7 @@ class IterBasedRunner:
 
     def _stop(self, number: int) -> None:
         self.stopped_by = number
+        self.optimizer.zero_grad()
         path = self._numbered()
         if self._saved_at != self.iters_done:
             self.save_checkpoint(path, latest=True)
