@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -15,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.reference import recipe
+from tests.tool_process import command, environment
 from tests.vspw_fixture import write_vspw
 from tools.check_dataset import main
 
@@ -212,3 +215,17 @@ def test_what_was_found_is_shown_on_a_full_disk_too(clean, tmp_path, monkeypatch
     assert 'val: 3 videos, 18 frames, 0 problems' in said.out
     assert said.err.strip() == f'error: {tmp_path}/r.json: No space left on device'
     assert [path.name for path in tmp_path.iterdir()] == ['r.json'] and (tmp_path / 'r.json').read_text() == 'old'
+
+
+@pytest.mark.slow
+def test_a_check_whose_files_do_not_come_obeys(tmp_path):
+    data = write_vspw(tmp_path)
+    mask = next((data / 'data/a/mask').iterdir())
+    mask.unlink()
+    os.mkfifo(mask)
+    process = subprocess.Popen(command('check_dataset', data), cwd=ROOT, env=environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and 'SIGINT: stopping' in error and 'Traceback' not in error

@@ -18,6 +18,7 @@ from mmseg.models.losses import point_sampling
 from mmseg.utils import dist as dist_utils
 from mmseg.utils.cli import run_tool
 from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.launcher import ArgumentParser
 from tests.engine import Model, batch, make_runner
 from tests.processes import free_port, start
 from tests.reference import recipe
@@ -337,7 +338,7 @@ def test_the_port_of_the_launcher_goes_before_that_of_the_config(launched, monke
 
 
 def test_a_tool_for_one_process_refuses_to_be_one_of_several(launched, capsys, monkeypatch):
-    monkeypatch.setattr(dist_utils, '_PATIENCE', 0)
+    monkeypatch.setattr(dist_utils, 'PATIENCE', 0)
     launched(_TORCHRUN | dict(RANK='0', LOCAL_RANK='0'))
     assert run_tool(lambda: 0) == 1
     assert 'this tool runs in one process, but pytorch has started several' in capsys.readouterr().err
@@ -371,7 +372,7 @@ def test_an_error_of_all_ranks_is_said_by_the_first_and_that_of_one_by_itself(
     monkeypatch.setattr(time, 'sleep', slept.append)
     monkeypatch.setenv('LOCAL_RANK', str(local_rank))
     dist_utils.report_error(error)
-    assert sum(slept) == waits * dist_utils._PATIENCE
+    assert sum(slept) == waits * dist_utils.PATIENCE
     assert capsys.readouterr().err == said
 
 
@@ -381,11 +382,11 @@ def test_a_usage_error_is_said_by_the_first_and_ends_all(monkeypatch, capsys, va
     slept = []
     monkeypatch.setattr(time, 'sleep', slept.append)
     monkeypatch.setenv(variable, str(rank))
-    parser = dist_utils.ArgumentParser('tool')
+    parser = ArgumentParser('tool')
     parser.add_argument('--seed', type=int)
     with pytest.raises(SystemExit) as end:
         parser.parse_args(['--seed', 'one'])
-    assert end.value.code == 2 and sum(slept) == waits * dist_utils._PATIENCE
+    assert end.value.code == 2 and sum(slept) == waits * dist_utils.PATIENCE
     said = "usage: tool [-h] [--seed SEED]\ntool: error: argument --seed: invalid int value: 'one'\n"
     assert capsys.readouterr().err == ('' if rank else said)
 
@@ -433,3 +434,10 @@ def error_of_one_rank(rank, failing, work_dir):
 @pytest.mark.parametrize('failing', [0, 1])
 def test_an_error_of_one_rank_saves_and_ends_all(tmp_path, failing):
     in_two_ranks(error_of_one_rank, failing, tmp_path)
+
+
+def test_one_of_several_without_a_local_rank_is_refused(launched, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ConfigError, match='LOCAL_RANK is missing'):
+        dist_utils.init_dist('none')

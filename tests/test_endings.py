@@ -382,8 +382,8 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_in_the_log(tmp_path, mo
     monkeypatch.setattr(sys, 'argv', ['train.py', str(config), '--work-dir', str(tmp_path / 'work')])
     assert tool.main() == 1
     err = capsys.readouterr().err
-    assert err == 'error: ZeroDivisionError: division by zero (the log file has the traceback)\n'
     (log,) = (tmp_path / 'work').glob('*.log')
+    assert err == f'error: ZeroDivisionError: division by zero (traceback in {log})\n'
     assert 'bad_hook.py' in log.read_text() and (tmp_path / 'work/iter_2.pth').exists()
     for handler in list(logging.getLogger('mmseg').handlers):
         logging.getLogger('mmseg').removeHandler(handler)
@@ -406,3 +406,104 @@ def test_a_resumed_run_whose_frames_are_in_another_order_now_is_warned(tmp_path,
         train_api.train_segmentor(cfg, validate=False)
         (log,) = sorted((tmp_path / 'work').glob('*.log'))[-1:]
         assert ('natural order now' in log.read_text()) is not marked
+
+
+class Stops:
+    """An evaluation in which a signal comes."""
+
+    def __call__(self, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return {'mIoU': 1.0}
+
+
+def test_a_signal_in_the_last_evaluation_is_a_stop(tmp_path):
+    hooks = [CheckpointHook(2), EvalHook(Stops(), interval=4)]
+    runner = make_runner(tmp_path, 4, hooks)
+    runner.run(batches())
+    assert runner.stopped_by == signal.SIGTERM
+    owing = make_runner(tmp_path, 4, [EvalHook(Stops(), interval=4)])
+    owing.resume(read_checkpoint(tmp_path / 'iter_4.pth'), 'iter_4.pth')
+    owing.run(batches(4))
+    assert owing.stopped_by == signal.SIGTERM, 'and so in the one that it owes'
+
+
+def test_a_hook_that_cannot_save_costs_its_own_part_alone(tmp_path, caplog):
+    class Bad(Hook):
+        def before_save_checkpoint(self, runner, checkpoint):
+            raise KeyError('mine')
+
+    runner = make_runner(tmp_path, 4, [Bad(), CheckpointHook(2)])
+    with pytest.raises(KeyError):
+        runner.run(batches())
+    assert "Bad adds nothing to the checkpoint: 'mine'" in caplog.text
+    assert read_checkpoint(tmp_path / 'iter_2.pth')['meta']['iter'] == 2
+
+
+def test_a_draw_that_a_signal_breaks_off_leaves_the_generators_as_they_were(tmp_path):
+    def draws():
+        for position, item in enumerate(batches()):
+            if position == 2:
+                torch.manual_seed(5)  # as the loader does for each item, and puts back
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            yield item
+
+    make_runner(tmp_path, 8, [EMAHook(momentum=0.1)]).run(draws())
+    resumed_equals_whole(tmp_path, 'iter_2.pth')
+
+
+def test_the_newest_checkpoint_is_named_where_it_is_damaged(tmp_path, caplog):
+    make_runner(tmp_path, 4, interval=2, run_id='mine').run(batches())
+    path = tmp_path / 'iter_4.pth'
+    path.write_bytes(path.read_bytes()[:-100])
+    assert newest_checkpoint(tmp_path)[0].name == 'iter_2.pth'
+    assert 'iter_4.pth' in caplog.text and 'trying the one before it' in caplog.text
+
+
+def test_a_run_that_turns_back_knows_its_own_best_score_and_evaluations(tmp_path):
+    make_runner(tmp_path, 8, hooks(0.6, 0.9), run_id='old', timestamp='one').run(batches())
+    hook = EvalHook(Scores(0.5), interval=4, save_best='mIoU')
+    turned = make_runner(tmp_path, 8, [JsonLoggerHook(1), hook], run_id='new', timestamp='two')
+    turned.resume(read_checkpoint(tmp_path / 'iter_6.pth'), 'iter_6.pth')
+    assert (hook.best_score, hook.best_path) == (0.6, None)
+    turned.run(batches(6))
+    assert [path.name for path in tmp_path.glob('best_*')] == ['best_mIoU_iter_8.pth'], 'that of the old run stays'
+    assert read_checkpoint(tmp_path / 'best_mIoU_iter_8.pth')['meta'][RUN] == 'old'
+    again = make_runner(tmp_path, 4, hooks(), run_id='newer', timestamp='three')
+    again.resume(read_checkpoint(tmp_path / 'iter_4.pth'), 'iter_4.pth')
+    again.run(batches(4))  # its evaluation was made by the run that it comes from
+
+
+def test_the_merged_config_of_a_run_may_be_trained_from_and_written_in(tmp_path):
+    config = write_tiny_config(tmp_path / 'c.py', write_vspw(tmp_path / 'vspw'), iters=1)
+    work = tmp_path / 'work'
+    for source in (config, work / 'c.py'):
+        cfg = load_config(source)
+        cfg.work_dir = str(work)
+        train_api.train_segmentor(cfg, validate=False)
+        own = work / 'c.py'
+        own.write_text(own.read_text() + '# my own words\n')
+    assert (work / 'c.py').read_text().count('# my own words') == 2 and (work / 'c_merged.py').exists()
+
+
+def test_workers_that_were_started_when_a_signal_came_are_ended(tmp_path, monkeypatch):
+    import multiprocessing
+    from multiprocessing.process import BaseProcess
+
+    from mmseg.datasets import build_dataset, build_train_loader
+    from tests.vspw_fixture import train_config
+
+    begin, started = BaseProcess.start, []
+
+    def interrupted(process):
+        begin(process)
+        started.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BaseProcess, 'start', interrupted)
+    loader = build_train_loader(build_dataset(train_config(write_vspw(tmp_path))), 2, workers_per_gpu=2)
+    with pytest.raises(KeyboardInterrupt):
+        next(loader)
+    started[0].join(20)
+    assert started[0].exitcode == -signal.SIGKILL and not multiprocessing.active_children()

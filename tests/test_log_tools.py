@@ -155,3 +155,17 @@ def test_print_config(printed):
 @pytest.mark.parametrize('tool', ['analyze_logs', 'print_config'])
 def test_help_has_examples(tool):
     assert 'examples:' in run_tool(tool, '--help').stdout
+
+
+def test_no_base_of_a_config_is_overwritten(tmp_path, printed):
+    base, config = tmp_path / 'base.py', tmp_path / 'mine.py'
+    base.write_text('runner = dict(max_iters=3)  # my words\n')
+    config.write_text("_base_ = ['base.py']\n")
+    status, _, error = printed(config, '--out', base)
+    assert status == 1 and 'base of the config' in error and '# my words' in base.read_text()
+
+
+def test_home_folders_behind_an_equals_sign(tmp_path, printed, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert printed(CONFIG, '--out=~/final.py')[0] == 0
+    assert (tmp_path / 'final.py').exists()

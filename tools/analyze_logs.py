@@ -20,6 +20,7 @@ from mmseg.utils.cli import run_tool
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.launcher import ArgumentParser
 
 EPILOG = """RUN is a .log.json file, or a work dir: then all its logs in order of their time.  Where a training was
 resumed the later log counts from its first iteration on.  Keys may hold * and ?.
@@ -222,7 +223,7 @@ def print_table(runs: Sequence[Run], keys: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
     parser.add_argument('--keys', nargs='+', metavar='KEY', help=f'what to draw (default {" ".join(_DEFAULT_KEYS)})')

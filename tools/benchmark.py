@@ -23,11 +23,12 @@ from mmseg.datasets import build_dataset
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.arguments import Count, Index, check_value
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import OptionsAction, clip_length, load_config, required
+from mmseg.utils.config import OptionsAction, clip_length, config_inputs, load_config, required
 from mmseg.utils.console import table_console
-from mmseg.utils.dist import ArgumentParser, pick_device
+from mmseg.utils.dist import pick_device
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.launcher import ArgumentParser
 
 EPILOG = """One clip at a time (or --batch of them) is timed from the normalised tensor on the device to label maps of
 the output size on the host; with --data also loading and the test pipeline, in this process.  Every round is timed on
@@ -129,7 +130,7 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Measures, writes and prints."""
-    refuse_overwriting({'--json': args.json}, {'config': args.config, 'checkpoint': args.checkpoint})
+    refuse_overwriting({'--json': args.json}, {**config_inputs(args.config), 'checkpoint': args.checkpoint})
     report = benchmark(args)
     if args.json:
         write_atomically(args.json, json.dumps(report, indent=1))

@@ -19,10 +19,11 @@ from mmseg.datasets.dataset_wrappers import video_datasets
 from mmseg.datasets.loader import seeded
 from mmseg.datasets.pipelines.loading import load_labels
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import OptionsAction, load_config
+from mmseg.utils.config import OptionsAction, config_inputs, load_config
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting
 from mmseg.utils.images import read_frame
+from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.visual import legend, overlay, panels, write_picture
 
 EPILOG = """Rows of a sheet: the frames as they stand on disk; their labels; then for every view the frames after the
@@ -107,7 +108,7 @@ def choose(dataset: Any, videos: list[str] | None, number: int, seed: int) -> li
 
 def refuse_inputs(out: Path, config: str, parts: Iterable[VideoDataset]) -> None:
     """Refuses a folder of sheets that is one of the data set's: sheets among its frames would be taken for frames."""
-    inputs: dict[str, str | Path] = {'config': config}
+    inputs: dict[str, str | Path] = {**config_inputs(config)}
     for part in parts:
         inputs['data set'] = part.data_root
         for video in part.videos:
@@ -141,7 +142,7 @@ def browse(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--part', choices=('train', 'val', 'test'), default='train', help='of the config\'s data')

@@ -24,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.datasets.check import Report, SplitToCheck, check_split, count_by_kind
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import load_config
+from mmseg.utils.config import config_inputs, load_config
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, write_atomically
 from mmseg.utils.images import VOID
+from mmseg.utils.launcher import ArgumentParser
+from mmseg.utils.signals import Interrupted, Interruption, end_now
 
 EXAMPLES = """examples:
   python tools/check_dataset.py local_configs/themask/video_themask_mit_b5.py
@@ -64,7 +66,7 @@ def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
 
 def refuse_inputs(args: argparse.Namespace, splits: Sequence[SplitToCheck]) -> None:
     """Refuses a report in the place of a file that is read."""
-    inputs: dict[str, str | Path] = {'config': args.target}
+    inputs: dict[str, str | Path] = {'config': args.target, **config_inputs(args.target)}
     name = os.path.basename(os.path.realpath(args.json or ''))
     for files in (split.files for split in splits):
         inputs[f"list of split '{files.name}'"] = files.file
@@ -113,7 +115,7 @@ def named(splits: Sequence[SplitToCheck], reports: Sequence[Report]) -> dict[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('target', type=Path, help='config file, or folder of a data set')
     parser.add_argument('--splits', nargs='+', help='splits to check; default all')
@@ -132,11 +134,17 @@ def check(args: argparse.Namespace) -> int:
     reports = []
     description = TextColumn('{task.description}', markup=False)
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=table_console(stderr=True), transient=True) as bar:
-        for split in splits:
-            task = bar.add_task(split.files.name, total=None)
-            reports.append(check_split(
-                split, args.workers, on_start=partial(_set_total, bar, task), on_video=partial(bar.advance, task)))
+    with Interruption('stopping') as interruption:
+        try:
+            with interruption.raising(), Progress(
+                    *columns, console=table_console(stderr=True), transient=True) as bar:
+                for split in splits:
+                    task = bar.add_task(split.files.name, total=None)
+                    reports.append(check_split(
+                        split, args.workers, on_start=partial(_set_total, bar, task),
+                        on_video=partial(bar.advance, task)))
+        except Interrupted:
+            end_now(interruption.status)  # a thread may be waiting for a file that never comes
     try:
         if args.json:
             write_atomically(args.json, json.dumps(named(splits, reports), indent=1) + '\n')

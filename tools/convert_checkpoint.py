@@ -18,9 +18,10 @@ import torch
 from mmseg.apis.convert import SOURCES, TARGETS, convert_state_dict, files_of, read_weights, write_weights
 from mmseg.models import build_segmentor
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import load_config
+from mmseg.utils.config import config_inputs, load_config
 from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.launcher import ArgumentParser
 
 EXAMPLES = r"""examples:
   # a checkpoint of the reference into ours, checked against a config; and back again
@@ -42,7 +43,7 @@ EXAMPLES = r"""examples:
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', type=Path, help='.pth, .safetensors, a .pkl of detectron2, or a work dir')
     parser.add_argument('out', type=Path, help='.pth or .safetensors')
@@ -68,7 +69,7 @@ def expected_shapes(config: str) -> dict[str, list[int]]:
 def convert() -> None:
     """Converts one file, or joins several."""
     args = parse_args()
-    inputs = files_of(args.source) | {'config': args.config}
+    inputs = files_of(args.source) | config_inputs(args.config)
     for path in args.add:
         inputs |= files_of(path)
     refuse_overwriting({'out': args.out, '--json': args.json}, inputs)

@@ -22,10 +22,10 @@ from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.library import ops
 from mmseg.utils.arguments import Count, Range, check_value
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import OptionsAction, clip_length, load_config, required
+from mmseg.utils.config import OptionsAction, clip_length, config_inputs, load_config, required
 from mmseg.utils.console import table_console
-from mmseg.utils.dist import ArgumentParser
 from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.launcher import ArgumentParser
 
 EPILOG = """Counted are matrix products, convolutions, attention and multi-scale deformable attention, of one clip in
 evaluation, up to the scores at stride 4.  A multiplication with its addition is 2 FLOPs (papers that give "FLOPs" of
@@ -122,7 +122,7 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Counts, writes and prints."""
-    refuse_overwriting({'--json': args.json}, {'config': args.config})
+    refuse_overwriting({'--json': args.json}, config_inputs(args.config))
     check_value(args.frames, Count | None, '--frames')
     check_value(args.size, tuple[_Side, _Side], '--size')
     cfg = load_config(args.config, args.options)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mmseg.datasets.mini_vspw import SPLITS, write_mini_vspw
 from mmseg.utils.cli import run_tool
 from mmseg.utils.errors import ConfigError
+from mmseg.utils.launcher import ArgumentParser
 
 EXAMPLES = """examples:
   python tools/make_mini_vspw.py
@@ -47,7 +48,7 @@ def make(root: Path, seed: int, overwrite: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('root', nargs='?', type=Path, default=Path('data/mini_vspw'), help='folder to write to')
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same files')

@@ -11,9 +11,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import OptionsAction, as_text, load_config
-from mmseg.utils.dist import ArgumentParser
+from mmseg.utils.config import OptionsAction, as_text, config_inputs, load_config
 from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.launcher import ArgumentParser
 
 EPILOG = """examples:
   python tools/print_config.py local_configs/themask/video_themask_mit_b1.py
@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Prints or writes what is asked for; returns the exit status."""
-    refuse_overwriting({'--out': args.out}, {'config': args.config, 'other config': args.diff})
+    refuse_overwriting({'--out': args.out}, {**config_inputs(args.config), 'other config': args.diff})
     config = load_config(args.config, args.options)
     other = load_config(args.diff) if args.diff else None
     text = as_text(config) if args.out or other is None else ''

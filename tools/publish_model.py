@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.apis.publish import publish_model
 from mmseg.utils.cli import run_tool
+from mmseg.utils.launcher import ArgumentParser
 
 EXAMPLES = r"""examples:
   # work_dirs/video_b1/latest.pth -> models/video_themask_mit_b1-1a2b3c4d.pth and .md
@@ -24,7 +25,7 @@ EXAMPLES = r"""examples:
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', type=Path, help='checkpoint of training, or its work dir')
     parser.add_argument('out', type=Path, help='folder/name.pth or .safetensors; the hash is added to the name')

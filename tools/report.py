@@ -22,9 +22,10 @@ from mmseg.apis.report import left_out, read_predictions, read_report, report_pa
 from mmseg.apis.sinks import load_results, result_files
 from mmseg.datasets import VideoDataset, build_dataset
 from mmseg.utils.cli import run_all, run_tool
-from mmseg.utils.config import OptionsAction, load_config
+from mmseg.utils.config import OptionsAction, config_inputs, load_config
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.launcher import ArgumentParser
 
 EXAMPLES = r"""examples:
   # two models, side by side
@@ -39,7 +40,7 @@ EXAMPLES = r"""examples:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', type=Path, nargs='+', metavar='RUN', help='one, or two to be compared')
     parser.add_argument('--out', type=Path, required=True, help='folder for index.html')
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     page = report_page(args.out)
     files = {f"run '{path}'": file for path in args.runs
              for file in (path, report_page(path), *result_files(path).values())}
-    refuse_overwriting({'--out': page, '--json': args.json}, {'config': args.config, **files})
+    refuse_overwriting({'--out': page, '--json': args.json}, {**config_inputs(args.config), **files})
     refuse_overwriting({'--json': args.json}, {'page of --out': page})
     dataset = None
     if args.config:

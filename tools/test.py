@@ -42,14 +42,14 @@ from mmseg.core.evaluation import StreamingMetrics
 from mmseg.core.evaluation.results import CSV_FILES
 from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import VideoDataset, build_dataset, build_test_loader
+from mmseg.datasets.loader import STALL_SECONDS
 from mmseg.models import build_segmentor
 from mmseg.registry import nearest
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.cli import run_all, run_tool
-from mmseg.utils.config import OptionsAction, load_config
+from mmseg.utils.config import OptionsAction, config_inputs, load_config
 from mmseg.utils.dist import (
     LAUNCHERS,
-    ArgumentParser,
     close_dist,
     fail_together,
     get_dist_info,
@@ -58,6 +58,7 @@ from mmseg.utils.dist import (
 )
 from mmseg.utils.errors import ConfigError, DataError, OtherRankError
 from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.logger import get_logger, setup_logger
 from mmseg.utils.signals import Interruption
 
@@ -158,7 +159,9 @@ def test(args: argparse.Namespace, cfg: Config, device: torch.device, interrupti
             augment(cfg.data.test)
         check_model(cfg)
         dataset = build_dataset(cfg.data.test, where='data.test')
-        loader = build_test_loader(dataset, cfg.data.get('workers_per_gpu', 0), rank, world_size)
+        loader = build_test_loader(
+            dataset, cfg.data.get('workers_per_gpu', 0), rank, world_size,
+            cfg.data.get('stall_seconds', STALL_SECONDS))
         metrics = chosen_metrics(args, dataset)
         checkpoint, model = load_model(cfg, args.checkpoint, dataset, device)
         refuse_inputs(args, checkpoint, dataset)
@@ -202,9 +205,8 @@ def chosen_metrics(args: argparse.Namespace, dataset: VideoDataset) -> Streaming
 
 def refuse_inputs(args: argparse.Namespace, checkpoint: Path, dataset: VideoDataset) -> None:
     """Refuses outputs that would overwrite what the test reads."""
-    split = dataset.layout.split_file.format(split=dataset.split.removesuffix('.txt'))
     inputs: dict[str, str | Path] = {
-        'config': args.config, 'checkpoint': checkpoint, 'list of videos': Path(dataset.data_root, split)}
+        **config_inputs(args.config), 'checkpoint': checkpoint, 'list of videos': dataset.files.file}
     outputs: dict[str, str | Path | None] = {'metrics': metrics_file(args, checkpoint)}
     if args.work_dir:
         outputs |= {f'--work-dir ({name})': args.work_dir / name for name in CSV_FILES}

@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mmseg.utils.allocator import keep_pages
 from mmseg.utils.cli import USER_ERRORS, run_tool
 from mmseg.utils.config import OptionsAction, load_config
-from mmseg.utils.dist import ArgumentParser, close_dist, describe, init_dist
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.dist import close_dist, describe, init_dist
+from mmseg.utils.errors import ConfigError, RunError
+from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.logger import log_traceback
 
 EPILOG = """examples:
@@ -74,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
     except USER_ERRORS:
         raise
     except Exception as error:  # of a hook, a library, a device: the log has where, the terminal what
-        if not log_traceback(error):
+        log = log_traceback(error, Path(cfg.work_dir))
+        if log is None:
             raise
-        print(f'error: {type(error).__name__}: {describe(error)} (the log file has the traceback)', file=sys.stderr)
-        return 1
+        raise RunError(f'{type(error).__name__}: {describe(error)} (traceback in {log})') from None
     close_dist()
     return 0 if runner.stopped_by is None else 128 + runner.stopped_by
 

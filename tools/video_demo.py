@@ -37,9 +37,10 @@ from mmseg.apis.video_io import (
 )
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import OptionsAction
+from mmseg.utils.config import OptionsAction, config_inputs
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, user_path, write_atomically
+from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.logger import setup_logger
 from mmseg.utils.signals import Interrupted, Interruption
 from mmseg.utils.visual import write_label_png
@@ -62,7 +63,7 @@ EXAMPLES = r"""examples:
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
@@ -195,7 +196,7 @@ def choose_outputs(args: argparse.Namespace, source: Source) -> None:
     videos = {} if args.video is None else {'--out': args.video, '--out, while it grows': part_of(args.video)}
     frames = {f"input '{path}'": path for path in source.files}
     refuse_overwriting({'--json': args.json, **videos}, {
-        'config': user_path(args.config), 'checkpoint': user_path(args.checkpoint), **frames})
+        **config_inputs(user_path(args.config)), 'checkpoint': user_path(args.checkpoint), **frames})
     refuse_overwriting({'--json': args.json}, videos)
     folders = {'--out': args.pictures, '--labels': args.labels}
     if isinstance(source, FolderSource):

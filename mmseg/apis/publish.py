@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mmseg.apis.convert import files_of, read_weights, write_weights
-from mmseg.utils.config import load_config
+from mmseg.utils.config import config_inputs, load_config
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.files import named_errors, refuse_overwriting, write_atomically
 from mmseg.version import __version__
@@ -68,7 +68,7 @@ def publish_model(
         raise CheckpointError(f"'{checkpoint}' holds no weights")
     cfg_text = load_config(config).pretty_text if config else None
     scores = metrics if metrics is None or isinstance(metrics, Mapping) else _read_metrics(Path(metrics).expanduser())
-    inputs = {'config': config, 'file of metrics': None if isinstance(metrics, Mapping) else metrics}
+    inputs = {**config_inputs(config), 'file of metrics': None if isinstance(metrics, Mapping) else metrics}
     out = Path(out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     with named_errors(out, instead=True), tempfile.TemporaryDirectory(prefix=f'.{out.stem}.', dir=out.parent) as folder:

@@ -38,7 +38,7 @@ from mmseg.datasets.dataset_wrappers import video_datasets
 from mmseg.datasets.loader import STALL_SECONDS
 from mmseg.models import build_segmentor
 from mmseg.registry import HOOKS, build, check_arguments, nearest
-from mmseg.utils.config import as_text
+from mmseg.utils.config import as_text, config_files
 from mmseg.utils.dist import barrier, broadcast_object, describe, get_dist_info
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError
 from mmseg.utils.files import write_atomically
@@ -144,12 +144,12 @@ def _train(cfg: Config, device: torch.device, validate: bool, config_text: str, 
         runner.run(loader)
     finally:
         loader.close()
-        runner.model = runner.module  # DDP has no more to do, and its group may be closed now
     if runner.skipped:
         listed = ''.join(f'\n  {clip}' for clip in dict.fromkeys(runner.skipped))
         logger.warning('%d bad clips were skipped:%s', len(runner.skipped), listed)
-    if rank == 0 and (files := checkpoint_files(work_dir)):
-        logger.info('checkpoint: %s', files[0])
+    own = [path for path in checkpoint_files(work_dir) if run_of(path) == runner.run_id]
+    if rank == 0 and own:
+        logger.info('checkpoint: %s', own[0])
     return runner
 
 
@@ -191,7 +191,8 @@ def _work_dir(cfg: Config, work_dir: Path, config_text: str) -> Iterator[str]:
                 work_dir.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(work_dir)
                 remove_leftovers(work_dir)
-                write_atomically(_config_file(cfg, work_dir), _WRITTEN_BY_US + config_text, sync=False)
+                text = _WRITTEN_BY_US + config_text
+                write_atomically(_config_file(cfg, work_dir, text), text, sync=False)
                 timestamp = _new_timestamp(work_dir)
                 (work_dir / f'{timestamp}.log').touch()
             except ConfigError as error:
@@ -210,10 +211,13 @@ def _work_dir(cfg: Config, work_dir: Path, config_text: str) -> Iterator[str]:
             lock.release()
 
 
-def _config_file(cfg: Config, work_dir: Path) -> Path:
+def _config_file(cfg: Config, work_dir: Path, text: str) -> Path:
     """Where the final config goes: under its own name, unless a file of the user's stands there."""
     path = work_dir / (Path(cfg.filename).name if cfg.filename else 'config.py')
-    while path.exists() and not path.read_bytes().startswith(_WRITTEN_BY_US.encode()):
+    sources = [source.resolve() for source in config_files(cfg.filename)] if cfg.filename else []
+    while path.exists() and path.read_bytes() != text.encode():
+        if path.resolve() not in sources and path.read_bytes().startswith(_WRITTEN_BY_US.encode()):
+            break
         path = path.with_name(f'{path.stem}_merged{path.suffix}')
     return path
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import atomic_file, write_atomically
+from mmseg.utils.names import some
 from mmseg.utils.numpy_pickles import CONSTRUCTORS
 
 LATEST = 'latest.pth'
@@ -32,6 +33,7 @@ RUN = 'run'
 """Key of ``meta``: the id of the run that saved a checkpoint."""
 
 _LATEST_RUN = '.latest.run'
+_UNREADABLE = '?'  # in the place of a run's id
 _NUMBERED = re.compile(r'iter_(\d+)\.pth')
 _LEFTOVERS = '.*.pth.*.part'
 _REFUSED = re.compile(r'GLOBAL (\S+)')
@@ -221,7 +223,7 @@ def _normalised(content: Any, path: Path) -> dict[str, Any]:
     if weights is None and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         checkpoint, weights = {}, checkpoint
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
-        raise DamagedCheckpointError(f"checkpoint '{path}' holds no weights (its keys: {_some([*map(str, content)])})")
+        raise DamagedCheckpointError(f"checkpoint '{path}' holds no weights (its keys: {some([*map(str, content)])})")
     meta = checkpoint.get('meta') or {}
     if not isinstance(meta, Mapping):
         raise DamagedCheckpointError(f"checkpoint '{path}': meta is a {type(meta).__name__}, not a dict")
@@ -262,10 +264,15 @@ def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
 
 def run_of(path: str | Path) -> str | None:
     """The id of the run that saved a checkpoint; None where the file has none or cannot be read."""
+    found = _read_run(path)
+    return None if found == _UNREADABLE else found
+
+
+def _read_run(path: str | Path) -> str | None:
     with contextlib.suppress(OSError):
         status = os.stat(path)
-        return _run_of(str(path), status.st_ino, status.st_mtime_ns, status.st_size)
-    return None
+        return _read_run_of(str(path), status.st_ino, status.st_mtime_ns, status.st_size)
+    return _UNREADABLE
 
 
 def _latest_run(folder: Path) -> str | None:
@@ -279,10 +286,10 @@ def _latest_run(folder: Path) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _run_of(path: str, *_version: int) -> str | None:
+def _read_run_of(path: str, *_version: int) -> str | None:
     with contextlib.suppress(Exception), _safe_globals():
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta'].get(RUN)
-    return None
+        return dict(torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('meta') or {}).get(RUN)
+    return _UNREADABLE
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -297,7 +304,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     files = checkpoint_files(folder)
     run_id = _latest_run(Path(folder))
     if run_id:
-        files = [path for path in files if run_of(path) == run_id]
+        files = [path for path in files if _read_run(path) in (run_id, _UNREADABLE)]  # reading will name the damage
     if not files and alone.is_file():
         files = [alone]
     for path in files:
@@ -334,14 +341,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
     ]
     if wrong:
         raise CheckpointError(
-            f"checkpoint '{source}' is of another model (other backbone, classes or widths?): {_some(wrong)}"
+            f"checkpoint '{source}' is of another model (other backbone, classes or widths?): {some(wrong)}"
         )
     result = model.load_state_dict(dict(weights), strict=False)
     faults = []
     if result.missing_keys:  # torch gives the names of the code
-        faults.append(f'missing: {_some([name for name in own if name not in weights])}')
+        faults.append(f'missing: {some([name for name in own if name not in weights])}')
     if result.unexpected_keys:
-        faults.append(f'unexpected: {_some(result.unexpected_keys)}')
+        faults.append(f'unexpected: {some(result.unexpected_keys)}')
     if faults:
         raise CheckpointError(f"checkpoint '{source}' does not fit the model; {'; '.join(faults)}")
 
@@ -351,8 +358,3 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> dict[str, Any]:
     path, checkpoint = open_checkpoint(path)
     load_weights(model, checkpoint['state_dict'], path)
     return checkpoint['meta']
-
-
-def _some(names: list[str]) -> str:
-    more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-    return ', '.join(names[:_SHOWN]) + more

@@ -96,7 +96,7 @@ class IterBasedRunner:
         log_buffer: numbers of the current iteration that are logged.
         val_results: figures of the last evaluation.
         skipped: bad clips that the loader passed over, in order.
-        stopped_by: number of the signal that ended the run early, or None.
+        stopped_by: number of the signal that ended the run, or its last evaluation, early; None where none has.
         evaluation_weights: context inside which the model holds the weights to evaluate.
     """
 
@@ -137,6 +137,7 @@ class IterBasedRunner:
         self.seconds_per_iter = 0.0
         self._hooks: list[tuple[int, Hook]] = []
         self.interruption = Interruption('stopping as soon as the iteration is complete', owner=self.rank == 0)
+        self.resumed_run_id = self.run_id  # of the checkpoint that the run goes on from
         self._generators: dict[str, Any] = {}  # their state where the last update was complete
         self._saved_at = -1  # iters_done of the newest checkpoint that can be resumed
         self._rescued = False
@@ -209,6 +210,8 @@ class IterBasedRunner:
                 return
             self._train_iter(batch, start)
             self.iter += 1
+        if self.stopped_by is not None:  # in the evaluation after the last iteration, which the run still owes
+            self._stop(self.stopped_by)
 
     def train_mode(self) -> None:
         """Puts the model in training mode, frozen parts in eval mode where so configured."""
@@ -222,10 +225,14 @@ class IterBasedRunner:
 
         A signal drops the half of a group of accumulated gradients: what is saved is the state after the last update.
         """
+        if self.resumable:
+            self._generators = get_rng_state()
         try:
             with self.interruption.raising():
                 return next(iterator), 0, None
         except Interrupted:
+            if self.resumable:  # a draw that was broken off may have left its own seeds
+                set_rng_state(self._generators)
             return {}, self.interruption.number, None
         except DataError as error:
             return {}, _DATA_FAILED, error
@@ -241,9 +248,7 @@ class IterBasedRunner:
         group = min(self.update.cumulative_iters, self.max_iters - self.iters_done)
         updates = self.iter == self.iters_done + group - 1
 
-        if self.resumable:
-            self._generators = get_rng_state()
-            self.resumable = False
+        self.resumable = False
         self._forward_backward(batch, group, synchronise=updates)
         norm = self._clip() if updates else None
         self._read_numbers(norm)
@@ -350,10 +355,11 @@ class IterBasedRunner:
             return
         self._rescued = True
         self.optimizer.zero_grad()
+        say = self.logger.error if self.rank == 0 else self.logger.debug  # rank 0 saves
         path = self._numbered()
         if not self.iters_done or self._updating:
             since = 'its first iteration' if not self.iters_done else 'an update of the weights was complete'
-            self.logger.error('the run ends before %s; nothing is saved', since)
+            say('the run ends before %s; nothing is saved', since)
             return
         try:
             if self._saved_at != self.iters_done:
@@ -361,9 +367,9 @@ class IterBasedRunner:
                     self.save_checkpoint(path, latest=True, alone=not together)
                 except OtherRankError:
                     self.save_checkpoint(path, latest=True, alone=True)
-            self.logger.error('the run ends after iteration %d, saved as %s', self.iters_done, path)
-        except CheckpointError as error:
-            self.logger.error('%s', error)
+            say('the run ends after iteration %d, saved as %s', self.iters_done, path)
+        except Exception as error:
+            say('the run ends after iteration %d, which cannot be saved: %s', self.iters_done, error)
 
     def _numbered(self) -> Path:
         return Path(self.work_dir) / f'iter_{self.iters_done}.pth'
@@ -401,7 +407,7 @@ class IterBasedRunner:
                     'scaler': self.precision.scaler.state_dict(),
                     'rng': rng,
                 }
-            self.call_hook('before_save_checkpoint', checkpoint)
+            self._let_hooks_add(checkpoint)
             try:
                 save_checkpoint(checkpoint, path)
                 if latest:
@@ -414,6 +420,15 @@ class IterBasedRunner:
         if latest and save_optimizer:
             self._saved_at = self.iters_done
 
+    def _let_hooks_add(self, checkpoint: dict[str, Any]) -> None:
+        for hook in self.hooks:
+            try:
+                hook.before_save_checkpoint(self, checkpoint)
+            except Exception as error:
+                if not self._rescued:
+                    raise
+                self.logger.error('%s adds nothing to the checkpoint: %s', type(hook).__name__, error)
+
     def resume(self, checkpoint: dict[str, Any], source: str | Path) -> None:
         """Takes over the state that :meth:`save_checkpoint`, or mmcv 1.x, saved; call it after hooks are registered.
 
@@ -424,6 +439,7 @@ class IterBasedRunner:
         if 'optimizer' not in checkpoint or 'iter' not in checkpoint['meta']:
             raise CheckpointError(f"'{source}' holds weights only; use --load-from to start a new training from them")
         checkpoint = dict(checkpoint)
+        self.resumed_run_id = checkpoint['meta'].get(RUN)
         self.call_hook('after_load_checkpoint', checkpoint)
         weights = checkpoint.get('trained_state_dict', checkpoint['state_dict'])
         load_weights(self.module, weights, source)

@@ -234,11 +234,14 @@ def check_split(
     on_start(len(names))
     has_masks = split.masks_needed or any(_may_have_masks(split.files, name) for name in names)
     results: dict[str, tuple[int, list[Problem], np.ndarray]] = {}
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
         jobs = {pool.submit(_check_video, split, name, has_masks): name for name in names}
         for job in as_completed(jobs):
             results[jobs[job]] = job.result()
             on_video()
+    finally:  # after an error or a signal no other video is read, nor is one waited for
+        pool.shutdown(wait=False, cancel_futures=True)
     report = Report(split.files.name, split.files.classes, videos=len(names))
     for name in names:
         frames, problems, pixels = results[name]

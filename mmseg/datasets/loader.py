@@ -286,7 +286,7 @@ class _Pass(Iterator[Any]):
         self._stall_seconds = stall_seconds
         self._waiting: float | None = None  # since when
         self._ended = threading.Event()
-        with _opencv_without_threads(), _own_child_signal():
+        with _opencv_without_threads(), _own_child_signal(), _no_half_start():
             self._items = iter(loader)
         self._end: Finalize | None = None
         if loader.num_workers:
@@ -299,21 +299,23 @@ class _Pass(Iterator[Any]):
         try:
             item = next(self._items)
         except RuntimeError as error:
-            raise self._worker_error(error) from error
+            if (reason := self._ended_worker()) is not None:
+                raise DataError(reason) from error
+            raise
         finally:
             self._waiting = None
         if isinstance(item, DataError):
             raise item
         return item
 
-    def _worker_error(self, error: RuntimeError) -> Exception:
-        """What ended a worker, if one has ended; else ``error`` itself."""
+    def _ended_worker(self) -> str | None:
+        """What ended a worker, if one has ended."""
         for worker in getattr(self._items, '_workers', ()):
             if worker.exitcode:
                 name = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else f'status {worker.exitcode}'
                 hint = {'SIGKILL': ' (was there too little memory?)', 'SIGBUS': ' (is /dev/shm full?)'}.get(name, '')
-                return DataError(f'loader worker {worker.pid} was ended by {name}{hint}')
-        return error
+                return f'loader worker {worker.pid} was ended by {name}{hint}'
+        return None
 
     def stalled(self) -> str | None:
         """Which files are being read, where the wait for them has taken ``stall_seconds``, and the wait starts anew."""
@@ -350,6 +352,18 @@ def _watch(of: weakref.ref[_Pass], ended: threading.Event) -> None:
             logger.warning(message)
         interval = watched.interval
         del watched
+
+
+@contextlib.contextmanager
+def _no_half_start() -> Iterator[None]:
+    """Where a signal breaks the start of workers off, ends those that run already; nobody else would."""
+    former = set(multiprocessing.active_children())
+    try:
+        yield
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - former:
+            worker.kill()
+        raise
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from mmseg.registry import DATASETS, retired
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.images import VOID, label_table, max_pixels, to_training_labels
+from mmseg.utils.names import some
 
 from .clip_sampler import check_clips, cut_test_clips, frames_needed, sample_training_clip
 from .pipelines.compose import Compose
@@ -42,12 +43,6 @@ class Clip:
 
     video: int
     positions: tuple[int, ...]
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - _NAMES_SHOWN
-    return ', '.join(names[:_NAMES_SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
 @DATASETS.register_module()
@@ -148,14 +143,14 @@ class VideoDataset(Dataset):
         if missing:
             raise DataError(
                 f"split '{self.split}' of {self.data_root}: no folder of frames for {len(missing)} videos: "
-                f"{_some(missing)} (looked for {self.files.folder('frames', missing[0])}); "
+                f"{some(missing)} (looked for {self.files.folder('frames', missing[0])}); "
                 f'fetch them or take them out of the split file')
         if short and not (skip_short and videos):
             lengths = [f'{video.name} ({len(video.frames)} frames)' for video in short]
             empty = next((video.name for video in short if not video.frames), None)
             raise DataError(
                 f"split '{self.split}' of {self.data_root}: {len(short)} videos have fewer than the {needed} frames "
-                f'that a clip needs: {_some(lengths)}; '
+                f'that a clip needs: {some(lengths)}; '
                 + (f"{self.files.instead('frames', empty)}; " if empty is not None else '')
                 + ('set skip_short_videos=True to leave them out' if videos else 'no other video is left'))
         return videos, [video.name for video in short]

@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Callable
 
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError, RunError
 from mmseg.utils.launcher import detect_launcher
 
-USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteLossError, OtherRankError, OSError)
+USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteLossError, OtherRankError, RunError, OSError)
 INTERRUPTED = 130  # of a program that Ctrl-C has ended
 
 

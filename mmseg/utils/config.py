@@ -9,6 +9,7 @@ every override is checked before anything is built.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
 import math
@@ -261,6 +262,25 @@ def _at_home(value: Any) -> Any:
             value[key] = _at_home(item)
         return value
     return type(value)(map(_at_home, value)) if type(value) in (list, tuple) else value
+
+
+def config_files(path: str | Path) -> list[Path]:
+    """A config file and all its bases; those that cannot be found are left out."""
+    files, waiting = [], [Path(path)]
+    while waiting:
+        file = waiting.pop()
+        if file in files or not file.is_file():
+            continue
+        files.append(file)
+        with contextlib.suppress(Exception):  # reading the config names what is wrong with it
+            waiting += [file.parent / base for base in Config._get_base_files(str(file))]
+    return files
+
+
+def config_inputs(path: str | Path | None) -> dict[str, Path]:
+    """What :func:`~mmseg.utils.files.refuse_overwriting` must know of a config file: it and its bases."""
+    files = [] if path is None else config_files(path)
+    return {'config' if i == 0 else f'base of the config, {file}': file for i, file in enumerate(files)}
 
 
 def override(cfg: Config, options: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ Every helper also works in a single process without a process group, so callers 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import os
@@ -14,13 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mmseg.utils.errors import ConfigError, OtherRankError
-from mmseg.utils.launcher import detect_launcher, whole_number
+from mmseg.utils.launcher import PATIENCE, RANK_VARIABLES, detect_launcher, is_first_of_machine, whole_number
 from mmseg.utils.signals import Interrupted
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -29,20 +28,12 @@ _LOCAL_SIZE = {
     'pytorch': 'LOCAL_WORLD_SIZE', 'slurm': 'SLURM_NTASKS_PER_NODE', 'mpi': 'OMPI_COMM_WORLD_LOCAL_SIZE'}
 
 _SIGNS_OF_LOSS = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe')  # of gloo
-_PATIENCE = 5.0  # seconds in which a launcher ends the processes beside one that has failed
 
 _control_group: dist.ProcessGroup | None = None
 """A gloo group beside nccl: words among the hosts (stop, failed, objects) need no GPU and no stream to be idle."""
 
 _kept_groups: set[int] = set()
 
-_RANK_VARIABLES = {
-    'pytorch': dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE', LOCAL_RANK='LOCAL_RANK'),
-    'slurm': dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID'),
-    'mpi': dict(
-        RANK='OMPI_COMM_WORLD_RANK', WORLD_SIZE='OMPI_COMM_WORLD_SIZE', LOCAL_RANK='OMPI_COMM_WORLD_LOCAL_RANK'
-    ),
-}
 
 
 def init_dist(
@@ -67,6 +58,10 @@ def init_dist(
     if launcher not in LAUNCHERS:
         raise ConfigError(f"launcher: expected one of {', '.join(LAUNCHERS)}, got '{launcher}'")
     launcher = detect_launcher(launcher)
+    if launcher == 'none' and {'RANK', 'WORLD_SIZE'} <= os.environ.keys() and whole_number('WORLD_SIZE', 1) > 1:
+        raise ConfigError(
+            'the environment variables RANK and WORLD_SIZE say that this is one of several processes, but LOCAL_RANK '
+            'is missing: each would do the whole work; start them with torchrun, or unset RANK and WORLD_SIZE')
     local_rank = _export_rank_variables(launcher, port or 29500) if launcher != 'none' else 0
     if not torch.cuda.is_available():
         device = torch.device('cpu')
@@ -100,7 +95,7 @@ def _gpu_index(launcher: str, local_rank: int, gpus: int) -> int:
 
 def _export_rank_variables(launcher: str, port: int) -> int:
     """Puts the launcher's variables under torch's names into the environment; returns the local rank."""
-    sources = _RANK_VARIABLES[launcher]
+    sources = RANK_VARIABLES[launcher]
     for source in sources.values():
         if source not in os.environ:
             raise ConfigError(
@@ -197,10 +192,10 @@ def report_error(error: Exception) -> None:
     error is theirs alone.  A process that ends because of another one leaves it the time to speak, and prints nothing.
     """
     if isinstance(error, OtherRankError):
-        time.sleep(2 * _PATIENCE)
+        time.sleep(2 * PATIENCE)
         return
-    if not _is_first_of_machine():
-        time.sleep(_PATIENCE)
+    if not is_first_of_machine():
+        time.sleep(PATIENCE)
     print(f'error: {describe(error)}', file=sys.stderr)
 
 
@@ -209,32 +204,6 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f'{error.filename}: {error.strerror}' if error.filename is not None else error.strerror
     return str(error) or type(error).__name__
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """The parser of all tools.
-
-    Processes may share one command line: a usage error is printed once a machine.  ``~`` is the home folder also behind
-    ``=``, where a shell leaves it as it is.
-    """
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse."""
-        words = [re.sub(r'(^|=)(~/.*)', lambda m: m[1] + os.path.expanduser(m[2]), word)
-                 for word in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """Ends with status 2; the first process of the machine says why, and the others leave it the time to."""
-        if not _is_first_of_machine():
-            time.sleep(2 * _PATIENCE)
-            self.exit(2)
-        super().error(message)
-
-
-def _is_first_of_machine() -> bool:
-    """What the launchers' variables say; it needs no process group."""
-    return all(os.environ.get(variables['LOCAL_RANK'], '0') in ('', '0') for variables in _RANK_VARIABLES.values())
 
 
 @contextlib.contextmanager

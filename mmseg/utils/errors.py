@@ -23,5 +23,9 @@ class NonFiniteLossError(RuntimeError):
     """A loss or the gradient became NaN or infinite."""
 
 
+class RunError(RuntimeError):
+    """An error that nobody expected ended a run; the message says where its traceback is."""
+
+
 class OtherRankError(RuntimeError):
     """The run ends because of an error of another rank, which reports it."""

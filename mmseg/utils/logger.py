@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mmseg.registry import nearest
-from mmseg.utils.dist import is_main_process
+from mmseg.utils.dist import get_dist_info, is_main_process
 from mmseg.utils.errors import ConfigError
 
 NAME = 'mmseg'
@@ -36,14 +36,34 @@ class _LogFile(logging.FileHandler):
             print(f'cannot write {self.baseFilename}: {error}', file=sys.stderr)
 
 
-def log_traceback(error: BaseException) -> bool:
-    """Writes where ``error`` was raised to the log file alone; whether there is one."""
-    files = [handler for handler in get_logger().handlers if isinstance(handler, _LogFile)]
+def log_traceback(error: BaseException, folder: Path) -> Path | None:
+    """Writes where ``error`` was raised to the log file alone, on ranks without one to a file of their own.
+
+    Returns:
+        The file; None where the log has not begun.
+    """
     record = get_logger().makeRecord(
         NAME, logging.ERROR, __file__, 0, 'the run ends', (), (type(error), error, error.__traceback__))
-    for handler in files:
-        handler.handle(record)
-    return bool(files)
+    for handler in get_logger().handlers:
+        if isinstance(handler, _LogFile):
+            handler.handle(record)
+            return Path(handler.baseFilename)
+    if is_main_process() or not folder.is_dir():
+        return None
+    path = folder / f'error_rank{get_dist_info()[0]}.log'
+    with contextlib.closing(_LogFile(path, encoding='utf-8')) as file:
+        file.setFormatter(logging.Formatter(_FORMAT))
+        file.handle(record)
+    return path
+
+
+class _Terminal(logging.StreamHandler):
+    """Standard output; nothing is said of a reader (``| head``) that has read enough."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by ``logging`` where a message could not be written."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
 
 
 def setup_logger(log_file: str | Path | None = None, level: str = 'INFO') -> logging.Logger:
@@ -66,7 +86,7 @@ def setup_logger(log_file: str | Path | None = None, level: str = 'INFO') -> log
         with contextlib.suppress(OSError):  # what a full disk has left unwritten
             handler.close()
     main = is_main_process()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [_Terminal(sys.stdout)]
     if log_file is not None and main:
         handlers.append(_LogFile(log_file, encoding='utf-8'))
     for handler in handlers:

@@ -130,7 +130,9 @@ if hasattr(os, 'register_at_fork'):
 
 
 def end_now(status: int) -> None:
-    """Ends this process and the workers it has started, without cleaning up."""
+    """Ends this process and the workers it has started, without cleaning up; what was printed is shown."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)

@@ -19,6 +19,7 @@ from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import read_lines, refuse_overwriting
 from mmseg.utils.images import read_frame, read_mask
+from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.names import natural_key, some
 from mmseg.utils.signals import Interruption, leave_signals_to_the_parent
 
@@ -89,7 +90,7 @@ def _refuse_overwriting(args: argparse.Namespace, videos: dict[str, list[tuple[s
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog='python -m mmseg.core.evaluation', description=__doc__, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('pred_dir', type=Path, metavar='PRED_DIR')

@@ -14,7 +14,7 @@ from mmseg.core.checkpoint import RUN, read_checkpoint
 from mmseg.core.hooks.hook import Hook
 from mmseg.core.hooks.loggers import was_evaluated
 from mmseg.registry import HOOKS, nearest
-from mmseg.utils.dist import broadcast_object, fail_together
+from mmseg.utils.dist import broadcast_object, fail_together, largest
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.signals import Interrupted
 
@@ -73,7 +73,7 @@ class EvalHook(Hook):
         """Makes the evaluation that the resumed run still owes: it was killed, stopped or failed in the midst of it."""
         if not runner.iters_done or not self._due(runner.iters_done):
             return
-        made = was_evaluated(runner.work_dir, runner.run_id, runner.iters_done) if runner.rank == 0 else None
+        made = was_evaluated(runner.work_dir, runner.resumed_run_id, runner.iters_done) if runner.rank == 0 else None
         if not broadcast_object(made):
             runner.logger.info('the evaluation after iteration %d is still to be made', runner.iters_done)
             self._evaluate(runner)
@@ -91,6 +91,7 @@ class EvalHook(Hook):
                 figures = dict(self.evaluate(runner.module))
         except Interrupted:
             runner.logger.warning('the evaluation was interrupted; the resumed run will make it')
+            runner.stopped_by = largest(runner.interruption.number)
             return
         except Exception:
             runner.rescue(together=True)
@@ -132,7 +133,7 @@ class EvalHook(Hook):
 
     def before_save_checkpoint(self, runner: IterBasedRunner, checkpoint: dict[str, Any]) -> None:
         """Saves the best score so far."""
-        if self.best_path is not None:
+        if self.best_score is not None:
             checkpoint['best'] = {'key': self.save_best, 'score': self.best_score}
 
     def after_load_checkpoint(self, runner: IterBasedRunner, checkpoint: dict[str, Any]) -> None:
@@ -140,9 +141,12 @@ class EvalHook(Hook):
         if self.save_best is None:
             return
         best = broadcast_object(self._best_on_disk(runner) if runner.rank == 0 else None)
+        own = checkpoint.get('best')
+        if best is None and own is not None and self.save_best in (own['key'], 'auto'):
+            best = own['key'], own['score'], None  # of a run from whose earlier checkpoint this one goes on
         if best is not None:
             self.save_best, self.best_score, self.best_path = best
-            self.rule = self.rule or _rule_of(self.save_best)
+            self.rule = self.rule or _rule_of(str(self.save_best))
 
     def _best_on_disk(self, runner: IterBasedRunner) -> tuple[str, float, Path] | None:
         key = '*' if self.save_best == 'auto' else glob.escape(str(self.save_best))
