@@ -1,5 +1,7 @@
 """``tools/test.py`` as a process with 1 and 2 ranks, and the streamed test beneath it."""
 
+import contextlib
+import errno
 import json
 import os
 import pickle
@@ -269,7 +271,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(small, tmp_path
         returned, lines, _ = status(*small, *option)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert returned == 1 and lines and all(re.match('error: .*(maps|png|pictures|page|scores).*: File too large', line)
+    assert returned == 1 and lines and all(re.match('error: .*(maps|png|pictures|page|scores|metrics).*: File too large', line)
                                            for line in lines)
     assert not [path for path in tmp_path.rglob('*') if path.is_file()]
 
@@ -590,3 +592,19 @@ def test_a_part_that_cannot_be_built_without_memory_is_left_to_its_real_building
     check_model(Config({'model': {'type': Own}}))
     with pytest.raises(ConfigError, match=r"model.widht: .*did you mean 'width'"):
         check_model(Config({'model': {'type': Own, 'widht': 3}}))
+
+
+@pytest.mark.parametrize('code, ends', [(errno.ENOSPC, True), (errno.EACCES, False), (errno.EROFS, False)])
+def test_metrics_beside_a_checkpoint_are_lost_to_a_full_disk_never_in_silence(monkeypatch, caplog, code, ends):
+    """A folder of models may be read-only, and nobody has asked for a file there; a full disk is an error."""
+
+    def refuse(path, content):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(test_tool, 'write_atomically', refuse)
+    args = parse_args(['config.py', 'x.pth'])
+    results = StreamingMetrics(2, consistency=None).results()
+    outcome = test_tool.TestOutcome(results=results, skipped=[], frames=1, seconds=1.0)
+    with pytest.raises(OSError, match='space') if ends else contextlib.nullcontext():
+        test_tool.write_metrics(args, outcome, Path('x.pth'))
+    assert ('not written beside the checkpoint' in caplog.text) is not ends

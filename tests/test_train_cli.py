@@ -143,6 +143,22 @@ def test_finished_trainings_of_two_processes_end(tmp_path, data_root):
             process.kill()
 
 
+@pytest.mark.slow
+def test_under_nohup_the_launcher_and_its_processes_ignore_a_hangup(tmp_path, data_root):
+    config = write_tiny_config(tmp_path / 'tiny.py', data_root, iters=300)
+    process = subprocess.Popen(
+        ['sh', '-c', f"trap '' HUP; exec {ROOT}/tools/dist_train.sh {config} 2 --work-dir {tmp_path}/work"], env=ENV,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if 'Iter [2/' in line:
+            process.send_signal(signal.SIGHUP)
+        if 'Iter [8/' in line:  # has gone on
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
 def test_the_exit_status_is_passed_on_and_the_error_is_clear(tmp_path, data_root):
     config = write_tiny_config(tmp_path / 'tiny.py', data_root)
     run = script('dist_train.sh', config, 1, '--options', 'runner.max_iter=5', cwd=tmp_path)

@@ -26,13 +26,14 @@ def main() -> int:
         return 1
     # after a signal an iteration is finished and saved, which may take longer than torchrun's 30 seconds
     os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '300')
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: torchrun would end its processes all the same
-        os.environ.setdefault('TORCHELASTIC_SIGNALS_TO_HANDLE', 'SIGTERM,SIGINT,SIGQUIT')
     if 'LOGLEVEL' not in os.environ:
         for name in _NOISY:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        run(parse_args(sys.argv[1:]))
+        args = parse_args(sys.argv[1:])
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: torchrun would end its processes all the same
+            args.signals_to_handle = os.environ['TORCHELASTIC_SIGNALS_TO_HANDLE'] = 'SIGTERM,SIGINT,SIGQUIT'
+        run(args)
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:

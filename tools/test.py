@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -291,7 +292,7 @@ def make_sinks(args: argparse.Namespace, checkpoint: Path, dataset: VideoDataset
 
 
 def write_metrics(args: argparse.Namespace, outcome: TestOutcome, checkpoint: Path) -> None:
-    """Writes what was measured and left out: to the work dir, or beside the checkpoint where that can be written."""
+    """Writes what was measured and left out: to the work dir, or beside the checkpoint unless that is read-only."""
     assert outcome.results is not None
     path = metrics_file(args, checkpoint)
     run_of = {'config': args.config, 'checkpoint': str(checkpoint), 'options': args.options,
@@ -303,6 +304,8 @@ def write_metrics(args: argparse.Namespace, outcome: TestOutcome, checkpoint: Pa
         try:
             write_atomically(path, content)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):  # a full disk
+                raise
             get_logger().warning('metrics not written beside the checkpoint: %s; name a folder by --work-dir', error)
             return
     get_logger().info('metrics written to %s', path)
