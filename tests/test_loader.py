@@ -232,3 +232,40 @@ def test_a_process_ends_though_something_holds_a_pass(vspw):
         assert process.exitcode == 0
     finally:
         process.kill()
+
+
+def test_a_killed_worker_is_named_at_the_next_batch_and_raises_nothing_elsewhere(tmp_path):
+    loader = build_train_loader(build_dataset(train_config(write_vspw(tmp_path))), 2, workers_per_gpu=1)
+    next(loader)
+    (worker,) = loader._batches._items._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join(20)
+    for _ in range(100_000):  # where a handler of SIGCHLD would raise
+        pass
+    with pytest.raises(DataError, match=rf'loader worker {worker.pid} was ended by SIGKILL \(was there too little'):
+        for _ in range(10):  # what it has prepared comes first
+            next(loader)
+    loader.close()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_wrong_step_is_one_line_also_out_of_a_worker(tmp_path, workers):
+    config = train_config(write_vspw(tmp_path))
+    pad = next(step for step in config['dataset']['pipeline'] if step['type'] == 'Pad')
+    pad['size'] = (8, 8)
+    loader = build_train_loader(build_dataset(config), 2, workers_per_gpu=workers)
+    with pytest.raises(ConfigError) as caught:
+        next(loader)
+    assert 'Traceback' not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    loader.close()
+
+
+def test_no_room_in_shared_memory_is_an_error_and_no_wait(tmp_path, monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)')
+
+    monkeypatch.setattr(torch.Tensor, 'share_memory_', refuse)  # the worker is forked with it
+    loader = build_train_loader(build_dataset(train_config(write_vspw(tmp_path))), 2, workers_per_gpu=1)
+    with pytest.raises(DataError, match=r'a worker cannot hand a batch over: .*No space left.*workers_per_gpu=0'):
+        next(loader)
+    loader.close()

@@ -40,6 +40,8 @@ STALL_SECONDS = 600.0
 
 _STUCK_SECONDS = 2.0  # a worker that reads one file for so long is ended without being asked
 
+_AS_VALUES = (DataError, ConfigError)  # leave a worker as values, without the worker's traceback
+
 logger = logging.getLogger('mmseg')
 
 
@@ -103,11 +105,7 @@ class _Positions(Sampler[list[tuple[int, int]]]):
 
 
 class _Seeded(Dataset):
-    """Items of a data set, each drawn under a seed made of (seed, position).
-
-    A :class:`DataError` is returned as a value: so it leaves a worker without the worker's traceback, and the loader
-    raises it as it is.
-    """
+    """Items of a data set, each drawn under a seed made of (seed, position); errors of the user are values."""
 
     def __init__(self, dataset: Any, seed: int):
         self.dataset = dataset
@@ -122,12 +120,12 @@ class _Seeded(Dataset):
 def _item_or_error(dataset: Any, index: int) -> Any:
     try:
         return dataset[index]
-    except DataError as error:
+    except _AS_VALUES as error:
         return error
 
 
 class _Clips(Dataset):
-    """Some items of a test set, with a :class:`DataError` returned as a value."""
+    """Some items of a test set; errors of the user are values."""
 
     def __init__(self, dataset: VideoDataset, indices: Sequence[int]):
         self.dataset = dataset
@@ -229,10 +227,12 @@ def _shared(collate: Any, items: Any) -> Any:
         try:
             _share(batch)
         except RuntimeError as error:
-            free = shutil.disk_usage('/dev/shm').free / 2**20
+            room = ''
+            with contextlib.suppress(OSError):  # a system without this folder
+                room = f' ({shutil.disk_usage("/dev/shm").free / 2**20:.1f} MiB of /dev/shm are free)'
             return DataError(
-                f'a worker cannot hand a batch over: {str(error).splitlines()[0]} ({free:.1f} MiB of /dev/shm are '
-                'free); give it more room (docker run --shm-size=1g), or set data.workers_per_gpu=0')
+                f'a worker cannot hand a batch over: {str(error).splitlines()[0]}{room}; give shared memory more room '
+                '(docker run --shm-size=1g), or set data.workers_per_gpu=0')
     return batch
 
 
@@ -244,7 +244,7 @@ def _share(value: Any) -> None:
             _share(part)
 
 
-def collate(items: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:
+def collate(items: Sequence[dict[str, Any] | DataError | ConfigError]) -> dict[str, Any] | DataError | ConfigError:
     """Joins training items to a batch.
 
     Returns:
@@ -253,7 +253,7 @@ def collate(items: Sequence[dict[str, Any] | DataError]) -> dict[str, Any] | Dat
     """
     clips = []
     for item in items:
-        if isinstance(item, DataError):
+        if isinstance(item, _AS_VALUES):
             return item
         clips.append(item)
     shapes = {tuple(clip['img'].shape) for clip in clips}
@@ -294,7 +294,7 @@ class _Pass(Iterator[Any]):
         threading.Thread(target=_watch, args=(weakref.ref(self), self._ended), name='loader', daemon=True).start()
 
     def __next__(self) -> Any:
-        """The next item; a :class:`DataError` among them is raised, and so is the end of a worker."""
+        """The next item; an error in its place is raised, and so is the end of a worker."""
         self._waiting = time.monotonic()
         try:
             item = next(self._items)
@@ -304,7 +304,7 @@ class _Pass(Iterator[Any]):
             raise
         finally:
             self._waiting = None
-        if isinstance(item, DataError):
+        if isinstance(item, _AS_VALUES):
             raise item
         return item
 
