@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         log = log_traceback(error, Path(cfg.work_dir))
         if log is None:
             raise
-        raise RunError(f'{type(error).__name__}: {describe(error)} (traceback in {log})') from None
+        reason, *_ = describe(error).splitlines()
+        raise RunError(f'{type(error).__name__}: {reason} (traceback in {log})') from None
     close_dist()
     return 0 if runner.stopped_by is None else 128 + runner.stopped_by
 
