@@ -17,13 +17,9 @@ setup(
     packages=find_packages(include=['mmseg', 'mmseg.*']),
     package_data={
         'mmseg': [
-            'apis/report.html',
-            'core/evaluation/*.cpp',
-            'models/*.cpp',
-            'models/*.h',
-            'models/segmentors/*.cpp',
-            'models/segmentors/*.h',
-            'models/decode_heads/mask2former/pixel_decoder/ops/**/*',
+            'apps/report.html',
+            'kernels/csrc/*',
+            'models/decode_heads/mask2former/pixel_decoder/ops/make.sh',
         ]
     },
     python_requires='>=3.10',

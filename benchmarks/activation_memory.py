@@ -49,13 +49,13 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import speed
 from benchmarks.scaling import grid_labels
+from mmseg.config import load_config
 from mmseg.core import build_optimizer
 from mmseg.core.finetune import FinetuneConfig, freeze
+from mmseg.kernels.ms_deform_attn.backend import uses_native
 from mmseg.models import EncoderDecoder
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.backend import uses_native
-from mmseg.models.decode_heads.mask2former.transformer_decoder.layers import MultiHeadAttention
+from mmseg.models.decode_heads.layers import MultiHeadAttention
 from mmseg.models.structures import ClipTarget
-from mmseg.utils.config import load_config
 
 GIB = 2**30
 CONTEXT, WORKSPACE, FRAGMENTS = 0.6, 1.0, 0.15

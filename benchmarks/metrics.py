@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python 
 import cv2
 import numpy as np
 
-from mmseg.core.evaluation import run_lengths
 from mmseg.core.evaluation.confusion import joint_histogram
 from mmseg.core.evaluation.video_consistency import WindowCounts
-from mmseg.utils.native import BuildError
+from mmseg.kernels import run_lengths
+from mmseg.kernels.native import BuildError
 
 CLASSES = 124
 LENGTHS = (8, 16)

@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python 
 import torch
 from torch import Tensor
 
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import backend, build
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.library import ops
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.pytorch import ms_deform_attn_fused_pytorch
+from mmseg.kernels.ms_deform_attn import backend, build
+from mmseg.kernels.ms_deform_attn.library import ops
+from mmseg.kernels.ms_deform_attn.pytorch import ms_deform_attn_fused_pytorch
 
 HEADS, WIDTH, POINTS, STRIDES = 8, 32, 4, (32, 16, 8)
 SIZES = {'480x864 N=1': (1, 480, 864), '480x864 N=2': (2, 480, 864), '480x480 N=4': (4, 480, 480)}

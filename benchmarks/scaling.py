@@ -50,9 +50,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import speed
+from mmseg.config import load_config
 from mmseg.models.backbones import MixTransformer
 from mmseg.utils import allocator
-from mmseg.utils.config import load_config
 from tools.get_flops import count
 
 WORKS = {'eval': 'evaluation', 'losses': 'matching and losses', 'train': 'training step'}

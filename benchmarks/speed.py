@@ -47,17 +47,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import plain
+from mmseg.config import load_config
 from mmseg.core import build_optimizer
 from mmseg.datasets.pipelines.compose import Compose
+from mmseg.kernels.attention import attention
+from mmseg.kernels.autocast import weights_cast_once
+from mmseg.kernels.label_map import ScoreView, label_map, resize_matrix
+from mmseg.kernels.linear import linear
+from mmseg.kernels.norm import post_norm_and_cast, pre_norm
 from mmseg.models import EncoderDecoder, build_segmentor
-from mmseg.models.attention import attention
-from mmseg.models.linear import linear
 from mmseg.models.losses import THEMaskCriterion
-from mmseg.models.norm import post_norm_and_cast, pre_norm
-from mmseg.models.segmentors.label_map import ScoreView, label_map, resize_matrix
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
-from mmseg.utils.autocast import weights_cast_once
-from mmseg.utils.config import load_config
 
 ARMS = ('plain', 'ours')
 CLASSES = 124

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from mmengine.registry import Registry
 
 from mmseg.utils.arguments import annotations_of, check_value, named_parameters, takes_any_name
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.errors import ConfigError, nearest
 
 _MODELS = ['mmseg.models']
 _DATASETS = ['mmseg.datasets']
@@ -64,15 +63,6 @@ def register_variant(registry: Registry, name: str, component: _Component, **row
     variant.__signature__ = inspect.signature(functools.partial(component, **row))  # type: ignore[attr-defined]
     variant.retired_arguments = getattr(component, 'retired_arguments', {})  # type: ignore[attr-defined]
     return registry.register_module(module=variant)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the known name closest to ``name``, or a list of all where none is close."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f" (did you mean '{close[0]}'?)"
-    return f' (known: {", ".join(known)})' if known else ''
 
 
 def registered(registry: Registry, name: Any) -> Callable[..., Any] | None:

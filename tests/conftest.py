@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import backend as backends
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.backend import Native, native
+from mmseg.kernels.ms_deform_attn import backend as backends
+from mmseg.kernels.ms_deform_attn.backend import Native, native
 
 REFERENCE = Path(__file__).parent / 'reference'
 CAMVID = Path(__file__).parents[2] / 'shared' / 'camvid_vspw'

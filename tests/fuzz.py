@@ -31,8 +31,8 @@ def places(cfg: Any, path: str = '') -> Iterator[str]:
 
 def arguments(cfg: Any, path: str = '') -> Iterator[str]:
     """Dotted path of every argument that a component of ``cfg`` takes and has no value for there."""
+    from mmseg.config import SECTIONS, find_anywhere
     from mmseg.registry import named_parameters
-    from mmseg.utils.config import SECTIONS, find_anywhere
 
     known: set[str] = set()
     if isinstance(cfg, Mapping):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mmseg.apis import train as train_api
+from mmseg.config import load_config
 from mmseg.core import (
     CheckpointHook,
     EMAHook,
@@ -23,8 +24,7 @@ from mmseg.core import (
     newest_checkpoint,
     read_checkpoint,
 )
-from mmseg.core.checkpoint import RUN, point_latest, run_of
-from mmseg.utils.config import load_config
+from mmseg.utils.checkpoint import RUN, point_latest, run_of
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.lock import FolderLock
 from tests.engine import batches, make_runner
@@ -363,7 +363,7 @@ def test_workers_without_shared_memory_are_an_error(tmp_path):
 
 
 def test_an_unexpected_error_is_one_line_and_a_traceback_in_the_log(tmp_path, monkeypatch, capsys):
-    from tests.test_train_cli import ROOT as root
+    from tests.apis.test_train_cli import ROOT as root
 
     config = write_tiny_config(
         tmp_path / 'c.py', write_vspw(tmp_path / 'vspw'), extra="""

@@ -21,19 +21,20 @@ import torch
 from mmseg.apis import init_segmentor, segment_video
 from mmseg.core import build_optimizer
 from mmseg.core.precision import Precision
-from mmseg.models import build_segmentor
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import backend, ms_deform_attn, ms_deform_attn_fused
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.pytorch import (
+from mmseg.kernels.ms_deform_attn import backend
+from mmseg.kernels.ms_deform_attn.pytorch import (
     ms_deform_attn_fused_pytorch,
     ms_deform_attn_pytorch,
 )
+from mmseg.models import build_segmentor
+from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import ms_deform_attn, ms_deform_attn_fused
 from mmseg.models.losses import point_sampling
 from mmseg.models.structures import ClipTarget
+from tests.apps.test_video import spread
+from tests.kernels.test_ops import assert_sums_in_float32, forms, problem, with_gradients
+from tests.kernels.test_ops_cuda import CASES
+from tests.models.test_segmentor import SIZE, config, filled, frames, lively, share_equal
 from tests.reference import recipe
-from tests.test_ops import assert_sums_in_float32, forms, problem, with_gradients
-from tests.test_ops_cuda import CASES
-from tests.test_segmentor import SIZE, config, filled, frames, lively, share_equal
-from tests.test_video import spread
 from tests.tiny import tiny_model
 from tests.tiny_config import write_tiny_config
 from tests.vspw_fixture import write_vspw
@@ -430,7 +431,7 @@ def test_compute_sanitizer(tool):
 
 SANITIZED = '''
 import torch
-from tests.test_ops import forms, problem, with_gradients
+from tests.kernels.test_ops import forms, problem, with_gradients
 for deterministic in (False, True):
     torch.use_deterministic_algorithms(deterministic)
     for fused in (False, True):

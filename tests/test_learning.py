@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmseg.datasets.mini_vspw import render_video
+from mmseg.apps.mini_vspw import render_video
 from mmseg.models import build_segmentor
 
 from .tiny import tiny_model

@@ -20,15 +20,15 @@ import pytest
 import torch
 from PIL import Image
 
+from mmseg.config import load_config
 from mmseg.core import read_checkpoint
-from mmseg.utils.config import load_config
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError
 from mmseg.utils.images import read_frame, read_mask
+from tests.core.test_resume import assert_same
 from tests.processes import start
-from tests.test_config_fuzz import EXTRA as FUZZ_EXTRA
-from tests.test_config_fuzz import check as check_overrides
-from tests.test_resume import assert_same
 from tests.tiny_config import write_tiny_config
+from tests.utils.test_config_fuzz import EXTRA as FUZZ_EXTRA
+from tests.utils.test_config_fuzz import check as check_overrides
 from tests.vspw_fixture import write_vspw
 
 pytestmark = pytest.mark.slow
@@ -195,8 +195,8 @@ def test_logs(tmp_path, capsys):
 
 
 def test_report_pages(tmp_path, capsys):
-    from mmseg.apis.report import write_report
-    from tests.test_report import collect
+    from mmseg.apps.report import write_report
+    from tests.apps.test_report import collect
     from tools import report
 
     sink, results = collect([6, 7], [0.1, 0.3])

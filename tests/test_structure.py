@@ -10,13 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'mmseg'
+_METHOD = ('mmseg.models', 'mmseg.datasets', 'mmseg.core')
+_TOP = ('mmseg.apis', 'mmseg.apps')
 FORBIDDEN = {
-    'mmseg.utils': ('mmseg.apis', 'mmseg.core', 'mmseg.models', 'mmseg.datasets'),
-    'mmseg.datasets': ('mmseg.apis', 'mmseg.models', 'mmseg.core'),
-    'mmseg.models': ('mmseg.apis', 'mmseg.datasets'),
+    'mmseg.utils': (*_TOP, *_METHOD, 'mmseg.kernels', 'mmseg.registry'),
+    'mmseg.kernels': (*_TOP, *_METHOD, 'mmseg.registry'),
+    'mmseg.datasets': (*_TOP, 'mmseg.models', 'mmseg.core', 'mmseg.kernels'),
+    'mmseg.models': (*_TOP, 'mmseg.datasets', 'mmseg.core'),
     'mmseg.models.losses': ('mmseg.models.decode_heads', 'mmseg.models.segmentors'),
-    'mmseg.core': ('mmseg.apis', 'mmseg.models', 'mmseg.datasets'),
+    'mmseg.core': (*_TOP, 'mmseg.models', 'mmseg.datasets'),
+    'mmseg.apis': ('mmseg.apps',),
 }
+LAZY = {('mmseg.apis', 'mmseg.apps.video')}  # a public name that keeps its address
 
 
 def module_name(path: Path) -> str:
@@ -50,7 +55,8 @@ def test_imports_go_one_way(package):
     assert files
     for path in files:
         for name in imports_of(path):
-            assert not name.startswith(FORBIDDEN[package]), f'{path.relative_to(ROOT)} imports {name}'
+            allowed = (module_name(path), name) in LAZY or not name.startswith(FORBIDDEN[package])
+            assert allowed, f'{path.relative_to(ROOT)} imports {name}'
 
 
 def test_no_circular_import():

@@ -15,10 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.registry import nearest
 from mmseg.utils.cli import run_tool
 from mmseg.utils.console import table_console
-from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.errors import ConfigError, DataError, nearest
 from mmseg.utils.files import refuse_overwriting, write_atomically
 from mmseg.utils.launcher import ArgumentParser
 

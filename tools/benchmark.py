@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from mmseg.apis.inference import init_segmentor
+from mmseg.config import OptionsAction, clip_length, config_inputs, load_config, required
 from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import build_dataset
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.arguments import Count, Index, check_value
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import OptionsAction, clip_length, config_inputs, load_config, required
 from mmseg.utils.console import table_console
 from mmseg.utils.dist import pick_device
 from mmseg.utils.errors import ConfigError

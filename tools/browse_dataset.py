@@ -14,12 +14,12 @@ import cv2
 import numpy as np
 import torch
 
+from mmseg.config import OptionsAction, config_inputs, load_config
 from mmseg.datasets import VideoDataset, build_dataset
 from mmseg.datasets.dataset_wrappers import video_datasets
 from mmseg.datasets.loader import seeded
 from mmseg.datasets.pipelines.loading import load_labels
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import OptionsAction, config_inputs, load_config
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting
 from mmseg.utils.images import read_frame

@@ -22,9 +22,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.datasets.check import Report, SplitToCheck, check_split, count_by_kind
+from mmseg.apps.check_dataset import Report, SplitToCheck, check_split, count_by_kind
+from mmseg.config import config_inputs, load_config
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import config_inputs, load_config
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, write_atomically

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from mmseg.apis.convert import SOURCES, TARGETS, convert_state_dict, files_of, read_weights, write_weights
+from mmseg.apps.convert import SOURCES, TARGETS, convert_state_dict, files_of, read_weights, write_weights
+from mmseg.config import config_inputs, load_config
 from mmseg.models import build_segmentor
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import config_inputs, load_config
 from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import refuse_overwriting, write_atomically
 from mmseg.utils.launcher import ArgumentParser

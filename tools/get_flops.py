@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmseg.config import OptionsAction, clip_length, config_inputs, load_config, required
+from mmseg.kernels.ms_deform_attn.library import ops
 from mmseg.models import build_segmentor
-from mmseg.models.decode_heads.mask2former.pixel_decoder import msdeformattn
-from mmseg.models.decode_heads.mask2former.pixel_decoder.ops.library import ops
+from mmseg.models.decode_heads import pixel_decoder as msdeformattn
 from mmseg.utils.arguments import Count, Range, check_value
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import OptionsAction, clip_length, config_inputs, load_config, required
 from mmseg.utils.console import table_console
 from mmseg.utils.files import refuse_overwriting, write_atomically
 from mmseg.utils.launcher import ArgumentParser

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.datasets.mini_vspw import SPLITS, write_mini_vspw
+from mmseg.apps.mini_vspw import SPLITS, write_mini_vspw
 from mmseg.utils.cli import run_tool
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.launcher import ArgumentParser

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.apis.publish import publish_model
+from mmseg.apps.publish import publish_model
 from mmseg.utils.cli import run_tool
 from mmseg.utils.launcher import ArgumentParser
 

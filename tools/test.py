@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from mmengine.config import Config
 
-from mmseg.apis.report import ReportSink, report_page, write_report
 from mmseg.apis.sinks import (
     OUT_FORMS,
     PalettePNG,
@@ -38,17 +37,17 @@ from mmseg.apis.test import (
     metrics_for,
     stream_test,
 )
-from mmseg.core.checkpoint import load_weights, open_checkpoint
+from mmseg.apps.report import ReportSink, report_page, write_report
+from mmseg.config import OptionsAction, config_inputs, load_config
 from mmseg.core.evaluation import StreamingMetrics
 from mmseg.core.evaluation.results import CSV_FILES
 from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import VideoDataset, build_dataset, build_test_loader
 from mmseg.datasets.loader import STALL_SECONDS
 from mmseg.models import build_segmentor
-from mmseg.registry import nearest
 from mmseg.utils.allocator import use_huge_pages
+from mmseg.utils.checkpoint import load_weights, open_checkpoint
 from mmseg.utils.cli import run_all, run_tool
-from mmseg.utils.config import OptionsAction, config_inputs, load_config
 from mmseg.utils.dist import (
     LAUNCHERS,
     close_dist,
@@ -57,7 +56,7 @@ from mmseg.utils.dist import (
     init_dist,
     is_main_process,
 )
-from mmseg.utils.errors import ConfigError, DataError, OtherRankError
+from mmseg.utils.errors import ConfigError, DataError, OtherRankError, nearest
 from mmseg.utils.files import refuse_overwriting, write_atomically
 from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.logger import get_logger, setup_logger

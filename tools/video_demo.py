@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from mmseg.apis import init_segmentor
-from mmseg.apis.video import VIEWS, FrameView, VideoSegmenter, classes_of
-from mmseg.apis.video_io import (
+from mmseg.apps.video import VIEWS, FrameView, VideoSegmenter, classes_of
+from mmseg.apps.video_io import (
     VIDEO_SUFFIXES,
     Background,
     FolderSource,
@@ -35,9 +35,9 @@ from mmseg.apis.video_io import (
     open_source,
     part_of,
 )
+from mmseg.config import OptionsAction, config_inputs
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.cli import run_tool
-from mmseg.utils.config import OptionsAction, config_inputs
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, user_path, write_atomically
 from mmseg.utils.launcher import ArgumentParser

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from mmseg.apis.test import predict_item
-from mmseg.core.checkpoint import load_checkpoint
+from mmseg.config import load_config, override
 from mmseg.core.precision import Precision
 from mmseg.datasets import VSPWDataset
 from mmseg.datasets.pipelines import Compose
@@ -21,7 +21,7 @@ from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.models import build_segmentor
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import standing_at
-from mmseg.utils.config import load_config, override
+from mmseg.utils.checkpoint import load_checkpoint
 from mmseg.utils.dist import pick_device
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import user_path

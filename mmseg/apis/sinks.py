@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from mmseg.core.evaluation.confusion import as_label_map
 from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.datasets.video_dataset import VideoDataset
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import atomic_file, named_errors, write_atomically
+from mmseg.utils.images import as_label_map
 from mmseg.utils.names import natural_key
 from mmseg.utils.visual import compare, write_label_png, write_picture
 

@@ -19,15 +19,14 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 
+from mmseg.config import required
 from mmseg.core.evaluation import ConsistencyOptions, Results, StreamingMetrics
 from mmseg.core.evaluation.temporal import temporal_measure
 from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.datasets.video_dataset import VideoDataset
 from mmseg.models import build_segmentor
-from mmseg.registry import nearest
-from mmseg.utils.config import required
 from mmseg.utils.dist import broadcast_object, fail_together, gather_objects, get_dist_info, is_main_process
-from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.errors import ConfigError, DataError, nearest
 from mmseg.utils.files import write_atomically
 from mmseg.utils.logger import get_logger
 from mmseg.utils.signals import Interruption

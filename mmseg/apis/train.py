@@ -18,15 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmseg.apis.test import check_classes, check_model, gather_by, metrics_for, run_test
-from mmseg.core.checkpoint import (
-    RUN,
-    checkpoint_files,
-    checkpoint_iteration,
-    open_checkpoint,
-    read_checkpoint,
-    remove_leftovers,
-    run_of,
-)
+from mmseg.config import as_text, config_files
 from mmseg.core.finetune import FinetuneConfig, freeze, load_for_finetune, warn_of_unused
 from mmseg.core.hooks import CheckpointHook, EvalHook, JsonLoggerHook
 from mmseg.core.lr_schedule import LrSchedule
@@ -37,10 +29,18 @@ from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
 from mmseg.datasets.dataset_wrappers import video_datasets
 from mmseg.datasets.loader import STALL_SECONDS
 from mmseg.models import build_segmentor
-from mmseg.registry import HOOKS, build, check_arguments, nearest
-from mmseg.utils.config import as_text, config_files
+from mmseg.registry import HOOKS, build, check_arguments
+from mmseg.utils.checkpoint import (
+    RUN,
+    checkpoint_files,
+    checkpoint_iteration,
+    open_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+    run_of,
+)
 from mmseg.utils.dist import barrier, broadcast_object, describe, get_dist_info
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError, nearest
 from mmseg.utils.files import write_atomically
 from mmseg.utils.lock import FolderLock
 from mmseg.utils.logger import get_logger, setup_logger
@@ -59,7 +59,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
     lines and the checkpoints.
 
     Args:
-        cfg: from :func:`mmseg.utils.config.load_config`, with ``work_dir``.  Where weights come from: ``resume_from``
+        cfg: from :func:`mmseg.config.load_config`, with ``work_dir``.  Where weights come from: ``resume_from``
             (file, work dir, or ``auto`` for the work dir itself where it holds a checkpoint) goes before
             ``finetune_from``, ``load_from`` and ``model.pretrained``.
         device: where to train; None chooses the CPU.

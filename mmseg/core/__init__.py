@@ -7,30 +7,30 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    'CheckpointHook': 'hooks',
-    'EMAHook': 'hooks',
-    'EvalHook': 'hooks',
-    'FinetuneConfig': 'finetune',
-    'FinetuneReport': 'finetune',
-    'Hook': 'hooks',
-    'IterBasedRunner': 'runner',
-    'JsonLoggerHook': 'hooks',
-    'LrSchedule': 'lr_schedule',
-    'NonFiniteLossError': 'runner',
-    'OtherRankError': 'runner',
-    'Precision': 'precision',
-    'TensorboardLoggerHook': 'hooks',
-    'TextLoggerHook': 'hooks',
-    'UpdateConfig': 'runner',
-    'build_optimizer': 'optimizer',
-    'freeze': 'finetune',
-    'load_checkpoint': 'checkpoint',
-    'load_for_finetune': 'finetune',
-    'load_weights': 'checkpoint',
-    'newest_checkpoint': 'checkpoint',
-    'open_checkpoint': 'checkpoint',
-    'read_checkpoint': 'checkpoint',
-    'save_checkpoint': 'checkpoint',
+    'CheckpointHook': 'core.hooks',
+    'EMAHook': 'core.hooks',
+    'EvalHook': 'core.hooks',
+    'FinetuneConfig': 'core.finetune',
+    'FinetuneReport': 'core.finetune',
+    'Hook': 'core.hooks',
+    'IterBasedRunner': 'core.runner',
+    'JsonLoggerHook': 'core.hooks',
+    'LrSchedule': 'core.lr_schedule',
+    'NonFiniteLossError': 'core.runner',
+    'OtherRankError': 'core.runner',
+    'Precision': 'core.precision',
+    'TensorboardLoggerHook': 'core.hooks',
+    'TextLoggerHook': 'core.hooks',
+    'UpdateConfig': 'core.runner',
+    'build_optimizer': 'core.optimizer',
+    'freeze': 'core.finetune',
+    'load_checkpoint': 'utils.checkpoint',
+    'load_for_finetune': 'core.finetune',
+    'load_weights': 'utils.checkpoint',
+    'newest_checkpoint': 'utils.checkpoint',
+    'open_checkpoint': 'utils.checkpoint',
+    'read_checkpoint': 'utils.checkpoint',
+    'save_checkpoint': 'utils.checkpoint',
 }
 
 __all__ = sorted(_HOME)
@@ -39,4 +39,4 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'.{_HOME[name]}', __name__), name)
+    return getattr(import_module(f'mmseg.{_HOME[name]}'), name)

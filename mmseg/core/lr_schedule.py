@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from mmseg.registry import nearest
 from mmseg.utils.arguments import Count, Index, Share, Weight
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.errors import ConfigError, nearest
 
 _POLICIES = ('poly', 'fixed')
 _WARMUPS = ('constant', 'linear', 'exp')

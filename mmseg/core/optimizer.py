@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmseg.registry import check_arguments, nearest
+from mmseg.registry import check_arguments
 from mmseg.utils.arguments import Weight, check_value
-from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.errors import CheckpointError, ConfigError, nearest
 from mmseg.utils.state_dict_alias import reference_names
 
 _MULTIPLIERS = ('lr_mult', 'decay_mult')

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from mmseg.registry import check_arguments, nearest
+from mmseg.kernels.autocast import cpu_computes_in, weights_cast_once
+from mmseg.registry import check_arguments
 from mmseg.utils.arguments import Factor, fits
-from mmseg.utils.autocast import cpu_computes_in, weights_cast_once
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.errors import ConfigError, nearest
 
 _FP16_HOOKS = ('Fp16OptimizerHook', 'GradientCumulativeFp16OptimizerHook')
 _OPTIMIZER_HOOKS = ('OptimizerHook', 'GradientCumulativeOptimizerHook', *_FP16_HOOKS)

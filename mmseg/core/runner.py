@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmseg.core.checkpoint import RUN, load_weights, point_latest, save_checkpoint
 from mmseg.core.finetune import frozen_parts
 from mmseg.core.hooks.hook import Hook, check_hook, priority_value
 from mmseg.core.lr_schedule import LrSchedule
 from mmseg.core.optimizer import load_optimizer_state
 from mmseg.core.precision import Precision
+from mmseg.utils.checkpoint import RUN, load_weights, point_latest, save_checkpoint
 from mmseg.utils.dist import broadcast_object, gather_objects, get_dist_info, largest, reduce_mean, with_others
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
 from mmseg.utils.seed import get_rng_state, set_rng_state

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmseg.models.linear import linear
+from mmseg.kernels.linear import linear
 
 IGNORE_INDEX = 255
 

@@ -1,4 +1,9 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and the nearest known name that they show."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -29,3 +34,12 @@ class RunError(RuntimeError):
 
 class OtherRankError(RuntimeError):
     """The run ends because of an error of another rank, which reports it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the known name closest to ``name``, or a list of all where none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f' (known: {", ".join(known)})' if known else ''

@@ -265,3 +265,25 @@ def to_training_labels(mask: np.ndarray, table: np.ndarray, num_classes: int | N
             f'{path}: label out of range: {values}; the data set has {num_classes} classes, stored as '
             f'{allowed[0]}..{allowed[-1]}, and 255 for void')
     return label
+
+
+def as_label_map(labels: np.ndarray, what: str) -> np.ndarray:
+    """``labels`` as a contiguous uint8 map.
+
+    Args:
+        labels: [H, W], any integer or bool type, values 0..255.
+        what: what the map is, for the error message.
+
+    Raises:
+        ValueError: not two-dimensional, not integers, or a value outside 0..255.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 2:
+        raise ValueError(f'{what}: expected a label map [H, W], got shape {labels.shape}')
+    if labels.dtype != np.uint8:
+        if labels.dtype.kind not in 'iub':
+            raise ValueError(f'{what}: expected integer labels, got {labels.dtype}')
+        if labels.size and (labels.min() < 0 or labels.max() > 255):
+            raise ValueError(f'{what}: expected labels 0..255, got {labels.min()}..{labels.max()}')
+        labels = labels.astype(np.uint8)
+    return np.ascontiguousarray(labels)

@@ -7,9 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
-from mmseg.registry import nearest
 from mmseg.utils.dist import get_dist_info, is_main_process
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.errors import ConfigError, nearest
 
 NAME = 'mmseg'
 _LEVELS = ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL')

@@ -13,28 +13,6 @@ LABELS = 256  # of a uint8 label map
 _EXACT = 1 << 24  # float32 counts integers exactly up to here
 
 
-def as_label_map(labels: np.ndarray, what: str) -> np.ndarray:
-    """``labels`` as a contiguous uint8 map.
-
-    Args:
-        labels: [H, W], any integer or bool type, values 0..255.
-        what: what the map is, for the error message.
-
-    Raises:
-        ValueError: not two-dimensional, not integers, or a value outside 0..255.
-    """
-    labels = np.asarray(labels)
-    if labels.ndim != 2:
-        raise ValueError(f'{what}: expected a label map [H, W], got shape {labels.shape}')
-    if labels.dtype != np.uint8:
-        if labels.dtype.kind not in 'iub':
-            raise ValueError(f'{what}: expected integer labels, got {labels.dtype}')
-        if labels.size and (labels.min() < 0 or labels.max() >= LABELS):
-            raise ValueError(f'{what}: expected labels 0..255, got {labels.min()}..{labels.max()}')
-        labels = labels.astype(np.uint8)
-    return np.ascontiguousarray(labels)
-
-
 def joint_histogram(gt: np.ndarray, pred: np.ndarray) -> np.ndarray:
     """Counts of every (ground truth, prediction) pair of labels; exact for any size.
 

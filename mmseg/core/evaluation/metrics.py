@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from mmseg.utils.images import as_label_map
 from mmseg.utils.names import natural_key
 
-from .confusion import LABELS, as_label_map, class_scores, joint_histogram, mean_scores
+from .confusion import LABELS, class_scores, joint_histogram, mean_scores
 from .results import Results
 from .temporal import TemporalMeasure, mean_iou, temporal_measure
 from .video_consistency import WindowCounts

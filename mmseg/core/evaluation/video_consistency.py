@@ -18,9 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mmseg.utils.native import BuildError
-
-from . import run_lengths
+from mmseg.kernels import run_lengths
+from mmseg.kernels.native import BuildError
 
 
 class ConstantRuns:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmseg.core.checkpoint import prune_checkpoints
 from mmseg.core.hooks.hook import Hook
 from mmseg.registry import HOOKS, retired
+from mmseg.utils.checkpoint import prune_checkpoints
 from mmseg.utils.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

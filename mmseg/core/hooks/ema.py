@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmseg.core.checkpoint import load_weights
 from mmseg.core.hooks.hook import Hook
 from mmseg.registry import HOOKS, retired
+from mmseg.utils.checkpoint import load_weights
 from mmseg.utils.errors import ConfigError
 
 if TYPE_CHECKING:

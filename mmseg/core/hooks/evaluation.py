@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mmseg.core.checkpoint import RUN, read_checkpoint
 from mmseg.core.hooks.hook import Hook
 from mmseg.core.hooks.loggers import was_evaluated
-from mmseg.registry import HOOKS, nearest
+from mmseg.registry import HOOKS
+from mmseg.utils.checkpoint import RUN, read_checkpoint
 from mmseg.utils.dist import broadcast_object, fail_together, largest
-from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.errors import CheckpointError, ConfigError, nearest
 from mmseg.utils.signals import Interrupted
 
 if TYPE_CHECKING:

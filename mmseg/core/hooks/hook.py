@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmseg.registry import nearest
-from mmseg.utils.errors import ConfigError
+from mmseg.utils.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from mmseg.core.runner import IterBasedRunner

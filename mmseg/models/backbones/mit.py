@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseg.models.attention import attention
-from mmseg.models.convolution import Conv2d
+from mmseg.kernels.attention import attention
+from mmseg.kernels.autocast import cast_once
+from mmseg.kernels.convolution import Conv2d
+from mmseg.kernels.linear import Linear
+from mmseg.kernels.norm import pre_norm
 from mmseg.models.init import init_transformer_
-from mmseg.models.linear import Linear
-from mmseg.models.norm import pre_norm
 from mmseg.registry import BACKBONES, register_variant, retired
 from mmseg.utils.arguments import Count, Factor, Share
-from mmseg.utils.autocast import cast_once
 
 _NORM_EPS = 1e-6  # blocks and stage ends; patch embedding and spatial reduction keep torch's default
 

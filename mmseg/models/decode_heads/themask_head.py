@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmseg.models.linear import linear
+from mmseg.kernels.linear import linear
 from mmseg.models.losses.criterion import THEMaskCriterion
 from mmseg.models.structures import IGNORE_INDEX, ClipTarget, DecoderOutput
 from mmseg.registry import (

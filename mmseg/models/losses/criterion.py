@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmseg.kernels.linear import linear
 from mmseg.models.assigners.two_round import Round2Cost, TwoRoundAssigner
-from mmseg.models.linear import linear
 from mmseg.models.losses import mask_losses, point_sampling
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction, Match
 from mmseg.registry import check_arguments, retired, standing_at

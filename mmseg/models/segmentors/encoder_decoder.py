@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmseg.core.checkpoint import load_weights, read_checkpoint
+from mmseg.kernels.label_map import ScoreView, label_map, resize_matrix, window_matrix, window_starts
 from mmseg.registry import (
     BACKBONES,
     HEADS,
@@ -23,9 +23,8 @@ from mmseg.registry import (
     standing_at,
 )
 from mmseg.utils.arguments import Index
+from mmseg.utils.checkpoint import load_weights, read_checkpoint
 from mmseg.utils.errors import ConfigError
-
-from .label_map import ScoreView, label_map, resize_matrix, window_matrix, window_starts
 
 _FEATURES = ('res2', 'res3', 'res4', 'res5')
 Size = tuple[int, int]

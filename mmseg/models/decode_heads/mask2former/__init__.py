@@ -1,6 +1,1 @@
-"""Parts of the mask classifier: position encoding, pixel decoder, mask decoder."""
-
-from mmseg.models.decode_heads.mask2former.pixel_decoder import MSDeformAttnPixelDecoder
-from mmseg.models.decode_heads.mask2former.transformer_decoder import MaskDecoder
-
-__all__ = ['MSDeformAttnPixelDecoder', 'MaskDecoder']
+"""Only the address of the op: see :mod:`.pixel_decoder.ops`."""

@@ -1,5 +1,1 @@
-"""Pixel decoders: backbone maps to mask features and a pyramid of one width."""
-
-from .msdeformattn import MSDeformAttn, MSDeformAttnPixelDecoder
-
-__all__ = ['MSDeformAttn', 'MSDeformAttnPixelDecoder']
+"""Only the address of the op: see :mod:`.ops`."""

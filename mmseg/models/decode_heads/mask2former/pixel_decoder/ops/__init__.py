@@ -1,9 +1,5 @@
-"""Multi-scale deformable attention: one op; native where it can be, plain PyTorch everywhere else.
+"""The op's address since Mask2Former; the op itself lives in :mod:`mmseg.kernels.ms_deform_attn`."""
 
-``functional`` checks arguments and chooses (``backend``), ``library`` tells torch about the ops, ``build`` compiles
-``src``, ``pytorch`` is the form that all others are checked against. ``python -m`` this package prints what was found.
-"""
-
-from .functional import ms_deform_attn, ms_deform_attn_fused, without_autocast
+from mmseg.kernels.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused, without_autocast
 
 __all__ = ['ms_deform_attn', 'ms_deform_attn_fused', 'without_autocast']

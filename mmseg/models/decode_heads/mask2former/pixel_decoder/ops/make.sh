@@ -10,7 +10,7 @@ if [ -z "$PYTHON" ]; then
 fi
 export PYTHONPATH="$here/../../../../../..${PYTHONPATH:+:$PYTHONPATH}"  # the package need not be installed
 status=0
-"$PYTHON" "$here/build.py" "$@" || status=$?
-"$PYTHON" -m mmseg.utils.native mmseg.core.evaluation.run_lengths mmseg.models.cpu_native \
-    mmseg.models.segmentors.label_map_native || status=$?
+"$PYTHON" -m mmseg.kernels.ms_deform_attn.build "$@" || status=$?
+"$PYTHON" -m mmseg.kernels.native mmseg.kernels.run_lengths mmseg.kernels.cpu_native \
+    mmseg.kernels.label_map_native || status=$?
 exit $status

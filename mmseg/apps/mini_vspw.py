@@ -1,0 +1,256 @@
+"""A small synthetic data set in VSPW's format, made from a seed: the data of the demo and of end-to-end tests.
+
+Textured things move and occlude each other over panning stuff.  The classes come in pairs that share a shape and differ
+in colour and texture; about a third of the frames are blurred, noisy, low in contrast and of a false colour, each for
+itself, so that such a frame does not tell which of a pair it shows, while a sharp frame of the same clip does.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from mmseg.datasets.vspw import VSPWDataset
+from mmseg.utils.files import atomic_file, write_atomically
+from mmseg.utils.images import VOID
+
+_SIZES = ((120, 160), (120, 160), (112, 168), (128, 152), (104, 160))  # height, width; a video has one
+_BAD_SHARE = 0.34  # of the frames
+_OTHERS = 0  # raw label of what belongs to no class
+
+
+def _stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sign(np.sin(u))
+
+
+def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sign(np.sin(u) * np.sin(v))
+
+
+def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.where(np.cos(u) + np.cos(v) > 0.6, 1.0, -0.45)
+
+
+def _rings(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sign(np.sin(np.hypot(u, v)))
+
+
+def _plain(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return 0.15 * np.sin(u / 5) * np.cos(v / 5)
+
+
+_Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a class looks: base colour (BGR), shape, texture and its period in pixels."""
+
+    colour: tuple[int, int, int]
+    shape: str
+    pattern: _Pattern
+    period: float
+
+
+# Neighbours in each table are a pair: the same shape, another colour and texture.
+_UPPER = {
+    'wall': _Look((130, 160, 195), 'all', _checks, 13),
+    'sky': _Look((205, 160, 115), 'all', _plain, 13),
+}
+_LOWER = {
+    'grass': _Look((70, 150, 90), 'all', _dots, 8),
+    'road': _Look((115, 105, 110), 'all', _stripes, 11),
+}
+_THINGS = {
+    'car': _Look((50, 50, 200), 'box', _stripes, 9),
+    'train': _Look((60, 130, 190), 'box', _dots, 9),
+    'person': _Look((50, 85, 125), 'ellipse', _checks, 11),
+    'dog': _Look((120, 60, 75), 'ellipse', _plain, 11),
+    'ball': _Look((50, 200, 215), 'disc', _rings, 10),
+    'clock': _Look((190, 205, 95), 'disc', _checks, 10),
+    'box': _Look((205, 90, 50), 'diamond', _dots, 9),
+    'book': _Look((190, 60, 160), 'diamond', _rings, 9),
+}
+_LOOKS = {**_UPPER, **_LOWER, **_THINGS}
+CLASS_IDS = {name: VSPWDataset.CLASSES.index(name) + 1 for name in _LOOKS}
+"""Raw label of each of the 12 classes that occur, by name."""
+
+SPLITS = {'train': (72, 12), 'val': (14, 20), 'test': (3, 12)}
+"""Number of videos and of frames a video, by split; the test split has no masks."""
+
+
+@dataclass
+class _Surface:
+    """One instance of a class: its texture and where it is."""
+
+    look: _Look
+    label: int
+    angle: float
+    period: float
+    colour: np.ndarray
+    centre: np.ndarray  # x, y in pixels; of the texture's origin for stuff
+    velocity: np.ndarray
+    radii: np.ndarray
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, name: str, height: int, width: int) -> _Surface:
+        look = _LOOKS[name]
+        thing = name in _THINGS
+        speed = rng.uniform(1.0, 3.5) if thing else rng.uniform(0.5, 2.0)
+        heading = rng.uniform(0, 2 * np.pi)
+        wide = {'box': (1.35, 0.8), 'ellipse': (0.75, 1.3)}.get(look.shape, (1.0, 1.0))
+        return cls(
+            look, CLASS_IDS[name],
+            angle=rng.uniform(-0.35, 0.35), period=look.period * rng.uniform(0.85, 1.15),
+            colour=np.array(look.colour) + rng.uniform(-15, 15, 3),
+            centre=rng.uniform((0.15 * width, 0.2 * height), (0.85 * width, 0.85 * height)),
+            velocity=speed * np.array([np.cos(heading), 0.6 * np.sin(heading)]),
+            radii=rng.uniform(17, 29) * np.array(wide))
+
+    def paint(self, frame: np.ndarray, label: np.ndarray, region: np.ndarray | None = None) -> None:
+        """Paints the surface over float32 BGR ``frame`` and ``label``, inside ``region`` or its own shape."""
+        height, width = label.shape
+        y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+        x, y = x - self.centre[0], y - self.centre[1]
+        cos, sin = np.cos(self.angle), np.sin(self.angle)
+        u, v = cos * x + sin * y, cos * y - sin * x
+        inside = self._inside(u, v) if region is None else region
+        wave = 2 * np.pi / self.period
+        texture = self.look.pattern(u[inside] * wave, v[inside] * wave)
+        if region is None:
+            edge = cv2.dilate(inside.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool) & ~inside
+            label[edge] = VOID
+        frame[inside] = self.colour + 30 * texture[:, None]
+        label[inside] = self.label
+
+    def _inside(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        a, b = np.abs(u) / self.radii[0], np.abs(v) / self.radii[1]
+        if self.look.shape == 'box':
+            return np.maximum(a, b) < 1
+        if self.look.shape == 'diamond':
+            return a + b < 1.25
+        return a * a + b * b < 1
+
+    def move(self, height: int, width: int) -> None:
+        """One frame on; things turn round at the border, so that they stay in the picture."""
+        self.centre = self.centre + self.velocity
+        if self.look.shape != 'all':
+            for axis, size in enumerate((width, height)):
+                if not 0.1 * size < self.centre[axis] < 0.9 * size:
+                    self.velocity[axis] = np.copysign(self.velocity[axis], size / 2 - self.centre[axis])
+
+
+def _degrade(rng: np.random.Generator, frame: np.ndarray) -> np.ndarray:
+    """A bad frame: out of focus, low in contrast, of another brightness and colour, noisy."""
+    frame = cv2.GaussianBlur(frame, None, rng.uniform(2.5, 4.0))  # type: ignore[call-overload]
+    mean = frame.mean(axis=(0, 1))
+    frame = mean + rng.uniform(0.25, 0.45) * (frame - mean) + rng.uniform(-25, 25) + rng.uniform(-35, 35, 3)
+    return frame + rng.normal(0, rng.uniform(10, 18), frame.shape)
+
+
+def render_video(
+        rng: np.random.Generator, classes: tuple[str, ...], num_frames: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Draws one video.
+
+    Args:
+        rng: source of all that is random.
+        classes: upper stuff, lower stuff, then the things from back to front.
+        num_frames: length.
+
+    Yields:
+        A frame [H,W,3] uint8 BGR and its raw labels [H,W] uint8 (0 others, 255 void, 1..124).
+    """
+    height, width = _SIZES[rng.integers(len(_SIZES))]
+    upper, lower, *things = [_Surface.draw(rng, name, height, width) for name in classes]
+    horizon = height * rng.uniform(0.3, 0.6)
+    tilt, drift = rng.uniform(-0.12, 0.12), rng.uniform(-0.6, 0.6)
+    border = int(rng.integers(1, 5))
+    others = rng.random() < 0.25
+    corner = rng.integers(0, (height - 22, width - 22))
+    for index in range(num_frames):
+        frame = np.empty((height, width, 3), np.float32)
+        label = np.empty((height, width), np.uint8)
+        line = horizon + drift * index + tilt * (np.arange(width) - width / 2)
+        above = np.arange(height)[:, None] < line
+        upper.paint(frame, label, above)
+        lower.paint(frame, label, ~above)
+        if others:
+            window = slice(corner[0], corner[0] + 20), slice(corner[1], corner[1] + 20)
+            frame[window] = 30
+            label[window] = _OTHERS
+        for thing in things:
+            thing.paint(frame, label)
+        label[:border] = label[-border:] = label[:, :border] = label[:, -border:] = VOID
+        frame = cv2.GaussianBlur(frame, None, 0.6)  # type: ignore[call-overload]
+        if rng.random() < _BAD_SHARE:
+            frame = _degrade(rng, frame)
+        else:
+            frame = frame + rng.normal(0, 4, frame.shape)
+        yield np.clip(frame, 0, 255).astype(np.uint8), label
+        for surface in (upper, lower, *things):
+            surface.move(height, width)
+
+
+def _casts(rng: np.random.Generator, videos: int) -> list[tuple[str, ...]]:
+    """The classes of every video, 3 to 6; each class comes up about equally often in a split."""
+    def deck(names: dict[str, _Look]) -> Iterator[str]:
+        while True:
+            yield from rng.permutation(list(names))
+
+    uppers, lowers, things = deck(_UPPER), deck(_LOWER), deck(_THINGS)
+    casts = []
+    for _ in range(videos):
+        cast: dict[str, None] = {}
+        number = int(rng.integers(1, 5))
+        while len(cast) < number:
+            cast[str(next(things))] = None
+        casts.append((str(next(uppers)), str(next(lowers)), *cast))
+    return casts
+
+
+def write_mini_vspw(
+        root: str | Path, seed: int = 0, splits: dict[str, tuple[int, int]] = SPLITS,
+        progress: Callable[[str], None] = lambda _: None) -> None:
+    """Writes the data set in VSPW's layout; the same seed gives the same files.
+
+    The lists of videos are removed first and written last, that of the first split at the very end, so a data set that
+    has it is whole.
+
+    Args:
+        root: folder, made if need be; folders of videos with the names of these are replaced.
+        seed: any whole number >= 0.
+        splits: videos and frames a video, by split; a split named ``test`` gets no masks.
+        progress: called with the name of each finished video.
+    """
+    root = Path(root)
+    names = {split: [f'{split}_{index:03d}' for index in range(videos)] for split, (videos, _) in splits.items()}
+    for split in splits:
+        (root / f'{split}.txt').unlink(missing_ok=True)
+    for split, (_, frames) in splits.items():
+        key = [seed, *split.encode()]
+        for index, cast in enumerate(_casts(np.random.default_rng(key), len(names[split]))):
+            folder = root / 'data' / names[split][index]
+            if folder.exists():  # frames of another seed have other numbers
+                shutil.rmtree(folder)
+            _write_video(folder, np.random.default_rng([*key, index]), cast, frames, masks=split != 'test')
+            progress(names[split][index])
+    for split in reversed(list(names)):
+        write_atomically(root / f'{split}.txt', '\n'.join(names[split]) + '\n', sync=False)
+
+
+def _write_video(folder: Path, rng: np.random.Generator, cast: tuple[str, ...], frames: int, masks: bool) -> None:
+    start = int(rng.integers(0, 500))
+    for position, (frame, label) in enumerate(render_video(rng, cast, frames)):
+        stem = f'{start + position:08d}'
+        ok, data = cv2.imencode('.jpg', frame, [cv2.IMWRITE_JPEG_QUALITY, 92])
+        assert ok
+        write_atomically(folder / 'origin' / f'{stem}.jpg', data.tobytes(), sync=False)
+        if masks:
+            with atomic_file(folder / 'mask' / f'{stem}.png', sync=False) as file:
+                Image.fromarray(label).save(file, 'PNG')
