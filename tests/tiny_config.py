@@ -8,7 +8,7 @@ from pathlib import Path
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
 CROP = 64
 
-_TINY = """
+TINY_MODEL = """
 model = dict(
     pretrained=None,
     backbone=dict(type='mit_b0'),
@@ -79,7 +79,7 @@ def write_tiny_config(
     """
     path.write_text(
         f'_base_ = {str(CONFIGS / (base + ".py"))!r}\n'
-        + _TINY
+        + TINY_MODEL
         + _DATA.format(root=str(data_root), workers=workers, crop=crop)
         + _SCHEDULE.format(iters=iters, interval=interval)
         + textwrap.dedent(extra)

@@ -1,4 +1,4 @@
-"""VSPW at 480p: one item a video, clips by ``dilation``; see data/README.md for the layout on disk.
+"""VSPW at 480p: one item a video, clips by ``dilation``; see docs/data.md for the layout on disk.
 
 The first four keys are variables: a config that inherits this one sets them for all that stands below.
 """
