@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from mmseg.apps import video_io
-from mmseg.apps.video_io import Background, Display, FolderWriter, VideoWriter, open_source, part_of, prefetch
+from mmseg.apps.video_io import Background, Display, VideoWriter, open_source, part_of, prefetch
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.signals import Interrupted
+from mmseg.utils.visual import write_picture
 
 av = pytest.importorskip('av')
 
@@ -361,9 +362,8 @@ def test_frames_have_names_of_their_own(tmp_path, names, want):
     source = open_source(f'{tmp_path}/*/*.png' if '/' in names[0] else tmp_path)
     frames = list(source)
     assert [frame.name for frame in frames] == want
-    writer = FolderWriter(tmp_path / 'out', '.png')
     for frame in frames:
-        writer.write(frame.image, frame.name)
+        write_picture(tmp_path / 'out' / f'{frame.name}.png', frame.image)
     assert sum(len(files) for _, _, files in os.walk(tmp_path / 'out')) == len(names)
 
 
