@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -89,7 +90,7 @@ def convert() -> None:
         report.missing = [name for name in report.missing if name not in converted]
         print(report)
     if args.json:
-        dicts = [report.as_dict() for report in reports]
+        dicts = [asdict(report) for report in reports]
         write_atomically(args.json.expanduser(), json.dumps(dicts if args.add else dicts[0], indent=1))
     unknown = [name for report in reports for name in report.unknown]
     if unknown:
