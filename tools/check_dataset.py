@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.apps.check_dataset import Report, SplitToCheck, check_split, count_by_kind
+from mmseg.apps.check_dataset import Report, SplitToCheck, check_split
 from mmseg.config import config_inputs, load_config
 from mmseg.utils.cli import run_tool
 from mmseg.utils.console import table_console
@@ -64,23 +65,6 @@ def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
     ]
 
 
-def refuse_inputs(args: argparse.Namespace, splits: Sequence[SplitToCheck]) -> None:
-    """Refuses a report in the place of a file that is read."""
-    inputs: dict[str, str | Path] = {'config': args.target, **config_inputs(args.target)}
-    name = os.path.basename(os.path.realpath(args.json or ''))
-    for files in (split.files for split in splits):
-        inputs[f"list of split '{files.name}'"] = files.file
-        if args.json is not None and args.json.exists():
-            for video in files.videos():
-                for kind in ('frames', 'masks'):
-                    inputs[f"file of video '{video}' ({kind})"] = os.path.join(files.folder(kind, video), name)
-    refuse_overwriting({'--json': args.json}, inputs)
-
-
-def _set_total(bar: Progress, task: TaskID, total: int) -> None:
-    bar.update(task, total=total)
-
-
 def show(report: Report, console: Console) -> None:
     """Prints the problems of a split, its classes, and a summary."""
     for problem in report.problems:
@@ -100,7 +84,8 @@ def show(report: Report, console: Console) -> None:
         absent = [name for _, name, pixels in named if not pixels]
         if absent:
             console.print(f'{report.split}: {len(absent)} of {len(named)} classes do not occur', highlight=False)
-    kinds = ', '.join(f'{count} {kind}' for kind, count in count_by_kind(report.problems).items())
+    counts = Counter(problem.kind for problem in report.problems)
+    kinds = ', '.join(f'{count} {kind}' for kind, count in counts.most_common())
     console.print(
         f'{report.split}: {report.videos} videos, {report.frames} frames, '
         f'{len(report.problems)} problems{f" ({kinds})" if kinds else ""}', highlight=False, soft_wrap=True)
@@ -130,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> int:
     """Checks, writes and shows what the arguments ask for; returns the exit status."""
     splits = splits_of(args)
-    refuse_inputs(args, splits)
+    for split in splits if args.json is not None and args.json.exists() else ():
+        inputs = {'config': args.target, **config_inputs(args.target), **split.files.inputs(args.json.resolve().name)}
+        refuse_overwriting({'--json': args.json}, inputs)
     reports = []
     description = TextColumn('{task.description}', markup=False)
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -139,10 +126,8 @@ def check(args: argparse.Namespace) -> int:
             with interruption.raising(), Progress(
                     *columns, console=table_console(stderr=True), transient=True) as bar:
                 for split in splits:
-                    task = bar.add_task(split.files.name, total=None)
-                    reports.append(check_split(
-                        split, args.workers, on_start=partial(_set_total, bar, task),
-                        on_video=partial(bar.advance, task)))
+                    track = partial(bar.track, description=split.files.name)
+                    reports.append(check_split(split, args.workers, track))
         except Interrupted:
             end_now(interruption.status)  # a thread may be waiting for a file that never comes
     try:

@@ -263,7 +263,7 @@ def _compare(
 
 def _from_ours(ours: Mapping[str, Tensor], origin: Mapping[str, str], report: ConversionReport) -> dict[str, Tensor]:
     """Tensors under the names of ``report.target``; fills in ``mapped`` and ``added``."""
-    converted = {}
+    converted: dict[str, Tensor] = {}
     hugging_face = _hugging_face_names() if report.target == 'hf-mit' else {}
     for name, tensor in ours.items():
         local = name.removeprefix('backbone.')
