@@ -15,11 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError, nearest
 from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 
 EPILOG = """RUN is a .log.json file, or a work dir: then all its logs in order of their time.  Where a training was
 resumed the later log counts from its first iteration on.  Keys may hold * and ?.

@@ -23,12 +23,11 @@ from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import build_dataset
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.arguments import Count, Index, check_value
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.console import table_console
 from mmseg.utils.dist import pick_device
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 
 EPILOG = """One clip at a time (or --batch of them) is timed from the normalised tensor on the device to label maps of
 the output size on the host; with --data also loading and the test pipeline, in this process.  Every round is timed on

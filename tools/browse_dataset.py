@@ -19,11 +19,10 @@ from mmseg.datasets import VideoDataset, build_dataset
 from mmseg.datasets.dataset_wrappers import video_datasets
 from mmseg.datasets.loader import seeded
 from mmseg.datasets.pipelines.loading import load_labels
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting
 from mmseg.utils.images import read_frame
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.visual import legend, overlay, panels, write_picture
 
 EPILOG = """Rows of a sheet: the frames as they stand on disk; their labels; then for every view the frames after the

@@ -25,12 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.apps.check_dataset import Report, SplitToCheck, check_split
 from mmseg.config import config_inputs, load_config
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, write_atomically
 from mmseg.utils.images import VOID
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.signals import Interrupted, Interruption, end_now
 
 EXAMPLES = """examples:

@@ -19,10 +19,9 @@ import torch
 from mmseg.apps.convert import SOURCES, TARGETS, convert_state_dict, files_of, read_weights, write_weights
 from mmseg.config import config_inputs, load_config
 from mmseg.models import build_segmentor
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 
 EXAMPLES = r"""examples:
   # a checkpoint of the reference into ours, checked against a config; and back again

@@ -22,10 +22,9 @@ from mmseg.kernels.ms_deform_attn.library import ops
 from mmseg.models import build_segmentor
 from mmseg.models.decode_heads import pixel_decoder as msdeformattn
 from mmseg.utils.arguments import Count, Range, check_value
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.console import table_console
 from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 
 EPILOG = """Counted are matrix products, convolutions, attention and multi-scale deformable attention, of one clip in
 evaluation, up to the scores at stride 4.  A multiplication with its addition is 2 FLOPs (papers that give "FLOPs" of

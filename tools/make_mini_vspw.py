@@ -13,9 +13,8 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.apps.mini_vspw import SPLITS, write_mini_vspw
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import ConfigError
-from mmseg.utils.launcher import ArgumentParser
 
 EXAMPLES = """examples:
   python tools/make_mini_vspw.py

@@ -9,8 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.apps.publish import publish_model
-from mmseg.utils.cli import run_tool
-from mmseg.utils.launcher import ArgumentParser
+from mmseg.utils.cli import ArgumentParser, run_tool
 
 EXAMPLES = r"""examples:
   # work_dirs/video_b1/latest.pth -> models/video_themask_mit_b1-1a2b3c4d.pth and .md

@@ -47,7 +47,7 @@ from mmseg.datasets.loader import STALL_SECONDS
 from mmseg.models import build_segmentor
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.checkpoint import load_weights, open_checkpoint
-from mmseg.utils.cli import run_all, run_tool
+from mmseg.utils.cli import ArgumentParser, run_all, run_tool
 from mmseg.utils.dist import (
     LAUNCHERS,
     close_dist,
@@ -58,7 +58,6 @@ from mmseg.utils.dist import (
 )
 from mmseg.utils.errors import ConfigError, DataError, OtherRankError, nearest
 from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.logger import get_logger, setup_logger
 from mmseg.utils.signals import Interruption
 

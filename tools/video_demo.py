@@ -36,10 +36,9 @@ from mmseg.apps.video_io import (
 )
 from mmseg.config import OptionsAction, config_inputs
 from mmseg.utils.allocator import use_huge_pages
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, user_path, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.logger import setup_logger
 from mmseg.utils.signals import Interrupted, Interruption
 from mmseg.utils.visual import write_label_png, write_picture

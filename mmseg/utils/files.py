@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mmseg.utils.errors import ConfigError, DataError
 
@@ -49,6 +50,12 @@ def write_atomically(path: str | Path, content: str | bytes, sync: bool = True) 
     """Writes ``content`` (text as UTF-8) with :func:`atomic_file`."""
     with atomic_file(path, sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path | None, value: Any) -> None:
+    """Writes plain values with :func:`atomic_file`, where a path is given."""
+    if path is not None:
+        write_atomically(path, json.dumps(value, indent=1) + '\n')
 
 
 @contextlib.contextmanager
