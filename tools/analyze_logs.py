@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.utils.cli import ArgumentParser, run_tool
-from mmseg.utils.console import table_console
+from mmseg.utils.console import table, table_console
 from mmseg.utils.errors import ConfigError, DataError, nearest
 from mmseg.utils.files import refuse_overwriting, write_atomically
 
@@ -201,28 +202,22 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path, window: int, log_s
 
 def print_table(runs: Sequence[Run], keys: Sequence[str]) -> None:
     """Last, smallest and largest value of every key, and the mean time of an iteration."""
-    from rich.table import Table
-
-    table = Table()
-    for column in ('run', 'key', 'points', 'last', 'at', 'smallest', 'at', 'largest', 'at'):
-        table.add_column(column, justify='left' if column in ('run', 'key') else 'right')
+    rows = []
     for run in runs:
         for key in (*keys, 'time'):
             if key not in run.curves:
                 continue
             iterations, values = run.curves[key]
-            order = sorted((i for i, value in enumerate(values) if value == value), key=values.__getitem__)
-            cells = []
-            for position in (len(values) - 1, *((order[0], order[-1]) if order else (0, 0))):
-                cells += [f'{values[position]:.4g}', str(iterations[position])]
-            table.add_row(run.name, key, str(len(values)), *cells)
-    table_console().print(table)
+            order = sorted((i for i, value in enumerate(values) if value == value), key=values.__getitem__) or [0]
+            cells = [[f'{values[i]:.4g}', str(iterations[i])] for i in (-1, order[0], order[-1])]
+            rows.append([run.name, key, str(len(values)), *chain(*cells)])
+    columns = ('run', 'key', 'points', 'last', 'at', 'smallest', 'at', 'largest', 'at')
+    table_console().print(table(columns, rows, texts=2))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
     parser.add_argument('--keys', nargs='+', metavar='KEY', help=f'what to draw (default {" ".join(_DEFAULT_KEYS)})')
     parser.add_argument('--legend', nargs='+', metavar='NAME', help='names of the runs (default: their paths)')

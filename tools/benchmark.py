@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import resource
 import sys
@@ -24,10 +23,9 @@ from mmseg.datasets import build_dataset
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.arguments import Count, Index, check_value
 from mmseg.utils.cli import ArgumentParser, run_tool
-from mmseg.utils.console import table_console
 from mmseg.utils.dist import pick_device
 from mmseg.utils.errors import ConfigError
-from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.files import refuse_overwriting, write_json
 
 EPILOG = """One clip at a time (or --batch of them) is timed from the normalised tensor on the device to label maps of
 the output size on the host; with --data also loading and the test pipeline, in this process.  Every round is timed on
@@ -108,8 +106,7 @@ def data_step(model: Any, dataset: Any, device: torch.device) -> Callable[[], in
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument('config')
     parser.add_argument('checkpoint', nargs='?')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -131,8 +128,7 @@ def run(args: argparse.Namespace) -> None:
     """Measures, writes and prints."""
     refuse_overwriting({'--json': args.json}, {**config_inputs(args.config), 'checkpoint': args.checkpoint})
     report = benchmark(args)
-    if args.json:
-        write_atomically(args.json, json.dumps(report, indent=1))
+    write_json(args.json, report)
     show(report)
 
 
@@ -182,8 +178,6 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Prints the report."""
-    from rich.table import Table
-
     clips = report['clips']
     if report['input']:
         (h, w), (h0, w0) = report['input'], report['output']
@@ -191,7 +185,6 @@ def show(report: dict[str, Any]) -> None:
     else:
         clips += f', clips of {report["frames"]}'
     memory = f'{report["memory_mib"]:.0f} MiB ({report["memory_before_mib"]:.0f} before the first clip)'
-    table = Table(show_header=False)
     for name, text in (
             ('config', report['config']), ('machine', f'{report["machine"]}, torch {report["torch"]}'),
             ('clips', clips), ('precision', report['dtype']),
@@ -199,8 +192,7 @@ def show(report: dict[str, Any]) -> None:
             ('latency', f'{report["latency_ms"]:.1f} ms a clip (10 to 90 %: {report["latency_p10_ms"]:.1f} to '
                         f'{report["latency_p90_ms"]:.1f})'),
             ('speed', f'{report["frames_per_second"]:.2f} frames/s'), ('peak memory', memory)):
-        table.add_row(name, text)
-    table_console().print(table)
+        print(f'{name:13}{text}')
 
 
 def main() -> int:

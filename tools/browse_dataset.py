@@ -132,8 +132,7 @@ def browse(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument('config')
     parser.add_argument('--part', choices=('train', 'val', 'test'), default='train', help='of the config\'s data')
     parser.add_argument('--number', type=int, default=6, help='clips (default %(default)s)')

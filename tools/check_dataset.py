@@ -7,7 +7,6 @@ is 0 for a clean data set (there may be warnings), 1 where something is wrong, 2
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -19,16 +18,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.apps.check_dataset import Report, SplitToCheck, check_split
 from mmseg.config import config_inputs, load_config
 from mmseg.utils.cli import ArgumentParser, run_tool
-from mmseg.utils.console import table_console
+from mmseg.utils.console import table, table_console
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.files import refuse_overwriting, write_json
 from mmseg.utils.images import VOID
 from mmseg.utils.signals import Interrupted, Interruption, end_now
 
@@ -53,11 +51,10 @@ def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
             there = ', '.join(sorted({split.files.name for split in found.values()})) or 'none'
             raise ConfigError(f'{args.target}: no split {", ".join(sorted(missing)) or "to check"}; it has {there}')
         return chosen
-    target = args.target.expanduser()
-    names = args.splits or [name for name in ('train', 'val', 'test') if (target / f'{name}.txt').exists()]
+    names = args.splits or [name for name in ('train', 'val', 'test') if (args.target / f'{name}.txt').exists()]
     if not names:
-        raise DataError(f'{target}: neither a config file nor a folder with train.txt, val.txt or test.txt')
-    described = dict(type=args.type, data_root=str(target))
+        raise DataError(f'{args.target}: neither a config file nor a folder with train.txt, val.txt or test.txt')
+    described = dict(type=args.type, data_root=str(args.target))
     return [
         replace(split, frames_needed=args.min_frames)
         for name in names for split in SplitToCheck.from_config({**described, 'split': name}, '--type')
@@ -72,15 +69,11 @@ def show(report: Report, console: Console) -> None:
         console.print(f'warning: {warning.kind}: {warning.message}', style='yellow', highlight=False, soft_wrap=True)
     total = int(report.pixels.sum())
     if total:
-        table = Table(title=f'{report.split}: pixels of each class')
-        for name, justify in (('label', 'right'), ('class', 'left'), ('pixels', 'right'), ('share', 'right')):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        named = [(str(index), name, report.pixels[index]) for index, name in enumerate(report.classes)]
-        for label, name, pixels in [*named, (str(VOID), 'void', report.pixels[VOID])]:
-            if pixels:
-                table.add_row(label, name, f'{pixels:,}', f'{pixels / total:.2%}')
-        console.print(table)
-        absent = [name for _, name, pixels in named if not pixels]
+        named = [(name, str(index), report.pixels[index]) for index, name in enumerate(report.classes)]
+        rows = [(name, label, f'{pixels:,}', f'{pixels / total:.2%}')
+                for name, label, pixels in [*named, ('void', str(VOID), report.pixels[VOID])] if pixels]
+        console.print(table(('class', 'label', 'pixels', 'share'), rows, f'{report.split}: pixels of each class'))
+        absent = [name for name, _, pixels in named if not pixels]
         if absent:
             console.print(f'{report.split}: {len(absent)} of {len(named)} classes do not occur', highlight=False)
     counts = Counter(problem.kind for problem in report.problems)
@@ -99,8 +92,7 @@ def named(splits: Sequence[SplitToCheck], reports: Sequence[Report]) -> dict[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument('target', type=Path, help='config file, or folder of a data set')
     parser.add_argument('--splits', nargs='+', help='splits to check; default all')
     parser.add_argument('--type', default='VSPWDataset', help='for a folder: type of the data set')
@@ -130,8 +122,7 @@ def check(args: argparse.Namespace) -> int:
         except Interrupted:
             end_now(interruption.status)  # a thread may be waiting for a file that never comes
     try:
-        if args.json:
-            write_atomically(args.json, json.dumps(named(splits, reports), indent=1) + '\n')
+        write_json(args.json, named(splits, reports))
     finally:  # what was found is shown on a full disk, too
         console = table_console()
         for report in reports:

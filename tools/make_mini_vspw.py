@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -47,13 +46,12 @@ def make(root: Path, seed: int, overwrite: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument('root', nargs='?', type=Path, default=Path('data/mini_vspw'), help='folder to write to')
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same files')
     parser.add_argument('--overwrite', action='store_true', help='write although the folder holds this data set')
     args = parser.parse_args(arguments)
-    return run_tool(lambda: make(args.root.expanduser(), args.seed, args.overwrite))
+    return run_tool(lambda: make(args.root, args.seed, args.overwrite))
 
 
 if __name__ == '__main__':
