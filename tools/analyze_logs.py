@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -129,11 +130,7 @@ def _number(value: object) -> float | None:
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Mean over the last ``window`` values."""
-    means = []
-    for i in range(len(values)):
-        part = values[max(0, i - window + 1):i + 1]
-        means.append(sum(part) / len(part))
-    return means
+    return [fmean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
 
 
 def choose_keys(runs: Sequence[Run], patterns: Sequence[str] | None) -> list[str]:
@@ -172,15 +169,11 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path, window: int, log_s
             iterations, numbers = run.curves[key]
             values = [value if math.isfinite(value) else math.nan for value in numbers]  # a gap in the curve
             colour = f'C{i % 10}'
-            if key in run.evaluated:
-                axis.plot(iterations, values, marker='o', markersize=4, color=colour, label=run.name)
-                continue
-            if key == 'lr':
-                axis.plot(iterations, values, color=colour, linewidth=1.4, label=run.name)
-                continue
-            if window > 1:
+            style = dict(marker='o', markersize=4) if key in run.evaluated else dict(linewidth=1.4)
+            if window > 1 and key not in run.evaluated and key != 'lr':
                 axis.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.8)
-            axis.plot(iterations, smooth(values, window), color=colour, linewidth=1.4, label=run.name)
+                values = smooth(values, window)
+            axis.plot(iterations, values, color=colour, label=run.name, **style)
         axis.set_title(key, parse_math=False)  # a '$' in a name is a dollar sign
         if key.startswith(_SHARES):
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])

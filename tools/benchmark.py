@@ -43,19 +43,25 @@ _LIMITS = dict(
     out_size=tuple[Count, Count])
 
 
-def measure(step: Callable[[], Any], rounds: int, warmup: int, device: torch.device) -> np.ndarray:
-    """Seconds of each of ``rounds`` calls after ``warmup`` calls that do not count, float64 [rounds]."""
-    seconds = []
-    for i in range(-warmup, rounds):
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
+def measure(step: Callable[[], int], rounds: int, warmup: int, device: torch.device) -> tuple[np.ndarray, int]:
+    """Times ``rounds`` calls, after ``warmup`` calls that do not count.
+
+    Returns:
+        Seconds of each call, float64 [rounds], and the sum of what they return.
+    """
+    seconds, frames = [], []
+    for _ in range(warmup + rounds):
+        _wait_for(device)
         start = time.perf_counter()
-        step()
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        if i >= 0:
-            seconds.append(time.perf_counter() - start)
-    return np.array(seconds)
+        frames.append(step())
+        _wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return np.array(seconds[warmup:]), sum(frames[warmup:])
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -151,17 +157,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     else:
         step = random_step(model, args, frames, device)
     idle = peak_memory(device)
-    predicted = 0
-
-    def counted() -> None:
-        nonlocal predicted
-        predicted += step()
-
     precision = Precision(device, args.dtype)
     with torch.no_grad(), precision.autocast():
-        measure(counted, 0, args.warmup, device)
-        predicted = 0
-        seconds = measure(counted, args.rounds, 0, device)
+        seconds, predicted = measure(step, args.rounds, args.warmup, device)
     low, median, high = np.percentile(seconds, (10, 50, 90))
     return {
         'config': args.config, 'checkpoint': args.checkpoint, 'machine': machine(device), 'torch': torch.__version__,

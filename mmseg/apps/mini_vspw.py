@@ -25,30 +25,23 @@ _BAD_SHARE = 0.34  # of the frames
 _OTHERS = 0  # raw label of what belongs to no class
 
 
-_Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
-_PATTERNS: dict[str, _Field] = {
+_PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     'stripes': lambda u, v: np.sign(np.sin(u)),
     'checks': lambda u, v: np.sign(np.sin(u) * np.sin(v)),
     'dots': lambda u, v: np.where(np.cos(u) + np.cos(v) > 0.6, 1.0, -0.45),
     'rings': lambda u, v: np.sign(np.sin(np.hypot(u, v))),
     'plain': lambda u, v: 0.15 * np.sin(u / 5) * np.cos(v / 5),
 }
-_SHAPES: dict[str | None, tuple[tuple[float, float], _Field | None]] = {
-    # width and height, and whether a point is inside, by its distances from the axes
-    None: ((1.0, 1.0), None),  # fills a region
-    'box': ((1.35, 0.8), lambda a, b: np.maximum(a, b) < 1),
-    'ellipse': ((0.75, 1.3), lambda a, b: a * a + b * b < 1),
-    'disc': ((1.0, 1.0), lambda a, b: a * a + b * b < 1),
-    'diamond': ((1.0, 1.0), lambda a, b: a + b < 1.25),
-}
+_Shape = tuple[float, float, float]  # width, height, and the p of the norm whose unit circle it is
+_BOX, _ELLIPSE, _DISC, _DIAMOND = (1.35, 0.8, np.inf), (0.75, 1.3, 2), (1, 1, 2), (1.25, 1.25, 1)
 
 
 @dataclass(frozen=True)
 class _Look:
-    """How a class looks: base colour (BGR), shape, texture and its period in pixels."""
+    """How a class looks: base colour (BGR), shape (None fills a region), texture and its period in pixels."""
 
     colour: tuple[int, int, int]
-    shape: str | None
+    shape: _Shape | None
     pattern: str
     period: float
 
@@ -63,14 +56,14 @@ _LOWER = {
     'sand': _Look((115, 105, 110), None, 'stripes', 11),
 }
 _THINGS = {
-    'sofa': _Look((50, 50, 200), 'box', 'stripes', 9),
-    'train': _Look((60, 130, 190), 'box', 'dots', 9),
-    'person': _Look((50, 85, 125), 'ellipse', 'checks', 11),
-    'cat': _Look((120, 60, 75), 'ellipse', 'plain', 11),
-    'lamp': _Look((50, 200, 215), 'disc', 'rings', 10),
-    'clock': _Look((190, 205, 95), 'disc', 'checks', 10),
-    'tent': _Look((205, 90, 50), 'diamond', 'dots', 9),
-    'pillow': _Look((190, 60, 160), 'diamond', 'rings', 9),
+    'sofa': _Look((50, 50, 200), _BOX, 'stripes', 9),
+    'train': _Look((60, 130, 190), _BOX, 'dots', 9),
+    'person': _Look((50, 85, 125), _ELLIPSE, 'checks', 11),
+    'cat': _Look((120, 60, 75), _ELLIPSE, 'plain', 11),
+    'lamp': _Look((50, 200, 215), _DISC, 'rings', 10),
+    'clock': _Look((190, 205, 95), _DISC, 'checks', 10),
+    'tent': _Look((205, 90, 50), _DIAMOND, 'dots', 9),
+    'pillow': _Look((190, 60, 160), _DIAMOND, 'rings', 9),
 }
 _LOOKS = {**_UPPER, **_LOWER, **_THINGS}
 CLASS_IDS = {name: VSPWDataset.CLASSES.index(name) + 1 for name in _LOOKS}
@@ -85,15 +78,14 @@ class _Surface:
 
     def __init__(self, rng: np.random.Generator, name: str, height: int, width: int) -> None:
         self._size, self._label, self._look = (width, height), CLASS_IDS[name], _LOOKS[name]
-        stretch, self._holds = _SHAPES[self._look.shape]
-        speed = rng.uniform(1.0, 3.5) if self._holds else rng.uniform(0.5, 2.0)
+        speed = rng.uniform(1.0, 3.5) if self._look.shape else rng.uniform(0.5, 2.0)
         heading = rng.uniform(0, 2 * np.pi)
         self._angle = rng.uniform(-0.35, 0.35)
         self._wave = 2 * np.pi / (self._look.period * rng.uniform(0.85, 1.15))
         self._colour = np.array(self._look.colour) + rng.uniform(-15, 15, 3)
         self._centre = rng.uniform((0.15 * width, 0.2 * height), (0.85 * width, 0.85 * height))
         self._velocity = speed * np.array([np.cos(heading), 0.6 * np.sin(heading)])
-        self._radii = rng.uniform(17, 29) * np.array(stretch)
+        self._radius = rng.uniform(17, 29)
 
     def paint(self, frame: np.ndarray, label: np.ndarray, region: np.ndarray | None = None) -> None:
         """Paints the surface over float32 BGR ``frame`` and ``label``, inside ``region`` or its own shape."""
@@ -101,8 +93,9 @@ class _Surface:
         x, y = x - self._centre[0], y - self._centre[1]
         cos, sin = np.cos(self._angle), np.sin(self._angle)
         u, v = cos * x + sin * y, cos * y - sin * x
-        if self._holds:
-            region = self._holds(np.abs(u) / self._radii[0], np.abs(v) / self._radii[1])
+        if self._look.shape:
+            stretch_u, stretch_v, norm = self._look.shape
+            region = np.linalg.norm((u / stretch_u, v / stretch_v), norm, axis=0) < self._radius
             label[cv2.dilate(region.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool)] = VOID
         texture = _PATTERNS[self._look.pattern](u[region] * self._wave, v[region] * self._wave)
         frame[region] = self._colour + 30 * texture[:, None]
@@ -111,7 +104,7 @@ class _Surface:
     def move(self) -> None:
         """One frame on; things turn round at the border, so that they stay in the picture."""
         self._centre = self._centre + self._velocity
-        for axis, size in enumerate(self._size if self._holds else ()):
+        for axis, size in enumerate(self._size if self._look.shape else ()):
             if not 0.1 * size < self._centre[axis] < 0.9 * size:
                 self._velocity[axis] = np.copysign(self._velocity[axis], size / 2 - self._centre[axis])
 
