@@ -85,14 +85,13 @@ class SplitToCheck:
             ConfigError: unknown type, a data set whose files this module does not know, or values that the data set
                 would refuse.
         """
-        if isinstance(cfg, Mapping) and 'dataset' in cfg:
-            return cls.from_config(cfg['dataset'], f'{where}.dataset')
-        parts = cfg.get('datasets') if isinstance(cfg, Mapping) else cfg
-        if isinstance(parts, (list, tuple)):
-            inside = f'{where}.datasets' if isinstance(cfg, Mapping) else where
-            return [s for i, part in enumerate(parts) for s in cls.from_config(part, f'{inside}[{i}]')]
+        if isinstance(cfg, (list, tuple)):
+            return [split for i, part in enumerate(cfg) for split in cls.from_config(part, f'{where}[{i}]')]
         if not isinstance(cfg, Mapping):
             raise ConfigError(f'{where}: expected the config of a data set, got {cfg!r}')
+        for key in ('dataset', 'datasets'):
+            if key in cfg:
+                return cls.from_config(cfg[key], f'{where}.{key}')
         component: Any = find(DATASETS, cfg.get('type'), where)
         if not hasattr(component, 'layout'):
             raise ConfigError(f'{where}.type: {cfg["type"]} is no VideoDataset; its files cannot be checked')

@@ -75,9 +75,7 @@ def user_path(path: str | Path) -> Path:
     return path if not str(path).startswith('~') or path.exists() else Path(os.path.expanduser(path))
 
 
-def refuse_overwriting(
-    outputs: Mapping[str, str | Path | None], inputs: Mapping[str, str | Path | None]
-) -> None:
+def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping[str, str | Path | None]) -> None:
     """Refuses an output that is one of the inputs, also by another name or through links.
 
     Args:
