@@ -69,7 +69,7 @@ class PartCounter:
 
 
 def _registered_op(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], *others: Tensor) -> Tensor:
-    """The op as it is registered with torch, with a shape and a FLOP formula, whichever backend serves this machine."""
+    """The op as it is registered with torch, with a shape and a FLOP formula, whichever backend this machine has."""
     return ops.ms_deform_attn_fused(value, [side for shape in spatial_shapes for side in shape], *others)
 
 

@@ -121,7 +121,7 @@ class ConversionReport:
         source: format of the given names.
         target: format of the written names.
         mapped: (name in the source, name in the target); joined names (``a + b``) were concatenated, and one name that
-            stands twice was split.
+            occurs twice was split.
         dropped: name in the source -> why it was left out.
         added: name in the target -> why it was made up.
         mismatched: name in the target -> (shape in the source, shape the model expects); left out.
@@ -343,7 +343,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def files_of(source: str | Path) -> dict[str, Path]:
-    """The checkpoints that a file or a work dir stands for, by names for an error message."""
+    """The checkpoints in a work dir, or a single one, by names for an error message."""
     source = Path(source).expanduser()
     files = [*checkpoint_files(source), source / LATEST] if source.is_dir() else [source]
     return {f"checkpoint '{file}'": file for file in files}

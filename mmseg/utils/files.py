@@ -17,7 +17,7 @@ from mmseg.utils.errors import ConfigError, DataError
 def atomic_file(path: str | Path, sync: bool = True) -> Iterator[IO[bytes]]:
     """A binary file that appears under ``path`` when the block ends well, and not at all when it does not.
 
-    A file that stood there before is replaced in one step.  Folders are made.
+    An earlier file is replaced in one step.  Folders are made.
 
     Args:
         path: the file.
