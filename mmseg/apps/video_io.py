@@ -592,10 +592,9 @@ class _VideoFile(io.FileIO):
                 super().close()
 
     def check(self) -> None:
-        """Raises the error that has come, once."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        """Raises the first error that has come."""
+        if self._error is not None:
+            raise self._error
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:
