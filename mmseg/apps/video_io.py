@@ -27,9 +27,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import named_errors, user_path
+from mmseg.utils.images import read_frame
 from mmseg.utils.logger import get_logger
 from mmseg.utils.names import natural_key
 from mmseg.utils.signals import Interrupted
