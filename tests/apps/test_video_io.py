@@ -560,7 +560,10 @@ def test_background_keeps_order_and_raises_what_went_wrong():
     thread.close()
     assert done == list(range(50))
 
-    def fail(_):
+    tried = []
+
+    def fail(item):
+        tried.append(item)
         raise OSError('disk full')
 
     thread = Background(fail, 2)
@@ -568,6 +571,7 @@ def test_background_keeps_order_and_raises_what_went_wrong():
         for i in range(1000):
             thread.put(i)
     thread.close()
+    assert tried == [0], 'later items are dropped'
     thread = Background(fail, 2)
     thread.put(1)
     with pytest.raises(OSError, match='disk full'):
