@@ -560,22 +560,25 @@ def test_background_keeps_order_and_raises_what_went_wrong():
     thread.close()
     assert done == list(range(50))
 
-    tried = []
+    tried, gate = [], threading.Event()
 
     def fail(item):
+        gate.wait(5)
         tried.append(item)
         raise OSError('disk full')
 
+    thread = Background(fail, 2)
+    for i in range(2):
+        thread.put(i)
+    gate.set()
+    with pytest.raises(OSError, match='disk full'):
+        thread.close()
+    assert tried == [0], 'later items are dropped'
     thread = Background(fail, 2)
     with pytest.raises(OSError, match='disk full'):
         for i in range(1000):
             thread.put(i)
     thread.close()
-    assert tried == [0], 'later items are dropped'
-    thread = Background(fail, 2)
-    thread.put(1)
-    with pytest.raises(OSError, match='disk full'):
-        thread.close()
 
 
 def test_without_av_the_message_says_what_to_install(monkeypatch, tmp_path):
