@@ -16,9 +16,8 @@ from mmseg.core.hooks import Hook
 from mmseg.models import build_segmentor
 from mmseg.models.losses import point_sampling
 from mmseg.utils import dist as dist_utils
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.launcher import ArgumentParser
 from tests.engine import Model, batch, make_runner
 from tests.processes import free_port, start
 from tests.reference import recipe

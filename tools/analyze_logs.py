@@ -11,15 +11,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.utils.cli import run_tool
-from mmseg.utils.console import table_console
+from mmseg.utils.cli import ArgumentParser, run_tool
+from mmseg.utils.console import table, table_console
 from mmseg.utils.errors import ConfigError, DataError, nearest
 from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 
 EPILOG = """RUN is a .log.json file, or a work dir: then all its logs in order of their time.  Where a training was
 resumed the later log counts from its first iteration on.  Keys may hold * and ?.
@@ -129,11 +130,7 @@ def _number(value: object) -> float | None:
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Mean over the last ``window`` values."""
-    means = []
-    for i in range(len(values)):
-        part = values[max(0, i - window + 1):i + 1]
-        means.append(sum(part) / len(part))
-    return means
+    return [fmean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
 
 
 def choose_keys(runs: Sequence[Run], patterns: Sequence[str] | None) -> list[str]:
@@ -172,15 +169,11 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path, window: int, log_s
             iterations, numbers = run.curves[key]
             values = [value if math.isfinite(value) else math.nan for value in numbers]  # a gap in the curve
             colour = f'C{i % 10}'
-            if key in run.evaluated:
-                axis.plot(iterations, values, marker='o', markersize=4, color=colour, label=run.name)
-                continue
-            if key == 'lr':
-                axis.plot(iterations, values, color=colour, linewidth=1.4, label=run.name)
-                continue
-            if window > 1:
+            style = dict(marker='o', markersize=4) if key in run.evaluated else dict(linewidth=1.4)
+            if window > 1 and key not in run.evaluated and key != 'lr':
                 axis.plot(iterations, values, color=colour, alpha=0.25, linewidth=0.8)
-            axis.plot(iterations, smooth(values, window), color=colour, linewidth=1.4, label=run.name)
+                values = smooth(values, window)
+            axis.plot(iterations, values, color=colour, label=run.name, **style)
         axis.set_title(key, parse_math=False)  # a '$' in a name is a dollar sign
         if key.startswith(_SHARES):
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
@@ -202,28 +195,22 @@ def draw(runs: Sequence[Run], keys: Sequence[str], out: Path, window: int, log_s
 
 def print_table(runs: Sequence[Run], keys: Sequence[str]) -> None:
     """Last, smallest and largest value of every key, and the mean time of an iteration."""
-    from rich.table import Table
-
-    table = Table()
-    for column in ('run', 'key', 'points', 'last', 'at', 'smallest', 'at', 'largest', 'at'):
-        table.add_column(column, justify='left' if column in ('run', 'key') else 'right')
+    rows = []
     for run in runs:
         for key in (*keys, 'time'):
             if key not in run.curves:
                 continue
             iterations, values = run.curves[key]
-            order = sorted((i for i, value in enumerate(values) if value == value), key=values.__getitem__)
-            cells = []
-            for position in (len(values) - 1, *((order[0], order[-1]) if order else (0, 0))):
-                cells += [f'{values[position]:.4g}', str(iterations[position])]
-            table.add_row(run.name, key, str(len(values)), *cells)
-    table_console().print(table)
+            order = sorted((i for i, value in enumerate(values) if value == value), key=values.__getitem__) or [0]
+            cells = [[f'{values[i]:.4g}', str(iterations[i])] for i in (-1, order[0], order[-1])]
+            rows.append([run.name, key, str(len(values)), *chain(*cells)])
+    columns = ('run', 'key', 'points', 'last', 'at', 'smallest', 'at', 'largest', 'at')
+    table_console().print(table(columns, rows, texts=2))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN')
     parser.add_argument('--keys', nargs='+', metavar='KEY', help=f'what to draw (default {" ".join(_DEFAULT_KEYS)})')
     parser.add_argument('--legend', nargs='+', metavar='NAME', help='names of the runs (default: their paths)')

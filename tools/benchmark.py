@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import resource
 import sys
@@ -23,12 +22,10 @@ from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import build_dataset
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.arguments import Count, Index, check_value
-from mmseg.utils.cli import run_tool
-from mmseg.utils.console import table_console
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.dist import pick_device
 from mmseg.utils.errors import ConfigError
-from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
+from mmseg.utils.files import refuse_overwriting, write_json
 
 EPILOG = """One clip at a time (or --batch of them) is timed from the normalised tensor on the device to label maps of
 the output size on the host; with --data also loading and the test pipeline, in this process.  Every round is timed on
@@ -46,19 +43,25 @@ _LIMITS = dict(
     out_size=tuple[Count, Count])
 
 
-def measure(step: Callable[[], Any], rounds: int, warmup: int, device: torch.device) -> np.ndarray:
-    """Seconds of each of ``rounds`` calls after ``warmup`` calls that do not count, float64 [rounds]."""
-    seconds = []
-    for i in range(-warmup, rounds):
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
+def measure(step: Callable[[], int], rounds: int, warmup: int, device: torch.device) -> tuple[np.ndarray, int]:
+    """Times ``rounds`` calls, after ``warmup`` calls that do not count.
+
+    Returns:
+        Seconds of each call, float64 [rounds], and the sum of what they return.
+    """
+    seconds, frames = [], []
+    for _ in range(warmup + rounds):
+        _wait_for(device)
         start = time.perf_counter()
-        step()
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        if i >= 0:
-            seconds.append(time.perf_counter() - start)
-    return np.array(seconds)
+        frames.append(step())
+        _wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return np.array(seconds[warmup:]), sum(frames[warmup:])
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -109,8 +112,7 @@ def data_step(model: Any, dataset: Any, device: torch.device) -> Callable[[], in
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument('config')
     parser.add_argument('checkpoint', nargs='?')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -132,8 +134,7 @@ def run(args: argparse.Namespace) -> None:
     """Measures, writes and prints."""
     refuse_overwriting({'--json': args.json}, {**config_inputs(args.config), 'checkpoint': args.checkpoint})
     report = benchmark(args)
-    if args.json:
-        write_atomically(args.json, json.dumps(report, indent=1))
+    write_json(args.json, report)
     show(report)
 
 
@@ -156,17 +157,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     else:
         step = random_step(model, args, frames, device)
     idle = peak_memory(device)
-    predicted = 0
-
-    def counted() -> None:
-        nonlocal predicted
-        predicted += step()
-
     precision = Precision(device, args.dtype)
     with torch.no_grad(), precision.autocast():
-        measure(counted, 0, args.warmup, device)
-        predicted = 0
-        seconds = measure(counted, args.rounds, 0, device)
+        seconds, predicted = measure(step, args.rounds, args.warmup, device)
     low, median, high = np.percentile(seconds, (10, 50, 90))
     return {
         'config': args.config, 'checkpoint': args.checkpoint, 'machine': machine(device), 'torch': torch.__version__,
@@ -183,8 +176,6 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Prints the report."""
-    from rich.table import Table
-
     clips = report['clips']
     if report['input']:
         (h, w), (h0, w0) = report['input'], report['output']
@@ -192,7 +183,6 @@ def show(report: dict[str, Any]) -> None:
     else:
         clips += f', clips of {report["frames"]}'
     memory = f'{report["memory_mib"]:.0f} MiB ({report["memory_before_mib"]:.0f} before the first clip)'
-    table = Table(show_header=False)
     for name, text in (
             ('config', report['config']), ('machine', f'{report["machine"]}, torch {report["torch"]}'),
             ('clips', clips), ('precision', report['dtype']),
@@ -200,8 +190,7 @@ def show(report: dict[str, Any]) -> None:
             ('latency', f'{report["latency_ms"]:.1f} ms a clip (10 to 90 %: {report["latency_p10_ms"]:.1f} to '
                         f'{report["latency_p90_ms"]:.1f})'),
             ('speed', f'{report["frames_per_second"]:.2f} frames/s'), ('peak memory', memory)):
-        table.add_row(name, text)
-    table_console().print(table)
+        print(f'{name:13}{text}')
 
 
 def main() -> int:

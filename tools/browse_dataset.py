@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from mmseg.datasets import VideoDataset, build_dataset
 from mmseg.datasets.dataset_wrappers import video_datasets
 from mmseg.datasets.loader import seeded
 from mmseg.datasets.pipelines.loading import load_labels
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting
 from mmseg.utils.images import read_frame
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.visual import legend, overlay, panels, write_picture
 
 EPILOG = """Rows of a sheet: the frames as they stand on disk; their labels; then for every view the frames after the
@@ -106,24 +105,15 @@ def choose(dataset: Any, videos: list[str] | None, number: int, seed: int) -> li
     return sorted(candidates[i] for i in order)
 
 
-def refuse_inputs(out: Path, config: str, parts: Iterable[VideoDataset]) -> None:
-    """Refuses a folder of sheets that is one of the data set's: sheets among its frames would be taken for frames."""
-    inputs: dict[str, str | Path] = {**config_inputs(config)}
-    for part in parts:
-        inputs['data set'] = part.data_root
-        for video in part.videos:
-            inputs.update({f"folder of {kind} of video '{video.name}'": part.files.folder(kind, video.name)
-                           for kind in ('frames', 'masks')})
-    refuse_overwriting({'--out': out}, inputs)
-
-
 def browse(args: argparse.Namespace) -> None:
     """Writes the sheets that the arguments ask for, and prints their names."""
     data = load_config(args.config, args.options).get('data') or {}
     if args.part not in data:
         raise ConfigError(f'{args.config}: has no data.{args.part}; it has {", ".join(data) or "no data at all"}')
     dataset = build_dataset(data[args.part], where=f'data.{args.part}')
-    refuse_inputs(args.out, args.config, video_datasets(dataset))
+    for part in video_datasets(dataset):  # sheets among the frames would be taken for frames
+        refuse_overwriting(
+            {'--out': args.out}, {**config_inputs(args.config), 'data set': part.data_root, **part.files.inputs()})
     for index in choose(dataset, args.videos, args.number, args.seed):
         with seeded(args.seed, index):
             item = dataset[index]
@@ -142,8 +132,7 @@ def browse(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument('config')
     parser.add_argument('--part', choices=('train', 'val', 'test'), default='train', help='of the config\'s data')
     parser.add_argument('--number', type=int, default=6, help='clips (default %(default)s)')

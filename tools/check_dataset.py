@@ -7,9 +7,9 @@ is 0 for a clean data set (there may be warnings), 1 where something is wrong, 2
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.apps.check_dataset import Report, SplitToCheck, check_split, count_by_kind
+from mmseg.apps.check_dataset import Report, SplitToCheck, check_split
 from mmseg.config import config_inputs, load_config
-from mmseg.utils.cli import run_tool
-from mmseg.utils.console import table_console
+from mmseg.utils.cli import ArgumentParser, run_tool
+from mmseg.utils.console import table, table_console
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.files import refuse_overwriting, write_atomically
+from mmseg.utils.files import refuse_overwriting, write_json
 from mmseg.utils.images import VOID
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.signals import Interrupted, Interruption, end_now
 
 EXAMPLES = """examples:
@@ -53,32 +51,14 @@ def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
             there = ', '.join(sorted({split.files.name for split in found.values()})) or 'none'
             raise ConfigError(f'{args.target}: no split {", ".join(sorted(missing)) or "to check"}; it has {there}')
         return chosen
-    target = args.target.expanduser()
-    names = args.splits or [name for name in ('train', 'val', 'test') if (target / f'{name}.txt').exists()]
+    names = args.splits or [name for name in ('train', 'val', 'test') if (args.target / f'{name}.txt').exists()]
     if not names:
-        raise DataError(f'{target}: neither a config file nor a folder with train.txt, val.txt or test.txt')
-    described = dict(type=args.type, data_root=str(target))
+        raise DataError(f'{args.target}: neither a config file nor a folder with train.txt, val.txt or test.txt')
+    described = dict(type=args.type, data_root=str(args.target))
     return [
         replace(split, frames_needed=args.min_frames)
         for name in names for split in SplitToCheck.from_config({**described, 'split': name}, '--type')
     ]
-
-
-def refuse_inputs(args: argparse.Namespace, splits: Sequence[SplitToCheck]) -> None:
-    """Refuses a report in the place of a file that is read."""
-    inputs: dict[str, str | Path] = {'config': args.target, **config_inputs(args.target)}
-    name = os.path.basename(os.path.realpath(args.json or ''))
-    for files in (split.files for split in splits):
-        inputs[f"list of split '{files.name}'"] = files.file
-        if args.json is not None and args.json.exists():
-            for video in files.videos():
-                for kind in ('frames', 'masks'):
-                    inputs[f"file of video '{video}' ({kind})"] = os.path.join(files.folder(kind, video), name)
-    refuse_overwriting({'--json': args.json}, inputs)
-
-
-def _set_total(bar: Progress, task: TaskID, total: int) -> None:
-    bar.update(task, total=total)
 
 
 def show(report: Report, console: Console) -> None:
@@ -89,18 +69,15 @@ def show(report: Report, console: Console) -> None:
         console.print(f'warning: {warning.kind}: {warning.message}', style='yellow', highlight=False, soft_wrap=True)
     total = int(report.pixels.sum())
     if total:
-        table = Table(title=f'{report.split}: pixels of each class')
-        for name, justify in (('label', 'right'), ('class', 'left'), ('pixels', 'right'), ('share', 'right')):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        named = [(str(index), name, report.pixels[index]) for index, name in enumerate(report.classes)]
-        for label, name, pixels in [*named, (str(VOID), 'void', report.pixels[VOID])]:
-            if pixels:
-                table.add_row(label, name, f'{pixels:,}', f'{pixels / total:.2%}')
-        console.print(table)
-        absent = [name for _, name, pixels in named if not pixels]
+        named = [(name, str(index), report.pixels[index]) for index, name in enumerate(report.classes)]
+        rows = [(name, label, f'{pixels:,}', f'{pixels / total:.2%}')
+                for name, label, pixels in [*named, ('void', str(VOID), report.pixels[VOID])] if pixels]
+        console.print(table(('class', 'label', 'pixels', 'share'), rows, f'{report.split}: pixels of each class'))
+        absent = [name for name, _, pixels in named if not pixels]
         if absent:
             console.print(f'{report.split}: {len(absent)} of {len(named)} classes do not occur', highlight=False)
-    kinds = ', '.join(f'{count} {kind}' for kind, count in count_by_kind(report.problems).items())
+    counts = Counter(problem.kind for problem in report.problems)
+    kinds = ', '.join(f'{count} {kind}' for kind, count in counts.most_common())
     console.print(
         f'{report.split}: {report.videos} videos, {report.frames} frames, '
         f'{len(report.problems)} problems{f" ({kinds})" if kinds else ""}', highlight=False, soft_wrap=True)
@@ -115,8 +92,7 @@ def named(splits: Sequence[SplitToCheck], reports: Sequence[Report]) -> dict[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument('target', type=Path, help='config file, or folder of a data set')
     parser.add_argument('--splits', nargs='+', help='splits to check; default all')
     parser.add_argument('--type', default='VSPWDataset', help='for a folder: type of the data set')
@@ -130,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> int:
     """Checks, writes and shows what the arguments ask for; returns the exit status."""
     splits = splits_of(args)
-    refuse_inputs(args, splits)
+    for split in splits if args.json is not None and args.json.exists() else ():
+        inputs = {'config': args.target, **config_inputs(args.target), **split.files.inputs(args.json.resolve().name)}
+        refuse_overwriting({'--json': args.json}, inputs)
     reports = []
     description = TextColumn('{task.description}', markup=False)
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -139,15 +117,12 @@ def check(args: argparse.Namespace) -> int:
             with interruption.raising(), Progress(
                     *columns, console=table_console(stderr=True), transient=True) as bar:
                 for split in splits:
-                    task = bar.add_task(split.files.name, total=None)
-                    reports.append(check_split(
-                        split, args.workers, on_start=partial(_set_total, bar, task),
-                        on_video=partial(bar.advance, task)))
+                    track = partial(bar.track, description=split.files.name)
+                    reports.append(check_split(split, args.workers, track))
         except Interrupted:
             end_now(interruption.status)  # a thread may be waiting for a file that never comes
     try:
-        if args.json:
-            write_atomically(args.json, json.dumps(named(splits, reports), indent=1) + '\n')
+        write_json(args.json, named(splits, reports))
     finally:  # what was found is shown on a full disk, too
         console = table_console()
         for report in reports:

@@ -7,8 +7,8 @@ written while a name stays unexplained (leave names out with --drop).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,10 +18,9 @@ import torch
 from mmseg.apps.convert import SOURCES, TARGETS, convert_state_dict, files_of, read_weights, write_weights
 from mmseg.config import config_inputs, load_config
 from mmseg.models import build_segmentor
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import CheckpointError
-from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
+from mmseg.utils.files import refuse_overwriting, write_json
 
 EXAMPLES = r"""examples:
   # a checkpoint of the reference into ours, checked against a config; and back again
@@ -41,10 +40,52 @@ EXAMPLES = r"""examples:
 """
 
 
-def parse_args() -> argparse.Namespace:
-    """Command line."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+def expected_shapes(config: str) -> dict[str, list[int]]:
+    """Name -> shape of the model of a config file; no memory is taken for it."""
+    cfg = load_config(config, {'model.pretrained': None})
+    with torch.device('meta'):
+        model = build_segmentor(cfg.model)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Converts one file, or joins several."""
+    inputs: dict[str, Path] = {**config_inputs(args.config)}
+    sources = [args.source, *args.add]
+    for path in sources:
+        inputs |= files_of(path)
+    refuse_overwriting({'out': args.out, '--json': args.json}, inputs)
+    refuse_overwriting({'--json': args.json}, {'converted checkpoint': args.out})
+    expected = expected_shapes(args.config) if args.config else None
+    converted: dict[str, torch.Tensor] = {}
+    reports, metas = [], []
+    for path, source_format in zip(sources, (args.source_format, *('auto' for _ in args.add))):
+        state, meta = read_weights(path)
+        more, report = convert_state_dict(state, source_format, args.target_format, expected, args.drop)
+        twice = sorted(converted.keys() & more.keys())
+        if twice:
+            raise CheckpointError(f"--add: '{path}' gives {len(twice)} tensors a second time, such as {twice[0]}")
+        converted |= more
+        reports.append(report)
+        metas.append(meta)
+    for report in reports:  # what one file does not give, another may
+        report.missing = [name for name in report.missing if name not in converted]
+        print(report)
+    write_json(args.json, [asdict(report) for report in reports] if args.add else asdict(reports[0]))
+    unknown = [name for report in reports for name in report.unknown]
+    if unknown:
+        raise CheckpointError(f'{len(unknown)} names are unexplained; nothing is written (see --drop)')
+    if args.strict and any(report.missing or report.mismatched for report in reports):
+        raise CheckpointError('--strict: not every tensor of the model is given; nothing is written')
+    if not converted:
+        raise CheckpointError('no tensor is left; nothing is written')
+    write_weights(args.out, converted, metas[0])
+    print(f'wrote {args.out}: {len(converted)} tensors, {sum(t.numel() for t in converted.values()):,} numbers')
+
+
+def main() -> int:
+    """Converts one file; returns the exit status."""
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument('source', type=Path, help='.pth, .safetensors, a .pkl of detectron2, or a work dir')
     parser.add_argument('out', type=Path, help='.pth or .safetensors')
     parser.add_argument('--from', dest='source_format', choices=('auto', *SOURCES), default='auto')
@@ -55,56 +96,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--drop', nargs='+', default=[], metavar='PATTERN', help='names to leave out (* and ?)')
     parser.add_argument('--strict', action='store_true', help='fail where a tensor is missing or has another shape')
     parser.add_argument('--json', type=Path, help='write the whole report, name by name')
-    return parser.parse_args()
-
-
-def expected_shapes(config: str) -> dict[str, list[int]]:
-    """Name -> shape of the model of a config file; no memory is taken for it."""
-    cfg = load_config(config, {'model.pretrained': None})
-    with torch.device('meta'):
-        model = build_segmentor(cfg.model)
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def convert() -> None:
-    """Converts one file, or joins several."""
-    args = parse_args()
-    inputs = files_of(args.source) | config_inputs(args.config)
-    for path in args.add:
-        inputs |= files_of(path)
-    refuse_overwriting({'out': args.out, '--json': args.json}, inputs)
-    refuse_overwriting({'--json': args.json}, {'converted checkpoint': args.out})
-    state, meta = read_weights(args.source)
-    expected = expected_shapes(args.config) if args.config else None
-    converted, report = convert_state_dict(state, args.source_format, args.target_format, expected, args.drop)
-    reports = [report]
-    for path in args.add:
-        more, report = convert_state_dict(read_weights(path)[0], 'auto', args.target_format, expected, args.drop)
-        twice = sorted(set(converted) & set(more))
-        if twice:
-            raise CheckpointError(f"--add: '{path}' gives {len(twice)} tensors a second time, such as {twice[0]}")
-        converted |= more
-        reports.append(report)
-    for report in reports:  # what one file does not give, another may
-        report.missing = [name for name in report.missing if name not in converted]
-        print(report)
-    if args.json:
-        dicts = [report.as_dict() for report in reports]
-        write_atomically(args.json.expanduser(), json.dumps(dicts if args.add else dicts[0], indent=1))
-    unknown = [name for report in reports for name in report.unknown]
-    if unknown:
-        raise CheckpointError(f'{len(unknown)} names are unexplained; nothing is written (see --drop)')
-    if args.strict and any(report.missing or report.mismatched for report in reports):
-        raise CheckpointError('--strict: not every tensor of the model is given; nothing is written')
-    if not converted:
-        raise CheckpointError('no tensor is left; nothing is written')
-    write_weights(args.out, converted, meta)
-    print(f'wrote {args.out}: {len(converted)} tensors, {sum(t.numel() for t in converted.values()):,} numbers')
-
-
-def main() -> int:
-    """Converts one file; returns the exit status."""
-    return run_tool(convert)
+    args = parser.parse_args()
+    return run_tool(lambda: convert(args))
 
 
 if __name__ == '__main__':

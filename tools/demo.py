@@ -6,7 +6,6 @@ where it stopped.  ``--control`` adds the one-frame control of the README's tabl
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -15,11 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from rich.table import Table
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.utils.console import table_console
+from mmseg.utils.cli import ArgumentParser
+from mmseg.utils.console import table, table_console
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = 'local_configs/themask'
@@ -59,22 +57,15 @@ def test(config: str, work_dir: Path, processes: int, *more: str) -> dict[str, f
 def show(rows: dict[str, dict[str, float]], out: Path) -> None:
     """Prints the table and writes it as Markdown beside the pictures."""
     names = ('mIoU', 'mIoU_vspw', 'VC8', 'VC16')
-    table = Table(title='Mini VSPW, validation videos')
-    for name in ('model', *names):
-        table.add_column(name)
-    lines = ['| model | ' + ' | '.join(names) + ' |', '|---' * (len(names) + 1) + '|']
-    for model, metrics in rows.items():
-        cells = [f'{metrics[name]:.3f}' for name in names]
-        table.add_row(model, *cells)
-        lines.append(f'| {model} | ' + ' | '.join(cells) + ' |')
-    table_console().print(table)
-    (out / 'results.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    cells = [[model, *(f'{metrics[name]:.3f}' for name in names)] for model, metrics in rows.items()]
+    table_console().print(table(('model', *names), cells, 'Mini VSPW, validation videos'))
+    lines = [('model', *names), ['---'] * (len(names) + 1), *cells]
+    (out / 'results.md').write_text(''.join(f'| {" | ".join(line)} |\n' for line in lines), encoding='utf-8')
 
 
 def main() -> None:
     """Runs the demo."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'), help='where results go')
     parser.add_argument('--processes', type=int, default=1, help='CPU processes (or GPUs) for training and testing')
     parser.add_argument('--control', action='store_true', help='also train one-frame on for the time of stage 2')

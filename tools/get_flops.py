@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,10 +21,9 @@ from mmseg.kernels.ms_deform_attn.library import ops
 from mmseg.models import build_segmentor
 from mmseg.models.decode_heads import pixel_decoder as msdeformattn
 from mmseg.utils.arguments import Count, Range, check_value
-from mmseg.utils.cli import run_tool
-from mmseg.utils.console import table_console
-from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
+from mmseg.utils.cli import ArgumentParser, run_tool
+from mmseg.utils.console import table, table_console
+from mmseg.utils.files import refuse_overwriting, write_json
 
 EPILOG = """Counted are matrix products, convolutions, attention and multi-scale deformable attention, of one clip in
 evaluation, up to the scores at stride 4.  A multiplication with its addition is 2 FLOPs (papers that give "FLOPs" of
@@ -71,7 +69,7 @@ class PartCounter:
 
 
 def _registered_op(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], *others: Tensor) -> Tensor:
-    """The op as it is registered with torch, with a shape and a FLOP formula, whichever backend serves this machine."""
+    """The op as it is registered with torch, with a shape and a FLOP formula, whichever backend this machine has."""
     return ops.ms_deform_attn_fused(value, [side for shape in spatial_shapes for side in shape], *others)
 
 
@@ -109,8 +107,7 @@ def _parameters(module: nn.Module) -> int:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument('config')
     parser.add_argument('--size', '--shape', type=int, nargs=2, default=(480, 864), metavar=('H', 'W'),
                         help='of the input, after the test pipeline (default 480 864)')
@@ -127,19 +124,14 @@ def run(args: argparse.Namespace) -> None:
     check_value(args.size, tuple[_Side, _Side], '--size')
     cfg = load_config(args.config, args.options)
     frames = args.frames or clip_length(cfg)
-    table = count(cfg, frames, tuple(args.size))
-    if args.json:
-        write_atomically(args.json, json.dumps({'frames': frames, 'size': list(args.size), 'parts': table}, indent=1))
-    from rich.table import Table
-
-    shown = Table(title=f'{frames} frames of {args.size[1]}x{args.size[0]}', title_justify='left')
-    for column in ('part', 'parameters, M', 'GFLOPs', 'GMACs', 'GFLOPs a frame'):
-        shown.add_column(column, justify='left' if column == 'part' else 'right')
-    for name, row in table.items():
-        label = '  of these in deformable attention' if name == 'deformable attention' else name
-        shown.add_row(label, f'{row["parameters"] / 1e6:.2f}', f'{row["flops"] / 1e9:.2f}',
-                      f'{row["flops"] / 2e9:.2f}', f'{row["flops"] / 1e9 / frames:.2f}')
-    table_console().print(shown)
+    parts = count(cfg, frames, tuple(args.size))
+    write_json(args.json, {'frames': frames, 'size': list(args.size), 'parts': parts})
+    rows = [('  of these in deformable attention' if name == 'deformable attention' else name,
+             f'{part["parameters"] / 1e6:.2f}', f'{part["flops"] / 1e9:.2f}', f'{part["flops"] / 2e9:.2f}',
+             f'{part["flops"] / 1e9 / frames:.2f}') for name, part in parts.items()]
+    table_console().print(table(
+        ('part', 'parameters, M', 'GFLOPs', 'GMACs', 'GFLOPs a frame'), rows,
+        f'{frames} frames of {args.size[1]}x{args.size[0]}'))
 
 
 def main() -> int:

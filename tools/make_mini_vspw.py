@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -13,9 +12,8 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.apps.mini_vspw import SPLITS, write_mini_vspw
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import ConfigError
-from mmseg.utils.launcher import ArgumentParser
 
 EXAMPLES = """examples:
   python tools/make_mini_vspw.py
@@ -48,13 +46,12 @@ def make(root: Path, seed: int, overwrite: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument('root', nargs='?', type=Path, default=Path('data/mini_vspw'), help='folder to write to')
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same files')
     parser.add_argument('--overwrite', action='store_true', help='write although the folder holds this data set')
     args = parser.parse_args(arguments)
-    return run_tool(lambda: make(args.root.expanduser(), args.seed, args.overwrite))
+    return run_tool(lambda: make(args.root, args.seed, args.overwrite))
 
 
 if __name__ == '__main__':

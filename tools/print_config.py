@@ -11,9 +11,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.config import OptionsAction, as_text, config_inputs, load_config
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 
 EPILOG = """examples:
   python tools/print_config.py local_configs/themask/video_themask_mit_b1.py

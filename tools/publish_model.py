@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.apps.publish import publish_model
-from mmseg.utils.cli import run_tool
-from mmseg.utils.launcher import ArgumentParser
+from mmseg.utils.cli import ArgumentParser, run_tool
 
 EXAMPLES = r"""examples:
   # work_dirs/video_b1/latest.pth -> models/video_themask_mit_b1-1a2b3c4d.pth and .md
@@ -23,28 +22,21 @@ EXAMPLES = r"""examples:
 """
 
 
-def parse_args() -> argparse.Namespace:
-    """Command line."""
-    parser = ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Publishes one model; returns the exit status."""
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument('checkpoint', type=Path, help='checkpoint of training, or its work dir')
     parser.add_argument('out', type=Path, help='folder/name.pth or .safetensors; the hash is added to the name')
     parser.add_argument('--config', help='config file of the model, for the card')
     parser.add_argument('--metrics', type=Path, help='JSON file of tools/test.py, for the card')
     parser.add_argument('--data', help='data set and split of the metrics, for the card')
-    return parser.parse_args()
+    return run_tool(lambda: publish(**vars(parser.parse_args())))
 
 
-def publish() -> None:
-    """Publishes one model."""
-    args = parse_args()
-    published = publish_model(args.checkpoint, args.out, args.config, args.metrics, args.data)
+def publish(**options: Any) -> None:
+    """Publishes one model, and says where it is."""
+    published = publish_model(**options)
     print(f'weights: {published.weights}\ncard:    {published.card}\nsha256:  {published.sha256}')
-
-
-def main() -> int:
-    """Publishes one model; returns the exit status."""
-    return run_tool(publish)
 
 
 if __name__ == '__main__':

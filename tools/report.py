@@ -22,10 +22,9 @@ from mmseg.apis.sinks import load_results, result_files
 from mmseg.apps.report import left_out, read_predictions, read_report, report_page, run_of_predictions, write_report
 from mmseg.config import OptionsAction, config_inputs, load_config
 from mmseg.datasets import VideoDataset, build_dataset
-from mmseg.utils.cli import run_all, run_tool
+from mmseg.utils.cli import ArgumentParser, run_all, run_tool
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 
 EXAMPLES = r"""examples:
   # two models, side by side

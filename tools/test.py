@@ -47,7 +47,7 @@ from mmseg.datasets.loader import STALL_SECONDS
 from mmseg.models import build_segmentor
 from mmseg.utils.allocator import use_huge_pages
 from mmseg.utils.checkpoint import load_weights, open_checkpoint
-from mmseg.utils.cli import run_all, run_tool
+from mmseg.utils.cli import ArgumentParser, run_all, run_tool
 from mmseg.utils.dist import (
     LAUNCHERS,
     close_dist,
@@ -58,7 +58,6 @@ from mmseg.utils.dist import (
 )
 from mmseg.utils.errors import ConfigError, DataError, OtherRankError, nearest
 from mmseg.utils.files import refuse_overwriting, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.logger import get_logger, setup_logger
 from mmseg.utils.signals import Interruption
 
@@ -206,7 +205,7 @@ def chosen_metrics(args: argparse.Namespace, dataset: VideoDataset) -> Streaming
 def refuse_inputs(args: argparse.Namespace, checkpoint: Path, dataset: VideoDataset) -> None:
     """Refuses outputs that would overwrite what the test reads."""
     inputs: dict[str, str | Path] = {
-        **config_inputs(args.config), 'checkpoint': checkpoint, 'list of videos': dataset.files.file}
+        **config_inputs(args.config), 'checkpoint': checkpoint, **dataset.files.inputs()}
     outputs: dict[str, str | Path | None] = {'metrics': metrics_file(args, checkpoint)}
     if args.work_dir:
         outputs |= {f'--work-dir ({name})': args.work_dir / name for name in CSV_FILES}
@@ -216,8 +215,6 @@ def refuse_inputs(args: argparse.Namespace, checkpoint: Path, dataset: VideoData
         outputs |= {'--out': args.out, '--out (names of the maps)': Path(args.out).with_suffix('.json')}
     folders = {'--show-dir': args.show_dir, '--format-only': png_folder(args, checkpoint)}
     for video in dataset.videos:
-        for kind, path_of in (('frames', dataset.frame_path), ('masks', dataset.mask_path)):
-            inputs[f"folder of the {kind} of '{video.name}'"] = Path(path_of(video.name, '')).parent
         outputs |= {f"{option}, '{video.name}'": folder / video.name for option, folder in folders.items() if folder}
     refuse_overwriting(outputs, inputs)
 

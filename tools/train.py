@@ -11,10 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmseg.config import OptionsAction, load_config
 from mmseg.utils.allocator import keep_pages
-from mmseg.utils.cli import USER_ERRORS, run_tool
+from mmseg.utils.cli import USER_ERRORS, ArgumentParser, run_tool
 from mmseg.utils.dist import close_dist, describe, init_dist
 from mmseg.utils.errors import ConfigError, RunError
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.logger import log_traceback
 
 EPILOG = """examples:

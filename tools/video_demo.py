@@ -27,7 +27,6 @@ from mmseg.apps.video_io import (
     VIDEO_SUFFIXES,
     Background,
     FolderSource,
-    FolderWriter,
     Frame,
     Source,
     VideoWriter,
@@ -37,13 +36,12 @@ from mmseg.apps.video_io import (
 )
 from mmseg.config import OptionsAction, config_inputs
 from mmseg.utils.allocator import use_huge_pages
-from mmseg.utils.cli import run_tool
+from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, user_path, write_atomically
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.logger import setup_logger
 from mmseg.utils.signals import Interrupted, Interruption
-from mmseg.utils.visual import write_label_png
+from mmseg.utils.visual import write_label_png, write_picture
 
 EXAMPLES = r"""examples:
   # an overlay beside the frames, as H.264
@@ -110,8 +108,8 @@ class Outputs:
                 args.video, source.fps, source.time_base, args.crf, source.display, source.live)
             self._writes.append(lambda frame, labels: video.write(view(frame.image, labels), frame.time))
         if args.pictures is not None:
-            folder = FolderWriter(args.pictures, f'.{args.image_format}')
-            self._writes.append(lambda frame, labels: folder.write(view(frame.image, labels), frame.name))
+            self._writes.append(lambda frame, labels: write_picture(
+                args.pictures / f'{frame.name}.{args.image_format}', view(frame.image, labels)))
         if args.labels is not None:
             _, palette = classes_of(model)
             self._writes.append(

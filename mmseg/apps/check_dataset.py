@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,25 +17,17 @@ from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.images import VOID, label_table, read_frame, read_mask, to_training_labels
 from mmseg.utils.names import natural_key
 
-UNREADABLE_FRAME = 'unreadable frame'
-UNREADABLE_MASK = 'unreadable mask'
-MISSING_MASK = 'missing mask'
-MASK_WITHOUT_FRAME = 'mask without frame'
-SIZE_MISMATCH = 'size mismatch'
-LABEL_OUT_OF_RANGE = 'label out of range'
-SHORT_VIDEO = 'short video'
-MISSING_VIDEO = 'missing video'
-UNREADABLE_FOLDER = 'unreadable folder'
-AMBIGUOUS_ORDER = 'ambiguous order'
-
-_WARNINGS = (AMBIGUOUS_ORDER,)
+Kind = Literal[
+    'unreadable frame', 'unreadable mask', 'missing mask', 'mask without frame', 'size mismatch', 'label out of range',
+    'short video', 'missing video', 'unreadable folder', 'ambiguous order']
+_WARNING: Kind = 'ambiguous order'
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: its kind (a constant of this module), video, file or folder, and a sentence."""
+    """Something wrong: its kind, video, file or folder, and a sentence."""
 
-    kind: str
+    kind: Kind
     video: str
     path: str
     message: str
@@ -94,14 +85,13 @@ class SplitToCheck:
             ConfigError: unknown type, a data set whose files this module does not know, or values that the data set
                 would refuse.
         """
-        if isinstance(cfg, Mapping) and 'dataset' in cfg:
-            return cls.from_config(cfg['dataset'], f'{where}.dataset')
-        parts = cfg.get('datasets') if isinstance(cfg, Mapping) else cfg
-        if isinstance(parts, (list, tuple)):
-            inside = f'{where}.datasets' if isinstance(cfg, Mapping) else where
-            return [s for i, part in enumerate(parts) for s in cls.from_config(part, f'{inside}[{i}]')]
+        if isinstance(cfg, (list, tuple)):
+            return [split for i, part in enumerate(cfg) for split in cls.from_config(part, f'{where}[{i}]')]
         if not isinstance(cfg, Mapping):
             raise ConfigError(f'{where}: expected the config of a data set, got {cfg!r}')
+        for key in ('dataset', 'datasets'):
+            if key in cfg:
+                return cls.from_config(cfg[key], f'{where}.{key}')
         component: Any = find(DATASETS, cfg.get('type'), where)
         if not hasattr(component, 'layout'):
             raise ConfigError(f'{where}.type: {cfg["type"]} is no VideoDataset; its files cannot be checked')
@@ -115,23 +105,6 @@ class SplitToCheck:
         return [cls(files, frames_needed(dilation) if dilation else 1, masks_needed=dilation is not None)]
 
 
-def _check_mask(split: SplitToCheck, path: str, table: np.ndarray, size: tuple[int, int] | None) -> Any:
-    """(pixels of each label or None, (kind, message) pairs) for a mask and the size of its frame."""
-    problems = []
-    try:
-        mask = read_mask(path)
-    except DataError as error:
-        return None, [(UNREADABLE_MASK, str(error))]
-    if size is not None and mask.shape != size:
-        problems.append((
-            SIZE_MISMATCH, f'{path}: mask is {mask.shape[1]}x{mask.shape[0]}, its frame {size[1]}x{size[0]}'))
-    try:
-        label = to_training_labels(mask, table, len(split.files.classes), path)
-    except DataError as error:
-        return None, [*problems, (LABEL_OUT_OF_RANGE, str(error))]
-    return np.bincount(label.ravel(), minlength=256), problems
-
-
 def _ambiguity(names: list[str]) -> str | None:
     """Why programs may disagree about the order of the frames ``names``, which stand in natural order."""
     for one, other in pairwise(names):
@@ -143,15 +116,12 @@ def _ambiguity(names: list[str]) -> str | None:
     return None
 
 
-def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> tuple[int, list[Problem], np.ndarray]:
-    """Number of frames, problems, and pixels of each label of one video."""
-    problems: list[Problem] = []
-    pixels = np.zeros(256, np.int64)
+def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> Report:
     files = split.files
-    table = label_table(files.reduce_zero_label, len(files.classes))
+    report = Report(files.name, files.classes)
 
-    def report(kind: str, path: str, message: str) -> None:
-        problems.append(Problem(kind, video, path, message))
+    def note(kind: Kind, path: str, message: str) -> None:
+        (report.warnings if kind == _WARNING else report.problems).append(Problem(kind, video, path, message))
 
     def names_of(kind: str) -> list[str] | None:
         try:
@@ -159,48 +129,60 @@ def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> tuple[int,
         except (FileNotFoundError, NotADirectoryError):
             return None
         except DataError as error:
-            report(UNREADABLE_FOLDER, files.folder(kind, video), str(error))
+            note('unreadable folder', files.folder(kind, video), str(error))
             return []
 
     folder = files.folder('frames', video)
     frames = names_of('frames')
     if frames is None:
-        report(MISSING_VIDEO, folder, f'{folder}: no such folder')
-        return 0, problems, pixels
-    masks = names_of('masks') or []
-    if len(frames) < split.frames_needed and not problems:
-        report(SHORT_VIDEO, folder, f'{folder}: {len(frames)} frames, a clip needs {split.frames_needed}'
-               + ('' if frames else f'; {files.instead("frames", video)}'))
+        note('missing video', folder, f'{folder}: no such folder')
+        return report
+    report.frames = len(frames)
+    masks = set(names_of('masks') or ())
+    if len(frames) < split.frames_needed and not report.problems:
+        note('short video', folder, f'{folder}: {len(frames)} frames, a clip needs {split.frames_needed}'
+             + ('' if frames else f'; {files.instead("frames", video)}'))
     ambiguity = _ambiguity(frames)
     if ambiguity:
-        report(AMBIGUOUS_ORDER, folder, f'{folder}: {ambiguity}')
+        note(_WARNING, folder, f'{folder}: {ambiguity}')
     first: tuple[str, tuple[int, int]] | None = None
-    there = set(masks)
     for name in frames:
-        path = files.path('frames', video, name)
-        size = None
+        path, mask_path = files.path('frames', video, name), files.path('masks', video, name)
+        size: tuple[int, int] | None = None
         try:
-            size = read_frame(path, turn=not has_masks).shape[:2]
+            height, width = size = read_frame(path, turn=not has_masks).shape[:2]
         except DataError as error:
-            report(UNREADABLE_FRAME, path, str(error))
-        if size is not None:
+            note('unreadable frame', path, str(error))
+        else:
             first = first or (name, size)
             if size != first[1]:
-                report(SIZE_MISMATCH, path,
-                       f'{path}: {size[1]}x{size[0]}, but frame {first[0]} of the video is {first[1][1]}x{first[1][0]}')
-        mask_path = files.path('masks', video, name)
-        if name in there:
-            counts, found = _check_mask(split, mask_path, table, size)
-            for kind, message in found:
-                report(kind, mask_path, message)
-            if counts is not None:
-                pixels += counts
+                note('size mismatch', path,
+                     f'{path}: {width}x{height}, but frame {first[0]} of the video is {first[1][1]}x{first[1][0]}')
+        if name in masks:
+            _check_mask(files, mask_path, size, note, report.pixels)
         elif has_masks:
-            report(MISSING_MASK, mask_path, f'{mask_path}: no such file, but its frame is there')
-    for name in sorted(there - set(frames), key=natural_key):
+            note('missing mask', mask_path, f'{mask_path}: no such file, but its frame is there')
+    for name in sorted(masks.difference(frames), key=natural_key):
         path = files.path('masks', video, name)
-        report(MASK_WITHOUT_FRAME, path, f'{path}: its frame is missing')
-    return len(frames), problems, pixels
+        note('mask without frame', path, f'{path}: its frame is missing')
+    return report
+
+
+def _check_mask(
+    files: Split, path: str, size: tuple[int, int] | None, note: Callable[[Kind, str, str], None], pixels: np.ndarray
+) -> None:
+    """Adds the number of pixels of each label to ``pixels``; ``size`` is that of the frame, where it can be read."""
+    kind: Kind = 'unreadable mask'
+    try:
+        mask = read_mask(path)
+        if size is not None and mask.shape != size:
+            note('size mismatch', path,
+                 f'{path}: mask is {mask.shape[1]}x{mask.shape[0]}, its frame {size[1]}x{size[0]}')
+        kind = 'label out of range'
+        table = label_table(files.reduce_zero_label, len(files.classes))
+        pixels += np.bincount(to_training_labels(mask, table, len(files.classes), path).ravel(), minlength=256)
+    except DataError as error:
+        note(kind, path, str(error))
 
 
 def _may_have_masks(files: Split, video: str) -> bool:
@@ -211,8 +193,7 @@ def _may_have_masks(files: Split, video: str) -> bool:
 
 
 def check_split(
-        split: SplitToCheck, workers: int = 1, on_start: Callable[[int], None] = lambda _: None,
-        on_video: Callable[[], None] = lambda: None) -> Report:
+        split: SplitToCheck, workers: int = 1, track: Callable[..., Iterable[Any]] = lambda jobs, _: jobs) -> Report:
     """Reads every file of a split.
 
     Decoding runs outside Python's lock, so threads use all cores.
@@ -220,37 +201,26 @@ def check_split(
     Args:
         split: what to check.
         workers: threads.
-        on_start: called with the number of videos.
-        on_video: called after every video.
-
-    Returns:
-        The :class:`Report`.
+        track: shows the progress of an iteration over videos, of which it gets the number.
 
     Raises:
         DataError: no such root or split file, or a split that names no video.
     """
-    names = split.files.videos()
-    on_start(len(names))
-    has_masks = split.masks_needed or any(_may_have_masks(split.files, name) for name in names)
-    results: dict[str, tuple[int, list[Problem], np.ndarray]] = {}
+    files = split.files
+    names = files.videos()
+    has_masks = split.masks_needed or any(_may_have_masks(files, name) for name in names)
+    report = Report(files.name, files.classes, videos=len(names))
     pool = ThreadPoolExecutor(max(1, workers))
     try:
-        jobs = {pool.submit(_check_video, split, name, has_masks): name for name in names}
-        for job in as_completed(jobs):
-            results[jobs[job]] = job.result()
-            on_video()
+        jobs = [pool.submit(_check_video, split, name, has_masks) for name in names]
+        for job in track(as_completed(jobs), len(jobs)):
+            job.result()  # raises an error as soon as it comes
     finally:  # after an error or a signal no other video is read, nor is one waited for
         pool.shutdown(wait=False, cancel_futures=True)
-    report = Report(split.files.name, split.files.classes, videos=len(names))
-    for name in names:
-        frames, problems, pixels = results[name]
-        report.frames += frames
-        for problem in problems:
-            (report.warnings if problem.kind in _WARNINGS else report.problems).append(problem)
-        report.pixels += pixels
+    for job in jobs:
+        video = job.result()
+        report.frames += video.frames
+        report.problems += video.problems
+        report.warnings += video.warnings
+        report.pixels += video.pixels
     return report
-
-
-def count_by_kind(problems: list[Problem]) -> dict[str, int]:
-    """Number of problems of each kind, the most frequent first."""
-    return dict(Counter(problem.kind for problem in problems).most_common())

@@ -20,7 +20,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -42,40 +42,75 @@ from mmseg.utils.errors import CheckpointError
 from mmseg.utils.files import write_atomically
 from mmseg.utils.numpy_pickles import CONSTRUCTORS
 
-SOURCES = ('themask', 'mit', 'hf-mit', 'mask2former')
 TARGETS = ('themask', 'reference', 'mit', 'hf-mit')
 _MAX_BLOCKS = 64  # of one stage; MiT-B5 has 40
 
-_Drop = tuple[str, str]  # pattern of names, why
-_DEAD: tuple[_Drop, ...] = (
-    (r'decode_head\.conv_seg\.(weight|bias)', 'dead in the reference: its head never calls it'),
-    (
-        r'decode_head\.predictor\.deformabel_transformer_cross_attention_layers\.reference_points\.(weight|bias)',
-        'dead in the reference: its decoder never calls it',
-    ),
-)
-_MIT_DROPS: tuple[_Drop, ...] = (
-    (r'head\.(weight|bias)', 'the ImageNet classifier'),
-    (r'decode_head\..*', "SegFormer's decode head"),
-    (r'auxiliary_head\..*', "SegFormer's auxiliary head"),
-)
-_HF_DROPS: tuple[_Drop, ...] = (
-    (r'classifier\.(weight|bias)', 'the ImageNet classifier'),
-    (r'decode_head\..*', "SegFormer's decode head"),
-)
-_MASK2FORMER_DROPS: tuple[_Drop, ...] = (
-    (r'backbone\..*', 'a backbone of another kind (ResNet or Swin)'),
-    (r'criterion\.empty_weight', 'a constant of the loss; the config gives it'),
-    (r'pixel_(mean|std)', 'image statistics; the data pipeline gives them'),
-)
-_MASK2FORMER_NAMES: tuple[tuple[str, str], ...] = (
-    (r'sem_seg_head\.predictor\.static_query\.(.*)', r'decode_head.predictor.query_feat.\1'),  # decoder version 1
-    (r'sem_seg_head\.(pixel_decoder|predictor)\.(.*)', r'decode_head.\1.\2'),
-    (
-        r'sem_seg_head\.(input_proj|transformer|mask_features|adapter_1|layer_1)\.(.*)',  # head version 1
-        r'decode_head.pixel_decoder.\1.\2',
-    ),
-)
+
+@dataclass(frozen=True)
+class _Format:
+    """The names of a format.
+
+    Attributes:
+        sign: how a name begins that tells the format.
+        names: pattern -> our name; the first that fits counts.
+        dropped: pattern of names that are left out -> why.
+    """
+
+    sign: str
+    names: Mapping[str, str]
+    dropped: Mapping[str, str]
+
+
+_SEGFORMER_HEADS = {
+    r'(head|classifier)\.(weight|bias)': 'the ImageNet classifier',
+    r'decode_head\..*': "SegFormer's decode head",
+    r'auxiliary_head\..*': "SegFormer's auxiliary head",
+}
+_TEMPORAL = 'decode_head.predictor.deformabel_transformer_cross_attention_layers.'
+_FORMATS = {
+    'themask': _Format(
+        r'decode_head\.pixel_decoder\.',
+        {r'((backbone|decode_head)\..*)': r'\1'},
+        {
+            r'decode_head\.conv_seg\.(weight|bias)': 'dead in the reference: its head never calls it',
+            rf'{re.escape(_TEMPORAL)}reference_points\.(weight|bias)':
+                'dead in the reference: its decoder never calls it',
+        }),
+    'mit': _Format(
+        r'(backbone\.)?patch_embed1\.',
+        {r'(?:backbone\.)?((patch_embed|block|norm)[1-4]\..*)': r'backbone.\1'},
+        _SEGFORMER_HEADS),
+    'hf-mit': _Format(r'(segformer\.)?encoder\.patch_embeddings\.', {}, _SEGFORMER_HEADS),
+    'mask2former': _Format(
+        r'sem_seg_head\.',
+        {
+            r'sem_seg_head\.predictor\.static_query\.(.*)': r'decode_head.predictor.query_feat.\1',  # decoder version 1
+            r'sem_seg_head\.((pixel_decoder|predictor)\..*)': r'decode_head.\1',
+            r'sem_seg_head\.((input_proj|transformer|mask_features|adapter_1|layer_1)\..*)':  # head version 1
+                r'decode_head.pixel_decoder.\1',
+        },
+        {
+            r'backbone\..*': 'a backbone of another kind (ResNet or Swin)',
+            r'criterion\.empty_weight': 'a constant of the loss; the config gives it',
+            r'pixel_(mean|std)': 'image statistics; the data pipeline gives them',
+        }),
+}
+SOURCES = tuple(_FORMATS)
+_HUGGING_FACE = {  # our module -> those of transformers' SegformerModel whose tensors it concatenates
+    'patch_embed{}.proj': ['encoder.patch_embeddings.{}.proj'],
+    'patch_embed{}.norm': ['encoder.patch_embeddings.{}.layer_norm'],
+    'norm{}': ['encoder.layer_norm.{}'],
+    'block{}.{}.norm1': ['encoder.block.{}.{}.layer_norm_1'],
+    'block{}.{}.attn.q': ['encoder.block.{}.{}.attention.self.query'],
+    'block{}.{}.attn.kv': ['encoder.block.{}.{}.attention.self.key', 'encoder.block.{}.{}.attention.self.value'],
+    'block{}.{}.attn.sr': ['encoder.block.{}.{}.attention.self.sr'],
+    'block{}.{}.attn.norm': ['encoder.block.{}.{}.attention.self.layer_norm'],
+    'block{}.{}.attn.proj': ['encoder.block.{}.{}.attention.output.dense'],
+    'block{}.{}.norm2': ['encoder.block.{}.{}.layer_norm_2'],
+    'block{}.{}.mlp.fc1': ['encoder.block.{}.{}.mlp.dense1'],
+    'block{}.{}.mlp.dwconv.dwconv': ['encoder.block.{}.{}.mlp.dwconv.dwconv'],
+    'block{}.{}.mlp.fc2': ['encoder.block.{}.{}.mlp.dense2'],
+}
 
 
 @dataclass
@@ -86,7 +121,7 @@ class ConversionReport:
         source: format of the given names.
         target: format of the written names.
         mapped: (name in the source, name in the target); joined names (``a + b``) were concatenated, and one name that
-            stands twice was split.
+            occurs twice was split.
         dropped: name in the source -> why it was left out.
         added: name in the target -> why it was made up.
         mismatched: name in the target -> (shape in the source, shape the model expects); left out.
@@ -105,28 +140,25 @@ class ConversionReport:
     unknown: list[str] = field(default_factory=list)
     checked: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """All lists, ready for JSON."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        renamed = Counter((_pattern(old), _pattern(new)) for old, new in self.mapped)
-        lines = [f'{self.source} -> {self.target}', f'mapped: {len(self.mapped)}']
-        for (old, new), count in renamed.items():
-            lines.append(f'  {count:4d} x {old}' + (f' -> {new}' if new != old else ''))
-        for title, reasons in (('dropped', self.dropped), ('added', self.added)):
-            lines.append(f'{title}: {len(reasons)}')
-            grouped = Counter((_pattern(name), why) for name, why in reasons.items())
-            lines += [f'  {count:4d} x {name}: {why}' for (name, why), count in grouped.items()]
+        renamed = [(_pattern(old), _pattern(new)) for old, new in self.mapped]
+        lines = [f'{self.source} -> {self.target}']
+        lines += _counted('mapped', (old if new == old else f'{old} -> {new}' for old, new in renamed))
+        lines += _counted('dropped', (f'{_pattern(name)}: {why}' for name, why in self.dropped.items()))
+        lines += _counted('added', (f'{_pattern(name)}: {why}' for name, why in self.added.items()))
         if self.checked:
             lines.append(f'shape mismatch (left out): {len(self.mismatched)}')
             lines += [f'  {k}: got {list(got)}, expected {list(want)}' for k, (got, want) in self.mismatched.items()]
-            lines.append(f'missing: {len(self.missing)}')
-            lines += [f'  {count:4d} x {name}' for name, count in Counter(map(_pattern, self.missing)).items()]
+            lines += _counted('missing', map(_pattern, self.missing))
         else:
             lines.append('missing and shape mismatch: not checked (no config was given)')
-        lines.append(f'unexplained: {len(self.unknown)}')
-        return '\n'.join(lines + [f'  {name}' for name in self.unknown])
+        return '\n'.join([*lines, f'unexplained: {len(self.unknown)}', *(f'  {name}' for name in self.unknown)])
+
+
+def _counted(title: str, entries: Iterable[str]) -> list[str]:
+    """The number of all entries, and each different one with its number."""
+    counts = Counter(entries)
+    return [f'{title}: {counts.total()}', *(f'  {count:4d} x {entry}' for entry, count in counts.items())]
 
 
 def _pattern(name: str) -> str:
@@ -175,14 +207,8 @@ def detect_format(names: Iterable[str]) -> str:
         CheckpointError: none is recognised; the message shows some of the names.
     """
     names = list(unwrapped_names(names).values())
-    signs = {
-        'mask2former': r'sem_seg_head\.',
-        'hf-mit': r'(segformer\.)?encoder\.patch_embeddings\.',
-        'themask': r'decode_head\.pixel_decoder\.',
-        'mit': r'(backbone\.)?patch_embed1\.',
-    }
-    for source, sign in signs.items():
-        if any(re.match(sign, name) for name in names):
+    for source, kind in _FORMATS.items():
+        if any(re.match(kind.sign, name) for name in names):
             return source
     shown = ', '.join(names[:5]) or 'no tensor at all'
     raise CheckpointError(f'the checkpoint is of no known format ({", ".join(SOURCES)}); it begins with: {shown}')
@@ -198,45 +224,27 @@ def _to_ours(
             report.dropped[name] = 'as asked'
         else:
             waiting[own] = name
+    for pattern, why in _FORMATS[report.source].dropped.items():
+        for name in [name for name in waiting if re.fullmatch(pattern, name)]:
+            report.dropped[waiting.pop(name)] = why
     ours: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
-
-    def take(new: str, *old: str) -> None:
-        names = [waiting.pop(name) for name in old]
-        ours[new] = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
-        origin[new] = ' + '.join(names)
-
-    def drop_known(rules: Iterable[_Drop]) -> None:
-        for pattern, why in rules:
-            for name in [name for name in waiting if re.fullmatch(pattern, name)]:
-                report.dropped[waiting.pop(name)] = why
-
-    if report.source == 'themask':
-        drop_known(_DEAD)
-        for name in list(waiting):
-            if name.startswith(('backbone.', 'decode_head.')):
-                take(name, name)
-    elif report.source == 'mit':
-        drop_known(_MIT_DROPS)
-        for name in list(waiting):
-            if re.match(r'(backbone\.)?(patch_embed|block|norm)[1-4]\.', name):
-                take('backbone.' + name.removeprefix('backbone.'), name)
-    elif report.source == 'hf-mit':
-        drop_known(_HF_DROPS)
-        prefix = 'segformer.' if any(name.startswith('segformer.') for name in waiting) else ''
-        for new, old in _hugging_face_names().items():
-            theirs = tuple(prefix + name for name in old)
-            if all(name in waiting for name in theirs):
-                take('backbone.' + new, *theirs)
-    else:
-        drop_known(_MASK2FORMER_DROPS)
-        for name in list(waiting):
-            for pattern, replacement in _MASK2FORMER_NAMES:
-                if re.fullmatch(pattern, name):
-                    take(re.sub(pattern, replacement, name), name)
-                    break
+    for new, theirs in _renamed(waiting, report.source).items():
+        if waiting.keys() >= set(theirs):
+            names = [waiting.pop(name) for name in theirs]
+            ours[new] = state[names[0]] if len(names) == 1 else torch.cat([state[name] for name in names])
+            origin[new] = ' + '.join(names)
     report.unknown = sorted(waiting.values())
     return ours, origin
+
+
+def _renamed(names: Iterable[str], source: str) -> dict[str, tuple[str, ...]]:
+    """Our name -> the names in a format whose tensors it concatenates."""
+    if source == 'hf-mit':
+        prefix = 'segformer.' if any(name.startswith('segformer.') for name in names) else ''
+        return {f'backbone.{new}': tuple(prefix + name for name in old) for new, old in _hugging_face_names().items()}
+    found = ((re.fullmatch(pattern, name), new) for name in names for pattern, new in _FORMATS[source].names.items())
+    return {match.expand(new): (match[0],) for match, new in found if match}
 
 
 def _compare(
@@ -255,28 +263,24 @@ def _compare(
 
 def _from_ours(ours: Mapping[str, Tensor], origin: Mapping[str, str], report: ConversionReport) -> dict[str, Tensor]:
     """Tensors under the names of ``report.target``; fills in ``mapped`` and ``added``."""
-    if report.target in ('themask', 'reference'):
-        converted = dict(ours)
-        report.mapped = [(origin[name], name) for name in ours]
-        if report.target == 'reference':
-            dead = _dead_tensors(ours)
-            converted.update(dead)
-            report.added = dict.fromkeys(dead, 'dead in the reference, but its strict loading wants it')
-        return converted
-    converted = {}
-    names = _hugging_face_names() if report.target == 'hf-mit' else {}
+    converted: dict[str, Tensor] = {}
+    hugging_face = _hugging_face_names() if report.target == 'hf-mit' else {}
     for name, tensor in ours.items():
         local = name.removeprefix('backbone.')
-        if local == name:
+        if report.target in ('themask', 'reference'):
+            theirs = [name]
+        elif local == name:
             report.dropped[origin[name]] = f'{report.target} holds a backbone only'
             continue
-        if report.target == 'mit':
-            theirs: tuple[str, ...] = (local,)
         else:
-            theirs = tuple(f'segformer.{their}' for their in names[local])
-        for their, part in zip(theirs, tensor.chunk(len(theirs))):
-            converted[their] = part.clone() if len(theirs) > 1 else part
-            report.mapped.append((origin[name], their))
+            theirs = [f'segformer.{their}' for their in hugging_face[local]] if hugging_face else [local]
+        parts = [part.clone() for part in tensor.chunk(len(theirs))] if len(theirs) > 1 else [tensor]
+        converted |= zip(theirs, parts)
+        report.mapped += [(origin[name], their) for their in theirs]
+    if report.target == 'reference':
+        dead = _dead_tensors(ours)
+        converted |= dead
+        report.added = dict.fromkeys(dead, 'dead in the reference, but its strict loading wants it')
     return converted
 
 
@@ -286,44 +290,23 @@ def _dead_tensors(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the checkpoint has no decode head to take the sizes from.
     """
-    head = 'decode_head.predictor.'
-    classes = ours.get(f'{head}class_embed.weight')
-    if classes is None:
-        raise CheckpointError(f'the reference format needs a whole model, and {head}class_embed.weight is not there')
-    num_classes, channels = classes.shape[0] - 1, classes.shape[1]
-    dead = {
-        'decode_head.conv_seg.weight': classes.new_zeros(num_classes, channels, 1, 1),
-        'decode_head.conv_seg.bias': classes.new_zeros(num_classes),
-    }
-    temporal = f'{head}deformabel_transformer_cross_attention_layers.'
-    if any(name.startswith(temporal) for name in ours):
-        dead[f'{temporal}reference_points.weight'] = classes.new_zeros(2, channels)
-        dead[f'{temporal}reference_points.bias'] = classes.new_zeros(2)
-    return dead
+    key = 'decode_head.predictor.class_embed.weight'
+    if key not in ours:
+        raise CheckpointError(f'the reference format needs a whole model, and {key} is not there')
+    num_classes, channels = ours[key].shape[0] - 1, ours[key].shape[1]
+    shapes = {'decode_head.conv_seg.weight': (num_classes, channels, 1, 1), 'decode_head.conv_seg.bias': (num_classes,)}
+    if any(name.startswith(_TEMPORAL) for name in ours):
+        shapes |= {f'{_TEMPORAL}reference_points.weight': (2, channels), f'{_TEMPORAL}reference_points.bias': (2,)}
+    return {name: ours[key].new_zeros(shape) for name, shape in shapes.items()}
 
 
 def _hugging_face_names() -> dict[str, tuple[str, ...]]:
     """Our name in a backbone -> the names in transformers' ``SegformerModel`` whose tensors it concatenates."""
-    modules: dict[str, tuple[str, ...]] = {}
-    for stage in range(4):
-        modules[f'patch_embed{stage + 1}.proj'] = (f'encoder.patch_embeddings.{stage}.proj',)
-        modules[f'patch_embed{stage + 1}.norm'] = (f'encoder.patch_embeddings.{stage}.layer_norm',)
-        modules[f'norm{stage + 1}'] = (f'encoder.layer_norm.{stage}',)
-        for i in range(_MAX_BLOCKS):
-            block = f'encoder.block.{stage}.{i}'
-            ours = f'block{stage + 1}.{i}'
-            modules[f'{ours}.norm1'] = (f'{block}.layer_norm_1',)
-            modules[f'{ours}.attn.q'] = (f'{block}.attention.self.query',)
-            modules[f'{ours}.attn.kv'] = (f'{block}.attention.self.key', f'{block}.attention.self.value')
-            modules[f'{ours}.attn.sr'] = (f'{block}.attention.self.sr',)
-            modules[f'{ours}.attn.norm'] = (f'{block}.attention.self.layer_norm',)
-            modules[f'{ours}.attn.proj'] = (f'{block}.attention.output.dense',)
-            modules[f'{ours}.norm2'] = (f'{block}.layer_norm_2',)
-            modules[f'{ours}.mlp.fc1'] = (f'{block}.mlp.dense1',)
-            modules[f'{ours}.mlp.dwconv.dwconv'] = (f'{block}.mlp.dwconv.dwconv',)
-            modules[f'{ours}.mlp.fc2'] = (f'{block}.mlp.dense2',)
-    return {f'{new}.{kind}': tuple(f'{o}.{kind}' for o in old) for new, old in modules.items()
-            for kind in ('weight', 'bias')}  # fmt: skip
+    return {
+        f'{ours.format(stage + 1, block)}.{kind}': tuple(f'{their.format(stage, block)}.{kind}' for their in theirs)
+        for stage in range(4) for block in range(_MAX_BLOCKS) for ours, theirs in _HUGGING_FACE.items()
+        for kind in ('weight', 'bias')
+    }
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -360,7 +343,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def files_of(source: str | Path) -> dict[str, Path]:
-    """The checkpoints that a file or a work dir stands for, by names for an error message."""
+    """The checkpoints in a work dir, or a single one, by names for an error message."""
     source = Path(source).expanduser()
     files = [*checkpoint_files(source), source / LATEST] if source.is_dir() else [source]
     return {f"checkpoint '{file}'": file for file in files}
@@ -377,20 +360,17 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], meta: Mapping[s
     path, meta = Path(path).expanduser(), dict(meta or {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if path.suffix == '.safetensors':
-        _safetensors()
-        from safetensors.torch import save
-
         unshared = {name: tensor.clone() for name, tensor in tensors.items()}
         # one entry: the library writes several in random order
         text = json.dumps(meta, default=lambda value: value.tolist() if hasattr(value, 'tolist') else str(value))
-        write_atomically(path, save(unshared, {'meta': text} if meta else {'format': 'pt'}))
+        write_atomically(path, _safetensors().torch.save(unshared, {'meta': text} if meta else {'format': 'pt'}))
     else:
         save_checkpoint({'meta': meta, 'state_dict': tensors}, path)
 
 
 def _safetensors() -> Any:
     try:
-        import safetensors
+        import safetensors.torch
     except ImportError as error:
         raise CheckpointError('.safetensors files need the package safetensors: pip install safetensors') from error
     return safetensors

@@ -25,125 +25,88 @@ _BAD_SHARE = 0.34  # of the frames
 _OTHERS = 0  # raw label of what belongs to no class
 
 
-def _stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.sign(np.sin(u))
-
-
-def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.sign(np.sin(u) * np.sin(v))
-
-
-def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.where(np.cos(u) + np.cos(v) > 0.6, 1.0, -0.45)
-
-
-def _rings(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.sign(np.sin(np.hypot(u, v)))
-
-
-def _plain(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return 0.15 * np.sin(u / 5) * np.cos(v / 5)
-
-
-_Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
+_PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    'stripes': lambda u, v: np.sign(np.sin(u)),
+    'checks': lambda u, v: np.sign(np.sin(u) * np.sin(v)),
+    'dots': lambda u, v: np.where(np.cos(u) + np.cos(v) > 0.6, 1.0, -0.45),
+    'rings': lambda u, v: np.sign(np.sin(np.hypot(u, v))),
+    'plain': lambda u, v: 0.15 * np.sin(u / 5) * np.cos(v / 5),
+}
+_Shape = tuple[float, float, float]  # width, height, and the p of the norm whose unit circle it is
+_BOX, _ELLIPSE, _DISC, _DIAMOND = (1.35, 0.8, np.inf), (0.75, 1.3, 2), (1, 1, 2), (1.25, 1.25, 1)
 
 
 @dataclass(frozen=True)
 class _Look:
-    """How a class looks: base colour (BGR), shape, texture and its period in pixels."""
+    """How a class looks: base colour (BGR), shape (None fills a region), texture and its period in pixels."""
 
     colour: tuple[int, int, int]
-    shape: str
-    pattern: _Pattern
+    shape: _Shape | None
+    pattern: str
     period: float
 
 
 # Neighbours in each table are a pair: the same shape, another colour and texture.
 _UPPER = {
-    'wall': _Look((130, 160, 195), 'all', _checks, 13),
-    'sky': _Look((205, 160, 115), 'all', _plain, 13),
+    'wall': _Look((130, 160, 195), None, 'checks', 13),
+    'curtain': _Look((205, 160, 115), None, 'plain', 13),
 }
 _LOWER = {
-    'grass': _Look((70, 150, 90), 'all', _dots, 8),
-    'road': _Look((115, 105, 110), 'all', _stripes, 11),
+    'grass': _Look((70, 150, 90), None, 'dots', 8),
+    'sand': _Look((115, 105, 110), None, 'stripes', 11),
 }
 _THINGS = {
-    'car': _Look((50, 50, 200), 'box', _stripes, 9),
-    'train': _Look((60, 130, 190), 'box', _dots, 9),
-    'person': _Look((50, 85, 125), 'ellipse', _checks, 11),
-    'dog': _Look((120, 60, 75), 'ellipse', _plain, 11),
-    'ball': _Look((50, 200, 215), 'disc', _rings, 10),
-    'clock': _Look((190, 205, 95), 'disc', _checks, 10),
-    'box': _Look((205, 90, 50), 'diamond', _dots, 9),
-    'book': _Look((190, 60, 160), 'diamond', _rings, 9),
+    'sofa': _Look((50, 50, 200), _BOX, 'stripes', 9),
+    'train': _Look((60, 130, 190), _BOX, 'dots', 9),
+    'person': _Look((50, 85, 125), _ELLIPSE, 'checks', 11),
+    'cat': _Look((120, 60, 75), _ELLIPSE, 'plain', 11),
+    'lamp': _Look((50, 200, 215), _DISC, 'rings', 10),
+    'clock': _Look((190, 205, 95), _DISC, 'checks', 10),
+    'tent': _Look((205, 90, 50), _DIAMOND, 'dots', 9),
+    'pillow': _Look((190, 60, 160), _DIAMOND, 'rings', 9),
 }
 _LOOKS = {**_UPPER, **_LOWER, **_THINGS}
 CLASS_IDS = {name: VSPWDataset.CLASSES.index(name) + 1 for name in _LOOKS}
-"""Raw label of each of the 12 classes that occur, by name."""
+"""Raw label of each of the 12 classes that occur, by name; their colours in VSPW's palette are far apart."""
 
 SPLITS = {'train': (72, 12), 'val': (14, 20), 'test': (3, 12)}
 """Number of videos and of frames a video, by split; the test split has no masks."""
 
 
-@dataclass
 class _Surface:
     """One instance of a class: its texture and where it is."""
 
-    look: _Look
-    label: int
-    angle: float
-    period: float
-    colour: np.ndarray
-    centre: np.ndarray  # x, y in pixels; of the texture's origin for stuff
-    velocity: np.ndarray
-    radii: np.ndarray
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator, name: str, height: int, width: int) -> _Surface:
-        look = _LOOKS[name]
-        thing = name in _THINGS
-        speed = rng.uniform(1.0, 3.5) if thing else rng.uniform(0.5, 2.0)
+    def __init__(self, rng: np.random.Generator, name: str, height: int, width: int) -> None:
+        self._size, self._label, self._look = (width, height), CLASS_IDS[name], _LOOKS[name]
+        speed = rng.uniform(1.0, 3.5) if self._look.shape else rng.uniform(0.5, 2.0)
         heading = rng.uniform(0, 2 * np.pi)
-        wide = {'box': (1.35, 0.8), 'ellipse': (0.75, 1.3)}.get(look.shape, (1.0, 1.0))
-        return cls(
-            look, CLASS_IDS[name],
-            angle=rng.uniform(-0.35, 0.35), period=look.period * rng.uniform(0.85, 1.15),
-            colour=np.array(look.colour) + rng.uniform(-15, 15, 3),
-            centre=rng.uniform((0.15 * width, 0.2 * height), (0.85 * width, 0.85 * height)),
-            velocity=speed * np.array([np.cos(heading), 0.6 * np.sin(heading)]),
-            radii=rng.uniform(17, 29) * np.array(wide))
+        self._angle = rng.uniform(-0.35, 0.35)
+        self._wave = 2 * np.pi / (self._look.period * rng.uniform(0.85, 1.15))
+        self._colour = np.array(self._look.colour) + rng.uniform(-15, 15, 3)
+        self._centre = rng.uniform((0.15 * width, 0.2 * height), (0.85 * width, 0.85 * height))
+        self._velocity = speed * np.array([np.cos(heading), 0.6 * np.sin(heading)])
+        self._radius = rng.uniform(17, 29)
 
     def paint(self, frame: np.ndarray, label: np.ndarray, region: np.ndarray | None = None) -> None:
         """Paints the surface over float32 BGR ``frame`` and ``label``, inside ``region`` or its own shape."""
-        height, width = label.shape
-        y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-        x, y = x - self.centre[0], y - self.centre[1]
-        cos, sin = np.cos(self.angle), np.sin(self.angle)
+        y, x = np.indices(label.shape, np.float32)
+        x, y = x - self._centre[0], y - self._centre[1]
+        cos, sin = np.cos(self._angle), np.sin(self._angle)
         u, v = cos * x + sin * y, cos * y - sin * x
-        inside = self._inside(u, v) if region is None else region
-        wave = 2 * np.pi / self.period
-        texture = self.look.pattern(u[inside] * wave, v[inside] * wave)
-        if region is None:
-            edge = cv2.dilate(inside.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool) & ~inside
-            label[edge] = VOID
-        frame[inside] = self.colour + 30 * texture[:, None]
-        label[inside] = self.label
+        if self._look.shape:
+            stretch_u, stretch_v, norm = self._look.shape
+            region = np.linalg.norm((u / stretch_u, v / stretch_v), norm, axis=0) < self._radius
+            label[cv2.dilate(region.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool)] = VOID
+        texture = _PATTERNS[self._look.pattern](u[region] * self._wave, v[region] * self._wave)
+        frame[region] = self._colour + 30 * texture[:, None]
+        label[region] = self._label
 
-    def _inside(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        a, b = np.abs(u) / self.radii[0], np.abs(v) / self.radii[1]
-        if self.look.shape == 'box':
-            return np.maximum(a, b) < 1
-        if self.look.shape == 'diamond':
-            return a + b < 1.25
-        return a * a + b * b < 1
-
-    def move(self, height: int, width: int) -> None:
+    def move(self) -> None:
         """One frame on; things turn round at the border, so that they stay in the picture."""
-        self.centre = self.centre + self.velocity
-        if self.look.shape != 'all':
-            for axis, size in enumerate((width, height)):
-                if not 0.1 * size < self.centre[axis] < 0.9 * size:
-                    self.velocity[axis] = np.copysign(self.velocity[axis], size / 2 - self.centre[axis])
+        self._centre = self._centre + self._velocity
+        for axis, size in enumerate(self._size if self._look.shape else ()):
+            if not 0.1 * size < self._centre[axis] < 0.9 * size:
+                self._velocity[axis] = np.copysign(self._velocity[axis], size / 2 - self._centre[axis])
 
 
 def _degrade(rng: np.random.Generator, frame: np.ndarray) -> np.ndarray:
@@ -167,7 +130,7 @@ def render_video(
         A frame [H,W,3] uint8 BGR and its raw labels [H,W] uint8 (0 others, 255 void, 1..124).
     """
     height, width = _SIZES[rng.integers(len(_SIZES))]
-    upper, lower, *things = [_Surface.draw(rng, name, height, width) for name in classes]
+    upper, lower, *things = [_Surface(rng, name, height, width) for name in classes]
     horizon = height * rng.uniform(0.3, 0.6)
     tilt, drift = rng.uniform(-0.12, 0.12), rng.uniform(-0.6, 0.6)
     border = int(rng.integers(1, 5))
@@ -194,7 +157,7 @@ def render_video(
             frame = frame + rng.normal(0, 4, frame.shape)
         yield np.clip(frame, 0, 255).astype(np.uint8), label
         for surface in (upper, lower, *things):
-            surface.move(height, width)
+            surface.move()
 
 
 def _casts(rng: np.random.Generator, videos: int) -> list[tuple[str, ...]]:

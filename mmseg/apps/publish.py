@@ -42,11 +42,8 @@ class PublishedModel:
 
 
 def publish_model(
-    checkpoint: str | Path,
-    out: str | Path,
-    config: str | Path | None = None,
-    metrics: Mapping[str, Any] | str | Path | None = None,
-    data: str | None = None,
+    checkpoint: str | Path, out: str | Path, config: str | Path | None = None,
+    metrics: Mapping[str, Any] | str | Path | None = None, data: str | None = None,
 ) -> PublishedModel:
     """Writes the weights of a checkpoint, without optimizer and other training state, and a model card beside them.
 
@@ -66,9 +63,11 @@ def publish_model(
     state, meta = read_weights(checkpoint)
     if not state:
         raise CheckpointError(f"'{checkpoint}' holds no weights")
-    cfg_text = load_config(config).pretty_text if config else None
-    scores = metrics if metrics is None or isinstance(metrics, Mapping) else _read_metrics(Path(metrics).expanduser())
-    inputs = {**config_inputs(config), 'file of metrics': None if isinstance(metrics, Mapping) else metrics}
+    described = {**meta, 'config': load_config(config).pretty_text} if config else meta
+    inputs: dict[str, str | Path] = {**config_inputs(config), **files_of(checkpoint)}
+    if isinstance(metrics, (str, Path)):
+        inputs['file of metrics'] = metrics
+        metrics = _read_metrics(Path(metrics).expanduser())
     out = Path(out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     with named_errors(out, instead=True), tempfile.TemporaryDirectory(prefix=f'.{out.stem}.', dir=out.parent) as folder:
@@ -77,9 +76,11 @@ def publish_model(
         digest, size = hashlib.sha256(unnamed.read_bytes()).hexdigest(), unnamed.stat().st_size
         weights = out.with_name(f'{out.stem}-{digest[:_HASH_DIGITS]}{out.suffix}')
         card = weights.with_suffix('.md')
-        refuse_overwriting({'weights': weights, 'card': card}, inputs | files_of(checkpoint))
+        refuse_overwriting({'weights': weights, 'card': card}, inputs)
         text = Path(folder) / 'card.md'
-        write_atomically(text, _card(weights, size, out.stem, digest, state, meta, cfg_text, config, scores, data))
+        facts = {'File': f'`{weights.name}` ({size / 2**20:.1f} MiB)', 'SHA-256': f'`{digest}`', **_facts(state, meta)}
+        write_atomically(
+            text, _card(out.stem, weights.name, facts, config or 'CONFIG.py', _results(metrics, data), described))
         os.replace(unnamed, weights)
         os.replace(text, card)
     return PublishedModel(weights, card, digest)
@@ -98,55 +99,50 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def _card(
-    weights: Path,
-    size: int,
-    name: str,
-    digest: str,
-    state: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
-    cfg_text: str | None,
-    config: str | Path | None,
-    metrics: Mapping[str, Any] | None,
-    data: str | None,
-) -> str:
-    """The model card; says only what the files say."""
+def _facts(state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, str]:
+    """What the weights say about themselves."""
     counts = Counter(dict.fromkeys(_PARTS, 0))
     for key, tensor in state.items():
         counts[next((part for part in _PARTS if key.startswith(f'{part}.')), 'other')] += tensor.numel()
+    parts = ', '.join(f'{part.rsplit(".", 1)[-1]} {count / 1e6:.2f} M' for part, count in counts.items() if count)
     facts = {
-        'File': f'`{weights.name}` ({size / 2**20:.1f} MiB)',
-        'SHA-256': f'`{digest}`',
-        'Parameters': f'{sum(counts.values()) / 1e6:.2f} M ('
-        + ', '.join(f'{part.rsplit(".", 1)[-1]} {count / 1e6:.2f} M' for part, count in counts.items() if count) + ')',
+        'Parameters': f'{counts.total() / 1e6:.2f} M ({parts})',
         'Number type': ', '.join(sorted({str(t.dtype).removeprefix('torch.') for t in state.values()})),
         'Made with': f'THE-Mask {__version__}',
     }
-    if isinstance(meta.get('iter'), int):
-        facts['Iterations'] = f'{meta["iter"]:,}'
-    config_name = config or 'CONFIG.py'
+    return {**facts, 'Iterations': f'{meta["iter"]:,}'} if isinstance(meta.get('iter'), int) else facts
+
+
+def _results(metrics: Mapping[str, Any] | None, data: str | None) -> str:
+    if metrics is None:
+        return '## Results\n\nNo metrics were given when this card was written.'
+    rows = {key: f'{100 * metrics[key]:.2f}' for key in _SUMMARY if metrics.get(key) is not None}
+    return f'## Results{f" on {data}" if data else ""}\n\n{_table("| metric | per cent |", rows)}'
+
+
+def _table(head: str, rows: Mapping[str, str]) -> str:
+    return '\n'.join([head, '|---|---|', *(f'| {key} | {value} |' for key, value in rows.items())])
+
+
+def _card(
+    name: str, weights: str, facts: Mapping[str, str], config: str | Path, results: str, meta: Mapping[str, Any]
+) -> str:
+    """The model card; says only what the files say."""
     sections = [
         f'---\ntags: [video-semantic-segmentation, the-mask]\nlibrary_name: themask\nmodel_name: {name}\n---',
         f'# {name}',
         'THE-Mask (BMVC 2023, arXiv 2309.08020): video semantic segmentation by mask classification.',
-        '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in facts.items())]),
+        _table('| | |', facts),
         f'## Use\n\n```python\nfrom mmseg.apis import init_segmentor, segment_video\n\n'
-        f"model = init_segmentor('{config_name}', '{weights.name}')\n"
+        f"model = init_segmentor('{config}', '{weights}')\n"
         f"for frame, label in segment_video(model, 'video.mp4'):\n    ...\n```\n\n"
-        f'```\npython tools/video_demo.py {config_name} {weights.name} video.mp4 --out out.mp4\n```',
-    ]
-    if metrics is not None:
-        rows = [f'| {key} | {100 * metrics[key]:.2f} |' for key in _SUMMARY if metrics.get(key) is not None]
-        measured = f' on {data}' if data else ''
-        sections.append('\n'.join([f'## Results{measured}\n', '| metric | per cent |', '|---|---|', *rows]))
-    else:
-        sections.append('## Results\n\nNo metrics were given when this card was written.')
-    sections.append(
+        f'```\npython tools/video_demo.py {config} {weights} video.mp4 --out out.mp4\n```',
+        results,
         '## Limits\n\nThe model gives one of its classes to every pixel, also where none fits. '
-        'It has not been judged for uses in which a wrong label can harm someone.')
+        'It has not been judged for uses in which a wrong label can harm someone.',
+    ]
     if meta.get('CLASSES'):
         sections.append(f'## Classes\n\n{len(meta["CLASSES"])}: {", ".join(map(str, meta["CLASSES"]))}')
-    text = cfg_text or meta.get('config')
-    if text:
-        sections.append(f'## Config\n\n```python\n{str(text).strip()}\n```')
+    if meta.get('config'):
+        sections.append(f'## Config\n\n```python\n{str(meta["config"]).strip()}\n```')
     return '\n\n'.join(sections) + '\n'

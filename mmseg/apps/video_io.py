@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import io
 import math
 import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +27,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import named_errors, user_path
+from mmseg.utils.images import read_frame
 from mmseg.utils.logger import get_logger
 from mmseg.utils.names import natural_key
 from mmseg.utils.signals import Interrupted
-from mmseg.utils.visual import write_picture
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 DEFAULT_FPS = 15  # of VSPW; for frames in a folder, which do not say
@@ -90,7 +92,7 @@ def usual_matrix(width: int, height: int) -> int:
 
 
 class Source:
-    """Frames of one size, in order; iterate once.
+    """Frames of one size, in order, to iterate over once.
 
     Attributes:
         name: of the video, for file names.
@@ -184,8 +186,7 @@ class VideoFileSource(Source):
         self._errors = (self._av.FFmpegError, OSError, ValueError, EOFError, LookupError)  # that PyAV raises
         self._path = path
         self._retimed = fps is not None
-        with self._open() as container:
-            stream = self._best_stream(container)
+        with self._opened() as (container, stream):
             rate = Fraction(fps or stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
             num_frames = stream.frames or None
             if num_frames is None and container.duration:
@@ -194,105 +195,85 @@ class VideoFileSource(Source):
             self.files = [path]
             self.display = self._display_of(container, stream)
 
-    def _open(self) -> Any:
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """The container and the stream that a player shows, which cover art is not."""
         try:
             # Without "file:" a colon would mean a protocol; a title in another encoding is no reason to refuse a video.
-            return self._av.open(f'file:{self._path}', metadata_errors='replace')
+            container = self._av.open(f'file:{self._path}', metadata_errors='replace')
         except self._errors as error:
             reason = getattr(error, 'strerror', None) or error
             raise DataError(f'{self._path}: cannot be opened as a video: {reason}') from error
-
-    def _best_stream(self, container: Any) -> Any:
-        """The stream that a player shows, which cover art is not."""
-        streams = [stream for stream in container.streams.video if not _is_cover(stream)]
-        if not streams:
-            raise DataError(f'{self._path}: holds no video stream')
-        best = container.streams.best('video')
-        stream = best if best in streams else streams[0]
-        if stream.codec_context is None:
-            raise DataError(f'{self._path}: FFmpeg has no decoder for its video stream')
-        return stream
+        with container:
+            streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+            if not streams:
+                raise DataError(f'{self._path}: holds no video stream')
+            best = container.streams.best('video')
+            stream = best if best in streams else streams[0]
+            if stream.codec_context is None:
+                raise DataError(f'{self._path}: FFmpeg has no decoder for its video stream')
+            yield container, stream
 
     def _display_of(self, container: Any, stream: Any) -> Display:
         codec = stream.codec_context
-        display = Display(Fraction(stream.sample_aspect_ratio or 1), usual_matrix(codec.width, codec.height))
-        if display.pixel_aspect != 1:
+        aspect = Fraction(stream.sample_aspect_ratio or 1)
+        if aspect != 1:
             with contextlib.suppress(*self._errors):
                 first = next(container.decode(stream), None)
                 if first is not None and first.rotation % 180:
-                    display = replace(display, pixel_aspect=1 / display.pixel_aspect)
+                    aspect = 1 / aspect
+        matrix = usual_matrix(codec.width, codec.height)
         if codec.format is None or codec.format.is_rgb:
-            return display
+            return Display(aspect, matrix)
         full = codec.color_range == _FULL or codec.format.name.startswith('yuvj')
-        return replace(
-            display,
-            matrix=codec.colorspace if codec.colorspace in _MATRICES else display.matrix,
-            value_range=_FULL if full else _LIMITED, primaries=codec.color_primaries, transfer=codec.color_trc)
+        return Display(
+            aspect, codec.colorspace if codec.colorspace in _MATRICES else matrix, _FULL if full else _LIMITED,
+            codec.color_primaries, codec.color_trc)
 
     def _frames(self) -> Iterator[Frame]:
-        index = 0
+        reformat = self._av.video.reformatter.VideoReformatter().reformat
         start: Fraction | None = None
-        convert = self._converter()
-        with self._open() as container:
-            stream = self._best_stream(container)
+        for index, raw in enumerate(self._decoded()):
+            name = f'{index:06d}'
+            if isinstance(raw, Exception):
+                self._skip(name, raw)
+            elif raw.is_corrupt:
+                self._skip(name, 'the decoder marks it as corrupt')
+            else:
+                seconds = index / self.fps
+                if not self._retimed and raw.pts is not None:
+                    start = raw.pts * raw.time_base if start is None else start
+                    seconds = raw.pts * raw.time_base - start
+                image = reformat(raw, format='bgr24', **self._colours(raw)).to_ndarray()
+                quarters, rest = divmod(raw.rotation, 90)
+                yield Frame(image if rest else np.ascontiguousarray(np.rot90(image, quarters)), index, seconds, name)
+
+    def _decoded(self) -> Iterator[Any]:
+        """Decoded frames, with an error in the place of a broken one; where the file is cut off, they end early."""
+        with self._opened() as (container, stream):
             stream.thread_type = 'AUTO'
-            for packet in _packets(container, stream, self._errors):
-                try:
-                    decoded = packet.decode()
-                except self._errors as error:
-                    self._skip(f'{index:06d}', error)
-                    index += 1
-                    continue
-                for raw in decoded:
-                    if raw.is_corrupt:
-                        self._skip(f'{index:06d}', 'the decoder marks it as corrupt')
-                    else:
-                        seconds = index / self.fps
-                        if not self._retimed and raw.pts is not None:
-                            start = raw.pts * raw.time_base if start is None else start
-                            seconds = raw.pts * raw.time_base - start
-                        yield Frame(convert(raw), index, seconds, f'{index:06d}')
-                    index += 1
+            try:
+                for packet in container.demux(stream):
+                    try:
+                        decoded = packet.decode()
+                    except self._errors as error:
+                        decoded = [error]
+                    yield from decoded
+            except self._errors as error:
+                get_logger().warning(f'{container.name}: reading stops early: {error}')
 
-    def _converter(self) -> Callable[[Any], np.ndarray]:
-        """A function from a decoded frame to uint8 [H, W, 3] BGR, upright."""
-        reformatter = self._av.video.reformatter.VideoReformatter()
-
-        def convert(raw: Any) -> np.ndarray:
-            matrix = raw.colorspace if raw.colorspace in _MATRICES else self.display.matrix
-            image = reformatter.reformat(raw, format='bgr24', **_conversion(raw, matrix)).to_ndarray()
-            if raw.rotation % 90 == 0 and raw.rotation:
-                return np.ascontiguousarray(np.rot90(image, raw.rotation // 90))
-            return image
-
-        return convert
-
-
-def _conversion(raw: Any, matrix: int | None) -> dict[str, int]:
-    """What PyAV must be told so that a decoded frame is converted by its matrix and range."""
-    if raw.format.is_rgb or matrix is None:
-        return {}
-    return dict(src_colorspace=_SWS_MATRICES.get(matrix, matrix), src_color_range=raw.color_range,
-                dst_colorspace=_SWS_MATRICES[_BT601])
+    def _colours(self, raw: Any) -> dict[str, int]:
+        """What PyAV must know to convert a frame to R'G'B'."""
+        matrix = raw.colorspace if raw.colorspace in _MATRICES else self.display.matrix
+        if raw.format.is_rgb or matrix is None:
+            return {}
+        return dict(src_colorspace=_SWS_MATRICES.get(matrix, matrix), src_color_range=raw.color_range,
+                    dst_colorspace=_SWS_MATRICES[_BT601])
 
 
 def _is_cover(stream: Any) -> bool:
     disposition = getattr(stream, 'disposition', 0)  # an int, an enum in older versions of PyAV, or not told
     return bool(getattr(disposition, 'value', disposition) & _ATTACHED_PICTURE)
-
-
-def _packets(container: Any, stream: Any, errors: tuple[type[Exception], ...]) -> Iterator[Any]:
-    """Packets of a stream; where the file is cut off, what came before counts."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except errors as error:
-            get_logger().warning(f'{container.name}: reading stops early: {error}')
-            return
-        if packet is None:
-            return
-        yield packet
 
 
 class CameraSource(Source):
@@ -465,13 +446,8 @@ class VideoWriter:
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        fps: Fraction,
-        time_base: Fraction | None = None,
-        crf: int = 18,
-        display: Display | None = None,
-        live: bool = False,
+        self, path: str | Path, fps: Fraction, time_base: Fraction | None = None, crf: int = 18,
+        display: Display | None = None, live: bool = False
     ) -> None:
         self._av = import_av()
         self.path = user_path(path)
@@ -591,43 +567,34 @@ class VideoWriter:
             dst_colorspace=_SWS_MATRICES.get(self._matrix, self._matrix), dst_color_range=self._display.value_range)
 
 
-class _VideoFile:
+class _VideoFile(io.FileIO):
     """A file for FFmpeg, which may crash after a write that fails: from the first error on, data are dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._error: OSError | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, 'wb', buffering=0)  # noqa: SIM115
+        super().__init__(path, 'w')
 
-    def write(self, data: bytes) -> int:
-        """Called by FFmpeg."""
+    def write(self, data: Any) -> int:
         left = memoryview(data)
         while left and self._error is None:
             with self._noted():
-                left = left[self._file.write(left) :]
+                left = left[super().write(left) :]
         return len(data)
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Called by FFmpeg."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Called by FFmpeg."""
-        return self._file.tell()
+    def close(self) -> None:
+        """Puts the data on the disk, too."""
+        if not self.closed:
+            with self._noted():
+                os.fsync(self.fileno())
+            with self._noted():
+                super().close()
 
     def check(self) -> None:
-        """Raises the error that has come, once."""
+        """Raises the first error that has come."""
         if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def close(self) -> None:
-        """Puts the data on the disk."""
-        with self._noted():
-            os.fsync(self._file.fileno())
-        with self._noted():
-            self._file.close()
+            raise self._error
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:
@@ -638,138 +605,98 @@ class _VideoFile:
             self._error = self._error or error
 
 
-class FolderWriter:
-    """Pictures as files.
-
-    Args:
-        folder: where they go; made if needed.
-        suffix: ``.jpg`` or ``.png``.
-    """
-
-    def __init__(self, folder: str | Path, suffix: str = '.jpg') -> None:
-        self._folder = user_path(folder)
-        self._suffix = suffix
-
-    def write(self, image: np.ndarray, name: str) -> None:
-        """Writes ``image`` (uint8 [H, W, 3] BGR) as ``<folder>/<name><suffix>``."""
-        write_picture(self._folder / f'{name}{self._suffix}', image)
-
-
 def prefetch(
-    items: Iterable[_Item],
-    depth: int = 8,
-    newest: bool = False,
-    stopped: Callable[[], object] = bool,
+    items: Iterable[_Item], depth: int = 8, newest: bool = False, stopped: Callable[[], object] = bool
 ) -> Iterator[_Item]:
-    """``items``, made ahead by a thread.
+    """Computes ``items`` ahead, in a thread.
 
     Args:
-        items: iterated in the thread; what it raises is raised here.
-        depth: how many are made ahead.
-        newest: where the reader is slower, drop the oldest instead of waiting (cameras).
+        items: iterated in the thread; an error in it is raised here, after the items before it.
+        depth: how many items may wait.
+        newest: when ``depth`` items wait, drop the oldest (cameras) instead of pausing the thread.
         stopped: whether to give up, even while the thread waits for an input that has stalled.
 
     Raises:
         Interrupted: ``stopped`` says so.
     """
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    room = threading.Semaphore(depth)
     stop = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(entry, block=not newest, timeout=0.1)
-            except queue.Full:
-                if newest:
-                    _discard(ready)
+    end: Future[None] = Future()
 
     def work() -> None:
         try:
             for item in items:
-                put((True, item))
+                while not room.acquire(blocking=not newest):
+                    with contextlib.suppress(queue.Empty):
+                        ready.get_nowait()
+                        room.release()
                 if stop.is_set():
                     return
-            put((False, None))
+                ready.put(item)
+            end.set_result(None)
         except BaseException as error:
-            put((False, error))
+            end.set_exception(error)
+        ready.put(end)
 
     thread = threading.Thread(target=work, name='prefetch', daemon=True)
     thread.start()
     try:
-        while True:
-            more, item = _waited_for(ready, stopped)
-            if more:
-                yield item
-            elif item is None:
+        while not stopped():
+            try:
+                item = ready.get(timeout=_LOOK)
+            except queue.Empty:
+                continue
+            if item is end:
+                end.result()  # raises what the thread did
                 return
-            else:
-                raise item
+            room.release()
+            yield item
+        raise Interrupted
     finally:
         stop.set()
+        room.release()
         thread.join(_PATIENCE)
         close = getattr(items, 'close', None)
         if close is not None and not thread.is_alive():
             close()
 
 
-def _waited_for(ready: queue.Queue[Any], stopped: Callable[[], object]) -> Any:
-    while not stopped():
-        with contextlib.suppress(queue.Empty):
-            return ready.get(timeout=_LOOK)
-    raise Interrupted
-
-
-def _discard(ready: queue.Queue[Any]) -> None:
-    """Drops the oldest entry, if there still is one."""
-    try:
-        ready.get_nowait()
-    except queue.Empty:
-        return
-
-
 class Background(Generic[_Item]):
-    """Runs a function on items in a thread, in order; :meth:`put` waits while ``depth`` items are pending.
+    """Calls a function on items, in order, in a thread.
 
     Args:
-        function: called with every item.  What it raises is raised once, by the next :meth:`put` or by :meth:`close`,
-            and later items are dropped.
+        function: after an error in it, later items are dropped; the next :meth:`put` or :meth:`close` raises the error.
         depth: how many items may wait.
     """
 
-    def __init__(self, function: Any, depth: int = 8) -> None:
+    def __init__(self, function: Callable[[_Item], object], depth: int = 8) -> None:
         self._function = function
-        self._pending: queue.Queue[tuple[bool, _Item | None]] = queue.Queue(depth)
+        self._depth = depth
         self._failed = False
-        self._error: BaseException | None = None  # not yet raised
-        self._thread = threading.Thread(target=self._work, name='background', daemon=True)
-        self._thread.start()
+        self._pending: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(1, 'background')
 
     def put(self, item: _Item) -> None:
-        """Hands one item over."""
-        self._raise()
-        self._pending.put((True, item))
+        """Adds an item; waits while ``depth`` of them are pending."""
+        self._wait(self._depth - 1)
+        self._pending.append(self._thread.submit(self._call, item))
 
     def close(self) -> None:
         """Waits until all items are done."""
-        self._pending.put((False, None))
-        self._thread.join()
-        self._raise()
+        with self._thread:
+            self._wait(0)
 
-    def _work(self) -> None:
-        while True:
-            more, item = self._pending.get()
-            if not more:
-                return
-            if not self._failed:
-                try:
-                    self._function(item)
-                except BaseException as error:
-                    self._failed, self._error = True, error
+    def _wait(self, most: int) -> None:
+        """Until at most ``most`` items are pending; raises the error of one that is done."""
+        while self._pending and (len(self._pending) > most or self._pending[0].done()):
+            self._pending.popleft().result()
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+    def _call(self, item: _Item) -> None:
+        if not self._failed:
+            self._failed = True  # unless the function returns
+            self._function(item)
+            self._failed = False
 
 
 def import_av() -> ModuleType:

@@ -129,6 +129,17 @@ class Split:
         """The text file that names the videos."""
         return os.path.join(self.data_root, self.layout.split_file.format(split=self.name, video=''))
 
+    def inputs(self, name: str = '') -> dict[str, str]:
+        """What :func:`~mmseg.utils.files.refuse_overwriting` must know of the split.
+
+        Args:
+            name: of a file; with it the folders of the videos count for no more than their files of this name.
+        """
+        what = 'file' if name else 'folder'
+        return {f"list of split '{self.name}'": self.file} | {
+            f"{what} of the {kind} of '{video}'": os.path.join(self.folder(kind, video), name)
+            for video in self.videos() for kind in ('frames', 'masks')}
+
     def videos(self) -> list[str]:
         """Names of the videos, in the order of the split file.
 

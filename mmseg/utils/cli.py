@@ -1,16 +1,44 @@
-"""How a command line ends: what its user can act on is one line and a status, never a traceback."""
+"""How a command line begins and ends: one parser, and one line and a status for what its user can act on."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
+import time
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError, RunError
-from mmseg.utils.launcher import detect_launcher
+from mmseg.utils.launcher import PATIENCE, detect_launcher, is_first_of_machine
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, NonFiniteLossError, OtherRankError, RunError, OSError)
 INTERRUPTED = 130  # of a program that Ctrl-C has ended
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The parser of all tools.
+
+    Processes may share one command line: a usage error is printed once a machine.  ``~`` is the home folder also behind
+    ``=``, where a shell leaves it as it is.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{'formatter_class': argparse.RawDescriptionHelpFormatter, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, with home folders filled in."""
+        words = [re.sub(r'(^|=)(~/.*)', lambda m: m[1] + os.path.expanduser(m[2]), word)
+                 for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with status 2; the first process of the machine says why, and the others leave it the time to."""
+        if not is_first_of_machine():
+            time.sleep(2 * PATIENCE)
+            self.exit(2)
+        super().error(message)
 
 
 def run_tool(run: Callable[[], int | None], failed: int = 1, parallel: bool = False) -> int:

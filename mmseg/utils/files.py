@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mmseg.utils.errors import ConfigError, DataError
 
@@ -16,7 +17,7 @@ from mmseg.utils.errors import ConfigError, DataError
 def atomic_file(path: str | Path, sync: bool = True) -> Iterator[IO[bytes]]:
     """A binary file that appears under ``path`` when the block ends well, and not at all when it does not.
 
-    A file that stood there before is replaced in one step.  Folders are made.
+    An earlier file is replaced in one step.  Folders are made.
 
     Args:
         path: the file.
@@ -51,6 +52,12 @@ def write_atomically(path: str | Path, content: str | bytes, sync: bool = True) 
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_json(path: str | Path | None, value: Any) -> None:
+    """Writes plain values with :func:`atomic_file`, where a path is given."""
+    if path is not None:
+        write_atomically(path, json.dumps(value, indent=1) + '\n')
+
+
 @contextlib.contextmanager
 def named_errors(path: str | Path, instead: bool = False) -> Iterator[None]:
     """Gives an ``OSError`` without a name (a full disk) that of the file being written; ``instead`` of any other."""
@@ -68,9 +75,7 @@ def user_path(path: str | Path) -> Path:
     return path if not str(path).startswith('~') or path.exists() else Path(os.path.expanduser(path))
 
 
-def refuse_overwriting(
-    outputs: Mapping[str, str | Path | None], inputs: Mapping[str, str | Path | None]
-) -> None:
+def refuse_overwriting(outputs: Mapping[str, str | Path | None], inputs: Mapping[str, str | Path | None]) -> None:
     """Refuses an output that is one of the inputs, also by another name or through links.
 
     Args:

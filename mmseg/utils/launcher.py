@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
-import sys
-import time
-from typing import Any, NoReturn
 
 from mmseg.utils.errors import ConfigError
 
@@ -47,27 +42,6 @@ def whole_number(variable: str, least: int, most: int = 2**31) -> int:
         limits = f'at least {least}' if most == 2**31 else f'from {least} to {most}'
         raise ConfigError(f"environment variable {variable}: expected a whole number, {limits}, got '{text}'")
     return int(text)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """The parser of all tools.
-
-    Processes may share one command line: a usage error is printed once a machine.  ``~`` is the home folder also behind
-    ``=``, where a shell leaves it as it is.
-    """
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse."""
-        words = [re.sub(r'(^|=)(~/.*)', lambda m: m[1] + os.path.expanduser(m[2]), word)
-                 for word in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """Ends with status 2; the first process of the machine says why, and the others leave it the time to."""
-        if not is_first_of_machine():
-            time.sleep(2 * PATIENCE)
-            self.exit(2)
-        super().error(message)
 
 
 def is_first_of_machine() -> bool:

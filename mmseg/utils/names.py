@@ -28,7 +28,7 @@ def some(names: Sequence[str], most: int = 10) -> str:
 
 
 def order_changed(names: Iterable[str]) -> bool:
-    """Whether frames of these names stood in another order before, when only names of digits counted as numbers.
+    """Whether an earlier release, in which only names of digits counted as numbers, ordered these frames otherwise.
 
     Clips that a run draws after a resume are then of other frames than without it.
     """

@@ -157,8 +157,8 @@ def test_a_folder_without_permission_is_a_problem(clean, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('place,what', [
-    ('val.txt', "the list of split 'val'"), ('data/v1/origin/00000002.jpg', "the file of video 'v1' (frames)"),
-    ('link.png', "the file of video 'v1' (masks)"), ('c.py', 'the config'), ('data', 'Is a directory'),
+    ('val.txt', "the list of split 'val'"), ('data/v1/origin/00000002.jpg', "the file of the frames of 'v1'"),
+    ('link.png', "the file of the masks of 'v1'"), ('c.py', 'the config'), ('data', 'Is a directory'),
     ('val.txt/r.json', 'val.txt: File exists')])
 def test_a_report_in_the_place_of_an_input(tmp_path, capsys, place, what):
     root = write_vspw(tmp_path, {'val': {'v1': 2}})

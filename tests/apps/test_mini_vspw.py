@@ -65,6 +65,9 @@ def test_the_format_is_that_of_vspw(mini):
 def test_classes_are_spread_and_every_split_shows_all():
     assert len(CLASS_IDS) == 12 and min(CLASS_IDS.values()) == 1 and max(CLASS_IDS.values()) == 124
     assert all(VSPWDataset.CLASSES[label - 1] == name for name, label in CLASS_IDS.items())
+    colours = np.float32([[VSPWDataset.PALETTE[label - 1] for label in CLASS_IDS.values()]])
+    (lab,) = cv2.cvtColor(colours / 255, cv2.COLOR_RGB2LAB)
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > 40, 'colours can be told apart'
     for seed, (videos, _) in enumerate(SPLITS.values()):
         casts = _casts(np.random.default_rng(seed), videos)
         assert all(3 <= len(set(cast)) == len(cast) <= 6 for cast in casts)

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from mmseg.apps import video_io
-from mmseg.apps.video_io import Background, Display, FolderWriter, VideoWriter, open_source, part_of, prefetch
+from mmseg.apps.video_io import Background, Display, VideoWriter, open_source, part_of, prefetch
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.signals import Interrupted
+from mmseg.utils.visual import write_picture
 
 av = pytest.importorskip('av')
 
@@ -183,21 +184,38 @@ def test_a_picture_that_is_too_large_to_encode(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def write_stream(path, image, frames=3, fps=10, codec='libx264', size=None, matrix=6, value_range=1, tags=None):
-    """A video of one colour by PyAV itself: converted with ``matrix``, tagged with ``tags`` alone."""
-    height, width = size or image.shape[:2]
+@contextlib.contextmanager
+def stream_of(path, codec='libx264', pix_fmt='yuv420p', size=(48, 64), rotation=None, options=None, **tags):
+    """A function that adds a picture or frame to a video that PyAV itself writes."""
     with av.open(str(path), 'w') as container:
-        stream = container.add_stream(codec, rate=fps, options={'crf': '1'})
-        stream.width, stream.height, stream.pix_fmt = width, height, 'yuv420p'
-        for key, value in (tags or {}).items():
+        stream = container.add_stream(codec, rate=10, options=options or {})
+        (stream.height, stream.width), stream.pix_fmt = size, pix_fmt
+        if rotation is not None and not hasattr(stream, 'set_display_rotation'):
+            pytest.skip('this PyAV cannot write a rotation')
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for key, value in tags.items():
             setattr(stream.codec_context, key, value)
-        for _ in range(frames):
-            frame = av.VideoFrame.from_ndarray(image, format='bgr24').reformat(
+
+        def add(frame):
+            if isinstance(frame, np.ndarray):
+                frame = av.VideoFrame.from_ndarray(frame, format='bgr24')
+            container.mux(stream.encode(frame))
+
+        yield add
+        add(None)
+
+
+def write_red(path, size, matrix, value_range, tags):
+    """A red video: converted with ``matrix``, tagged with ``tags`` alone."""
+    red = np.full((*size, 3), RED, np.uint8)
+    with stream_of(path, size=size, options={'crf': '1'}, **tags) as add:
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(red, format='bgr24').reformat(
                 format='yuv420p', src_colorspace=5, dst_colorspace={6: 5}.get(matrix, matrix),
                 dst_color_range=value_range)
             frame.colorspace, frame.color_range = 2, 0
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            add(frame)
     return path
 
 
@@ -214,9 +232,7 @@ RED = [20, 30, 220]
     ((48, 64), dict(colorspace=1, color_range=2, sample_aspect_ratio=Fraction(4, 3)), 1),
 ])  # fmt: skip
 def test_colours_and_pixel_aspect_go_through(tmp_path, size, tags, matrix):
-    red = np.full((*size, 3), RED, np.uint8)
-    source = open_source(write_stream(
-        tmp_path / 'in.mp4', red, matrix=matrix, value_range=tags.get('color_range', 1), tags=tags))
+    source = open_source(write_red(tmp_path / 'in.mp4', size, matrix, tags.get('color_range', 1), tags))
     frames = list(source)
     assert np.abs(frames[0].image.astype(int) - RED).max() <= 4
     for name in ('out.mp4', 'out.mkv', 'out.webm'):
@@ -250,29 +266,12 @@ def test_pictures_become_a_tagged_video(tmp_path, size, matrix):
 
 
 def test_a_motion_jpeg_has_the_full_range(tmp_path):
-    with av.open(str(tmp_path / 'v.avi'), 'w') as container:
-        stream = container.add_stream('mjpeg', rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuvj420p'
+    with stream_of(tmp_path / 'v.avi', 'mjpeg', 'yuvj420p') as add:
         for value in (16, 235):  # black and white of the limited range
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), value, np.uint8), format='bgr24')
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            add(np.full((48, 64, 3), value, np.uint8))
     source = open_source(tmp_path / 'v.avi')
     assert source.display.value_range == 2
     assert [frame.image.mean() for frame in source] == pytest.approx([16, 235], abs=4)
-
-
-def test_the_pixels_of_a_turned_video_are_turned(tmp_path):
-    with av.open(str(tmp_path / 'phone.mp4'), 'w') as container:
-        stream = container.add_stream('libx264', rate=10)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, 'yuv420p'
-        if not hasattr(stream, 'set_display_rotation'):
-            pytest.skip('this PyAV cannot write a rotation')
-        stream.set_display_rotation(90)
-        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(0), format='bgr24')))
-        container.mux(stream.encode(None))
-    assert open_source(tmp_path / 'phone.mp4').display == Display(Fraction(3, 4), 6)
 
 
 def test_cover_art_is_no_video(tmp_path):
@@ -316,18 +315,12 @@ def test_times_that_do_not_rise_are_moved(tmp_path):
 
 @pytest.mark.parametrize('rotation', [90, -90, 180])
 def test_a_turned_video_stands_upright(tmp_path, rotation):
-    with av.open(str(tmp_path / 'phone.mp4'), 'w') as container:
-        stream = container.add_stream('libx264', rate=10)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, 'yuv420p'
-        if not hasattr(stream, 'set_display_rotation'):
-            pytest.skip('this PyAV cannot write a rotation')
-        stream.set_display_rotation(rotation)
+    with stream_of(tmp_path / 'phone.mp4', rotation=rotation, sample_aspect_ratio=Fraction(4, 3)) as add:
         for _ in range(3):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(0), format='bgr24')))
-        container.mux(stream.encode(None))
-    image = next(iter(open_source(tmp_path / 'phone.mp4'))).image
-    stored = picture(0)
-    assert np.abs(image.astype(int) - np.rot90(stored, rotation // 90)).mean() < 4
+            add(picture(0))
+    source = open_source(tmp_path / 'phone.mp4')
+    assert np.abs(next(iter(source)).image.astype(int) - np.rot90(picture(0), rotation // 90)).mean() < 4
+    assert source.display == Display(Fraction(4, 3) if rotation == 180 else Fraction(3, 4), 6)
 
 
 def write_frames(folder, names, size=(20, 30)):
@@ -361,9 +354,8 @@ def test_frames_have_names_of_their_own(tmp_path, names, want):
     source = open_source(f'{tmp_path}/*/*.png' if '/' in names[0] else tmp_path)
     frames = list(source)
     assert [frame.name for frame in frames] == want
-    writer = FolderWriter(tmp_path / 'out', '.png')
     for frame in frames:
-        writer.write(frame.image, frame.name)
+        write_picture(tmp_path / 'out' / f'{frame.name}.png', frame.image)
     assert sum(len(files) for _, _, files in os.walk(tmp_path / 'out')) == len(names)
 
 
@@ -412,12 +404,9 @@ def test_broken_images_are_named_and_keep_their_time(tmp_path, caplog):
 
 def test_a_damaged_video_goes_on_after_the_damage(tmp_path):
     path = tmp_path / 'v.mkv'
-    with av.open(str(path), 'w') as container:
-        stream = container.add_stream('mjpeg', rate=10)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, 'yuvj420p'
+    with stream_of(path, 'mjpeg', 'yuvj420p') as add:
         for i in range(10):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i), format='bgr24')))
-        container.mux(stream.encode(None))
+            add(picture(i))
     data = bytearray(path.read_bytes())
     start = [i for i in range(len(data) - 1) if data[i : i + 2] == b'\xff\xd8'][4]
     end = data.index(b'\xff\xd9', start)
@@ -571,18 +560,25 @@ def test_background_keeps_order_and_raises_what_went_wrong():
     thread.close()
     assert done == list(range(50))
 
-    def fail(_):
+    tried, gate = [], threading.Event()
+
+    def fail(item):
+        gate.wait(5)
+        tried.append(item)
         raise OSError('disk full')
 
+    thread = Background(fail, 2)
+    for i in range(2):
+        thread.put(i)
+    gate.set()
+    with pytest.raises(OSError, match='disk full'):
+        thread.close()
+    assert tried == [0], 'later items are dropped'
     thread = Background(fail, 2)
     with pytest.raises(OSError, match='disk full'):
         for i in range(1000):
             thread.put(i)
     thread.close()
-    thread = Background(fail, 2)
-    thread.put(1)
-    with pytest.raises(OSError, match='disk full'):
-        thread.close()
 
 
 def test_without_av_the_message_says_what_to_install(monkeypatch, tmp_path):

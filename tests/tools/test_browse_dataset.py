@@ -53,8 +53,8 @@ def test_unknown_video(config, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('place,what', [
-    ('data', 'the data set'), ('data/data/v1/origin', "the folder of frames of video 'v1'"),
-    ('link', "the folder of masks of video 'v1'"), ('data/val.txt/x', 'Not a directory')])
+    ('data', 'the data set'), ('data/data/v1/origin', "the folder of the frames of 'v1'"),
+    ('link', "the folder of the masks of 'v1'"), ('data/val.txt/x', 'Not a directory')])
 def test_sheets_do_not_lie_among_the_frames(config, monkeypatch, capsys, place, what):
     link = config.parent / 'link'
     if not link.exists():

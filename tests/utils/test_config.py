@@ -22,8 +22,8 @@ from mmseg.core.optimizer import check_optimizer
 from mmseg.datasets import build_dataset
 from mmseg.models import build_segmentor
 from mmseg.registry import check_arguments
+from mmseg.utils.cli import ArgumentParser
 from mmseg.utils.errors import ConfigError
-from mmseg.utils.launcher import ArgumentParser
 from tests.vspw_fixture import write_vspw
 
 CONFIGS = Path(__file__).parents[2] / 'local_configs' / 'themask'

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from mmseg.utils.cli import INTERRUPTED, run_all, run_tool
+from mmseg.utils.cli import INTERRUPTED, ArgumentParser, run_all, run_tool
 from mmseg.utils.console import table_console
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import read_lines, refuse_overwriting
 from mmseg.utils.images import read_frame, read_mask
-from mmseg.utils.launcher import ArgumentParser
 from mmseg.utils.names import natural_key, some
 from mmseg.utils.signals import Interruption, leave_signals_to_the_parent
 
