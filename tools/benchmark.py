@@ -163,7 +163,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         predicted += step()
 
     precision = Precision(device, args.dtype)
-    with torch.no_grad(), precision.autocast():
+    with torch.no_grad(), precision.evaluation(model):
         measure(counted, 0, args.warmup, device)
         predicted = 0
         seconds = measure(counted, args.rounds, 0, device)
