@@ -239,9 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.case:
         case = Case(**json.loads(args.case))
-        with speed.one_test(case.work):
-            rows = measure(args, case)
-        print(json.dumps(rows))
+        print(json.dumps(measure(args, case)))
         return
     if args.device == 'cuda' and not torch.cuda.is_available():
         sys.exit('error: this machine has no GPU that torch can use')

@@ -13,8 +13,6 @@ Parts:
 * post: scores at stride 4 to label maps.
 * linear: linear layers of the model alone, BLAS beside what the model uses, in float32 and bfloat16.
 * attention: attention alone, torch's own beside what the model uses, in float32 and bfloat16.
-* norm: a residual sum, its LayerNorm and the cast for the next product, likewise; in the evaluation both of a sum have
-  the type of products.
 
 Both arms compute the same thing (``benchmarks/plain.py``, ``tests/test_plain.py``).  They run in turns in one process,
 so that both meet the same disturbances, and medians are compared.  The peak memory of an arm is measured in a process
@@ -50,11 +48,9 @@ from benchmarks import plain
 from mmseg.config import load_config
 from mmseg.core import build_optimizer
 from mmseg.datasets.pipelines.compose import Compose
-from mmseg.kernels.attention import attention
-from mmseg.kernels.autocast import weights_cast_once
+from mmseg.kernels.half import low_copies
 from mmseg.kernels.label_map import ScoreView, label_map, resize_matrix
-from mmseg.kernels.linear import linear
-from mmseg.kernels.norm import post_norm_and_cast, pre_norm
+from mmseg.kernels.layers import attention, linear
 from mmseg.models import EncoderDecoder, build_segmentor
 from mmseg.models.losses import THEMaskCriterion
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
@@ -62,9 +58,8 @@ from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
 ARMS = ('plain', 'ours')
 CLASSES = 124
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
-PARTS = ('eval', 'train', 'data', 'post', 'linear', 'attention', 'norm')
+PARTS = ('eval', 'train', 'data', 'post', 'linear', 'attention')
 Run = Callable[[], Any]
-Order = Callable[[nn.LayerNorm, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -135,31 +130,15 @@ def eval_cases(args: argparse.Namespace) -> Iterator[Case]:
             yield Case(f'eval {args.backbone} T={frames} {height}x{width} {precision}{end}', make)
 
 
-@contextlib.contextmanager
-def one_test(part: str) -> Iterator[None]:
-    """Evaluations in this context keep cast weights from call to call, as a test does, which none changes.
-
-    A test runs all its clips inside one autocast.  Here it is on during a call alone, but never the outermost one, at
-    whose end it would forget them.
-    """
-    if part != 'eval':
-        yield
-        return
-    torch.autocast_increment_nesting()
-    try:
-        with weights_cast_once():
-            yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-
-
 def eval_run(model: EncoderDecoder, clip: Tensor, size: tuple[int, int], low: bool = False) -> Run:
-    """Frames to label maps of ``size``, in bfloat16 where ``low``."""
-    precision = torch.autocast(clip.device.type, torch.bfloat16, enabled=low)
+    """Frames to label maps of ``size``, in bfloat16 where ``low``; weights are cast once, as in a test."""
+    copies = contextlib.ExitStack()
+    if low:
+        copies.enter_context(low_copies(model, torch.bfloat16))
 
     def run() -> Tensor:
-        with torch.inference_mode(), precision:
+        assert copies is not None  # kept as long as the model
+        with torch.inference_mode(), torch.autocast(clip.device.type, torch.bfloat16, enabled=low):
             return model.predict([clip], [None], size)
 
     return run
@@ -328,37 +307,11 @@ def attention_cases(args: argparse.Namespace) -> Iterator[Case]:
             yield Case(f'attention {heads} x {queries} to {keys}, {name}', make)
 
 
-def norm_cases(args: argparse.Namespace) -> Iterator[Case]:
-    """The encoder's layers, post-norm, and MiT-b1's first two stages, pre-norm, on a 480x864 frame."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for order, tokens, channels in ((post_norm_and_cast, 8505, 256), (pre_norm, 25920, 64), (pre_norm, 6480, 128)):
-
-            def make(
-                arm: str, order: Order = order, tokens: int = tokens, channels: int = channels,
-                dtype: torch.dtype = dtype,
-            ) -> Run:
-                x, branch = torch.randn(2, 1, tokens, channels, device=args.device, dtype=dtype)
-                norm = nn.LayerNorm(channels).to(args.device)
-
-                def run() -> Any:
-                    with torch.inference_mode(), torch.autocast(args.device, enabled=dtype == torch.bfloat16):
-                        if arm != 'plain':
-                            return order(norm, x, branch)
-                        total = x + branch
-                        normed = norm(total)
-                        return total if order is pre_norm else normed, normed.to(dtype)
-
-                return run
-
-            name = order.__name__.partition('_and')[0]
-            yield Case(f'{name} {tokens} x {channels}, {str(dtype).removeprefix("torch.")}', make)
-
-
 def cases_of(args: argparse.Namespace, part: str) -> list[Case]:
     """The rows of one part."""
     cases = {
         'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'post': post_cases, 'linear': linear_cases,
-        'attention': attention_cases, 'norm': norm_cases,
+        'attention': attention_cases,
     }  # fmt: skip
     return list(cases[part](args))
 
@@ -479,16 +432,14 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     if args.peak_of:
         part, index, arm = args.peak_of
-        with one_test(part):
-            print(own_peak(cases_of(for_part(args, part), part)[int(index)].make(arm), args.device))
+        print(own_peak(cases_of(for_part(args, part), part)[int(index)].make(arm), args.device))
         return
     print(describe(args))
     print(f'{"":56s}{"plain":>10s}{"ours":>10s}{"ratio":>8s}{"plain":>10s}{"ours":>10s}{"share":>8s}')
     rows = []
     for part in args.part:
         for index, case in enumerate(cases_of(for_part(args, part), part)):
-            with one_test(part):
-                times = time_arms(case, args.rounds, args.device)
+            times = time_arms(case, args.rounds, args.device)
             peaks = {arm: None if args.no_peaks else peak_in_fresh_process(part, index, arm, arguments) for arm in ARMS}
             gc.collect()
             row = {'name': case.name, 'plain_ms': times['plain'], 'ours_ms': times['ours']}

@@ -158,7 +158,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         step = random_step(model, args, frames, device)
     idle = peak_memory(device)
     precision = Precision(device, args.dtype)
-    with torch.no_grad(), precision.autocast():
+    with torch.no_grad(), precision.evaluation(model):
         seconds, predicted = measure(step, args.rounds, args.warmup, device)
     low, median, high = np.percentile(seconds, (10, 50, 90))
     return {

@@ -169,7 +169,7 @@ def test(args: argparse.Namespace, cfg: Config, device: torch.device, interrupti
     outcome = stream_test(
         model, dataset, loader, device=device, metrics=metrics, evaluate=metrics is not None,
         sinks=[*sinks, page] if page else sinks,
-        autocast=Precision.from_config(cfg, device).autocast, gather=gather, interruption=interruption)
+        autocast=lambda: Precision.from_config(cfg, device).evaluation(model), gather=gather, interruption=interruption)
     main_process, results = is_main_process(), outcome.results
     steps: list[Callable[[], object]] = []
     if main_process:

@@ -89,7 +89,7 @@ def inference_segmentor(model: EncoderDecoder, frames: Sequence[Frame]) -> list[
     views = _test_pipeline(model)({'frames': loaded})
     item = {key: value if isinstance(value, list) else [value] for key, value in views.items()}
     device = next(model.parameters()).device
-    with Precision.from_config(model.cfg, device).autocast():
+    with Precision.from_config(model.cfg, device).evaluation(model):
         return list(predict_item(model, item, device))
 
 

@@ -402,13 +402,13 @@ def _register_evaluation(runner: IterBasedRunner, cfg: Config) -> None:
     if isinstance(best, str) and best != 'auto' and best not in figures:
         raise ConfigError(f"evaluation.save_best: no figure '{best}'{nearest(best, figures)}")
     assert runner.precision is not None
-    autocast = runner.precision.autocast
+    evaluation = runner.precision.evaluation
 
     def evaluate(model: nn.Module) -> Mapping[str, float]:
         metrics = metrics_for(dataset, names)
         return run_test(
-            model, dataset, loader, device=runner.device, metrics=metrics, autocast=autocast, gather=gather,
-            interruption=runner.interruption, interrupted_together=True)
+            model, dataset, loader, device=runner.device, metrics=metrics, gather=gather,
+            autocast=lambda: evaluation(model), interruption=runner.interruption, interrupted_together=True)
 
     runner.register_hook(EvalHook(evaluate, **options), where='evaluation')
 

@@ -9,6 +9,7 @@ of itself and past frames.  What the model computes for a frame alone is compute
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -160,7 +161,7 @@ class VideoSegmenter:
         if self.clip_len == 1:
             self.stride = 1
         self._device = next(model.parameters()).device
-        self._autocast: Callable[[], contextlib.AbstractContextManager[Any]] = Precision(self._device, dtype).autocast
+        self._evaluation = functools.partial(Precision(self._device, dtype).evaluation, model)
         self._pipeline = Compose(model.cfg.data.test.pipeline)
         self._whole = model.inference.mode == 'whole'
 
@@ -223,7 +224,7 @@ class VideoSegmenter:
     @torch.no_grad()
     def _scores(self, clip: Sequence[_Slot]) -> list[Tensor]:
         """For every view the scores ``[T, K, h, w]`` of a clip."""
-        with self._autocast():
+        with self._evaluation():
             if not self._whole:
                 views = [torch.stack(view).to(self._device)[None] for view in zip(*(slot.views for slot in clip))]
                 return [self.model.scores(view)[0] for view in views]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mmseg.kernels.autocast import cpu_computes_in, weights_cast_once
+from mmseg.kernels.half import cpu_computes_in, low_copies
 from mmseg.registry import check_arguments
 from mmseg.utils.arguments import Factor, fits
 from mmseg.utils.errors import ConfigError, nearest
@@ -116,11 +116,18 @@ class Precision:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """The context for the forward pass; no weight changes in it."""
+        """The context for a forward pass."""
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype) if enabled else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def evaluation(self, model: torch.nn.Module) -> Iterator[None]:
+        """The context for forward passes without gradients: weights of products are cast once while it lasts."""
         if self.dtype == torch.float32:
             yield
             return
-        with torch.autocast(self.device.type, dtype=self.dtype), weights_cast_once():
+        with low_copies(model, self.dtype), self.autocast():
             yield
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -1,11 +1,11 @@
-"""The convolutions of all parts, and what the CPU does otherwise than torch's own: an activation, weights' gradients.
+"""Convolutions that keep the size of a map, and what the CPU does otherwise than torch's own: activations, gradients.
 
 Without gradients oneDNN applies an activation to what it has just summed up, before it is written
 (``torch.ops.mkldnn._convolution_pointwise``, made for torch's compiler): one pass over memory less, the same numbers.
 
-In training on a CPU with AVX2 alone, BLAS makes the gradient of the weights.  It is one matrix product for each tap of
-the kernel, of what came back with the input moved by the tap.  oneDNN computes it at its full rate with AVX-512, but
-with AVX2 at a third of it, while BLAS keeps its rate (``python -m benchmarks.speed --part train``).
+In training on a CPU with AVX2 alone, BLAS makes the gradient of the weights: one matrix product for each tap of the
+kernel.  oneDNN computes it at its full rate with AVX-512, but with AVX2 at a third of it (``python -m benchmarks.speed
+--part train``).
 """
 
 from __future__ import annotations
@@ -15,30 +15,17 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from mmseg.kernels.autocast import cast_weight, cpu_computes_in, product_dtype
+from mmseg.kernels.half import cpu_computes_in, product_dtype
 
 Activation = Literal['relu', 'gelu']
 
 
-class Conv2d(nn.Conv2d):
-    """``torch.nn.Conv2d`` with weights that are cast once while none changes; the same parameters and names."""
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        bias = bias if bias is None else cast_weight(bias, x)
-        return super()._conv_forward(x, cast_weight(weight, x), bias)
-
-    def then(self, activation: Activation, x: Tensor) -> Tensor:
-        """The activation of what the layer makes of ``x``; for layers of stride 1 that keep the size of the map."""
-        bias = self.bias if self.bias is None else cast_weight(self.bias, x)
-        return convolve(x, cast_weight(self.weight, x), bias, activation)
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> Tensor:
-    """``F.conv2d`` of stride 1 between zeros, which keeps the size of the map; the same sums, also in backward.
+    """``F.conv2d`` of stride 1 with zero padding that keeps the size of the map; the same sums, also in backward.
 
     Args:
         x: ``[N, C, H, W]``, fastest in channels-last.
@@ -51,14 +38,19 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: 
     """
     groups = x.shape[1] // weight.shape[1]
     padding = weight.shape[2] // 2
-    if activation is None:
-        return _convolve(x, weight, bias, padding, groups)
-    if not _fuses(x):
-        return activate(_convolve(x, weight, bias, padding, groups), activation)
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return activate(F.conv2d(x, weight, bias, padding=padding, groups=groups), activation)
     dtype = product_dtype(x)
-    return torch.ops.mkldnn._convolution_pointwise(
-        x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), [padding] * 2, [1, 1], [1, 1], groups,
-        activation, [], 'none')
+    if activation and not torch.is_grad_enabled() and dtype in _fused_types():
+        return torch.ops.mkldnn._convolution_pointwise(
+            x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), [padding] * 2, [1, 1], [1, 1],
+            groups, activation, [], 'none')
+    own_gradient = (
+        torch.is_grad_enabled() and groups == 1 and x.dtype == weight.dtype == dtype == torch.float32
+        and torch.backends.cpu.get_cpu_capability() != 'AVX512')  # fmt: skip
+    if own_gradient:
+        return activate(_Convolution.apply(x, weight, bias), activation)
+    return activate(F.conv2d(x, weight, bias, padding=padding, groups=groups), activation)
 
 
 def activate(x: Tensor, activation: Activation | None) -> Tensor:
@@ -68,38 +60,16 @@ def activate(x: Tensor, activation: Activation | None) -> Tensor:
     return F.gelu(x) if activation == 'gelu' else x
 
 
-def _fuses(x: Tensor) -> bool:
-    """Whether oneDNN can apply the activation itself."""
-    return (
-        not torch.is_grad_enabled()
-        and x.device.type == 'cpu'
-        and not torch.compiler.is_compiling()
-        and product_dtype(x) in _fused_types()
-    )
-
-
 @functools.cache
 def _fused_types() -> tuple[torch.dtype, ...]:
+    """Types in which oneDNN applies an activation itself."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, '_convolution_pointwise'):
         return ()
     return tuple(dtype for dtype in (torch.float32, torch.bfloat16) if cpu_computes_in(dtype))
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, groups: int) -> Tensor:
-    if (
-        groups == 1
-        and torch.is_grad_enabled()
-        and x.device.type == 'cpu'
-        and not torch.compiler.is_compiling()
-        and torch.backends.cpu.get_cpu_capability() != 'AVX512'
-        and x.dtype == weight.dtype == product_dtype(x) == torch.float32
-    ):
-        return _Convolution.apply(x, weight, bias)
-    return F.conv2d(x, weight, bias, padding=padding, groups=groups)
-
-
 class _Convolution(torch.autograd.Function):
-    """:func:`convolve` with a backward pass of its own."""
+    """A convolution with a backward pass of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

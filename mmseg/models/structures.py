@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmseg.kernels.linear import linear
+from mmseg.kernels.layers import products
 
 IGNORE_INDEX = 255
 
@@ -28,15 +28,10 @@ def mask_logits(embedding: Tensor, features: Tensor) -> Tensor:
     Returns:
         ``[N, Q, T, h, w]``; each map is contiguous.
     """
-    num, frames = features.shape[:2]
     if embedding.dim() == 3:
-        embedding = embedding[:, None].expand(-1, frames, -1, -1)
+        embedding = embedding[:, None].expand(-1, features.shape[1], -1, -1)
     pixels = features.to(embedding.dtype).flatten(3).transpose(2, 3)  # under autocast they may differ
-    if features.device.type == 'cpu':  # frame by frame, through the library that is fastest there
-        factors = zip(embedding.flatten(0, 1), pixels.flatten(0, 1))
-        masks = torch.stack([linear(*pair) for pair in factors]).unflatten(0, (num, frames))
-    else:
-        masks = embedding @ pixels.transpose(2, 3)
+    masks = products(embedding, pixels)
     return masks.unflatten(3, features.shape[3:]).transpose(1, 2)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseg.kernels import cpu_native
-from mmseg.kernels.attention import attention
+from mmseg.kernels.layers import attention
 from mmseg.kernels.native import BuildError
 from tests.kernels.sanitize import run_sanitized
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mmseg.kernels import convolution
 from mmseg.kernels.convolution import convolve
+from mmseg.kernels.layers import Conv2d
 
 
 @pytest.fixture
@@ -80,8 +81,28 @@ def activations(monkeypatch):
     """The activations that were made behind a convolution, not by it."""
     made = []
     activate = convolution.activate
-    monkeypatch.setattr(convolution, 'activate', lambda x, name: made.append(name) or activate(x, name))
+    monkeypatch.setattr(convolution, 'activate',
+        lambda x, name: (made.append(name) if name else None) or activate(x, name))
     return made
+
+
+def layers(activation, side, groups, dtype=torch.float32):
+    """Our layer with an activation, and torch's without, with the same weights."""
+    ours = Conv2d(16, 16, side, padding=side // 2, groups=groups, activation=activation).to(dtype)
+    stock = torch.nn.Conv2d(16, 16, side, padding=side // 2, groups=groups).to(dtype)
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+@pytest.mark.parametrize('options', [dict(kernel_size=3, stride=2, padding=1), dict(kernel_size=3, padding=0),
+                                     dict(kernel_size=3, padding=1, dilation=2), dict(kernel_size=2, padding=1),
+                                     dict(kernel_size=3, padding=1, groups=4)])
+def test_layers_of_other_shapes_are_torchs(own_backward, options):
+    ours, stock = Conv2d(8, 8, activation='relu', **options), torch.nn.Conv2d(8, 8, **options)
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 8, 9, 7)
+    torch.testing.assert_close(ours(x), F.relu(stock(x)))
+    assert not own_backward
 
 
 @pytest.mark.skipif(not FUSED, reason='no oneDNN here')
@@ -92,9 +113,9 @@ def activations(monkeypatch):
 def test_an_activation_is_made_by_the_convolution(activations, dtype, side, groups, activation):
     torch.manual_seed(0)
     x = torch.randn(2, 16, 9, 7, dtype=dtype).to(memory_format=torch.channels_last)
-    layer = convolution.Conv2d(16, 16, side, padding=side // 2, groups=groups).to(dtype)
+    layer, stock = layers(activation, side, groups, dtype)
     with torch.no_grad():
-        out, plain = layer.then(activation, x), getattr(F, activation)(layer(x))
+        out, plain = layer(x), getattr(F, activation)(stock(x))
     assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last) and not activations
     if activation == 'relu':
         assert torch.equal(out, plain)
@@ -108,23 +129,22 @@ def test_an_activation_is_made_by_the_convolution(activations, dtype, side, grou
 def test_elsewhere_an_activation_follows_the_convolution(activations, own_backward, groups, activation):
     """With gradients, in types that oneDNN does not know, and off the CPU."""
     torch.manual_seed(0)
-    layer, x = convolution.Conv2d(16, 16, 3, padding=1, groups=groups), torch.randn(2, 16, 9, 7)
-    leaves = [x.requires_grad_(), *layer.parameters()]
+    (layer, stock), x = layers(activation, 3, groups), torch.randn(2, 16, 9, 7).requires_grad_()
     for ours, theirs in zip(*(
-        [out, *torch.autograd.grad(out.sin().sum(), leaves)]
-        for out in (layer.then(activation, x), getattr(F, activation)(layer(x)))
+        [out, *torch.autograd.grad(out.sin().sum(), [x, *one.parameters()])]
+        for one, out in ((layer, layer(x)), (stock, getattr(F, activation)(stock(x))))
     )):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        assert layer.to('meta').then(activation, x.to('meta')).shape == x.shape
-        layer = convolution.Conv2d(16, 16, 3, padding=1, groups=groups).double()
-        assert torch.equal(layer.then(activation, x.double()), getattr(F, activation)(layer(x.double())))
+        assert layer.to('meta')(x.to('meta')).shape == x.shape
+        layer, stock = layers(activation, 3, groups, torch.float64)
+        assert torch.equal(layer(x.double()), getattr(F, activation)(stock(x.double())))
     assert activations == [activation] * 3
 
 
 @pytest.mark.skipif(torch.bfloat16 not in FUSED, reason='no bfloat16 in oneDNN here')
 def test_autocast_reaches_the_convolution_with_an_activation(activations):
-    layer, x = convolution.Conv2d(16, 16, 3, padding=1), torch.randn(2, 16, 9, 7)
+    (layer, stock), x = layers('relu', 3, 1), torch.randn(2, 16, 9, 7)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        out = layer.then('relu', x)
-        assert torch.equal(out, F.relu(layer(x))) and out.dtype == torch.bfloat16 and not activations
+        out = layer(x)
+        assert torch.equal(out, F.relu(stock(x))) and out.dtype == torch.bfloat16 and not activations

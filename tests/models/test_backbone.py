@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mmseg.models.backbones import VARIANTS, MixTransformer, mit, mit_b0
+from mmseg.models.backbones import VARIANTS, MixTransformer, mit_b0
 from mmseg.registry import BACKBONES, build
 from mmseg.utils.errors import ConfigError
 from tests.reference import recipe
@@ -114,14 +114,3 @@ def test_start_values():
     assert depthwise.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.05)
     assert model.patch_embed4.proj.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.05)
     assert not any(p.any() for n, p in model.named_parameters() if n.endswith('bias'))
-
-
-def test_inputs_of_attention_that_are_cast_once_give_the_same_numbers(monkeypatch):
-    torch.manual_seed(0)
-    attention, x = mit.Attention(8, 2, 2).eval(), torch.randn(1, 4, 6, 8)
-    results = []
-    for cast in (mit.cast_once, lambda x: x):
-        monkeypatch.setattr(mit, 'cast_once', cast)
-        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-            results.append(attention(x))
-    assert torch.equal(*results) and results[0].dtype == torch.bfloat16

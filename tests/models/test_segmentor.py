@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmseg.config import load_config
 from mmseg.core.precision import Precision
+from mmseg.kernels.half import ProductLayer
 from mmseg.models import build_segmentor
 from mmseg.utils.errors import CheckpointError, ConfigError
 from tests.reference import recipe
@@ -141,7 +142,7 @@ class CastsOf(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        layers = [module for module in model.modules() if not isinstance(module, torch.nn.Embedding)]
+        layers = [module for module in model.modules() if isinstance(module, ProductLayer)]
         weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
         self.storages = {weight.untyped_storage().data_ptr() for weight in weights}
         self.shapes = []
@@ -158,7 +159,7 @@ def test_a_second_clip_casts_no_weight(tiny, frozen, monkeypatch):
     monkeypatch.setattr('mmseg.core.precision.cpu_computes_in', lambda dtype: True)
     model = copy.deepcopy(tiny).requires_grad_(not frozen)
     clip = frames(2, 1)
-    with torch.no_grad(), Precision(torch.device('cpu'), 'bfloat16').autocast():
+    with torch.no_grad(), Precision(torch.device('cpu'), 'bfloat16').evaluation(model):
         with CastsOf(model) as casts:
             first = model.scores(clip)
         assert len(casts.shapes) > 20

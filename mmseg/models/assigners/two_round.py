@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mmseg.kernels.linear import linear
+from mmseg.kernels.layers import linear
 from mmseg.models.assigners.costs import classification_cost, dice_cost, mask_cost
 from mmseg.models.losses import point_sampling
 from mmseg.models.structures import ClipTarget, MaskPrediction, Match

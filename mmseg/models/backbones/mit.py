@@ -13,11 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseg.kernels.attention import attention
-from mmseg.kernels.autocast import cast_once
-from mmseg.kernels.convolution import Conv2d
-from mmseg.kernels.linear import Linear
-from mmseg.kernels.norm import pre_norm
+from mmseg.kernels.layers import Conv2d, LayerNorm, Linear, attention
 from mmseg.models.init import init_transformer_
 from mmseg.registry import BACKBONES, register_variant, retired
 from mmseg.utils.arguments import Count, Factor, Share
@@ -52,11 +48,11 @@ class OverlapPatchEmbed(nn.Module):
     def __init__(self, in_channels: int, channels: int, kernel_size: int, stride: int) -> None:
         super().__init__()
         self.proj = Conv2d(in_channels, channels, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C_in]`` -> ``[N, ceil(H / stride), ceil(W / stride), C]``."""
-        return pre_norm(self.norm, _convolve(self.proj, x))[1]
+        return self.norm(_convolve(self.proj, x))
 
 
 class Attention(nn.Module):
@@ -73,13 +69,12 @@ class Attention(nn.Module):
         self.sr_ratio = sr_ratio
         if sr_ratio > 1:
             self.sr = Conv2d(channels, channels, sr_ratio, sr_ratio)
-            self.norm = nn.LayerNorm(channels)
+            self.norm = LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""
         n, _, _, channels = x.shape
-        x = cast_once(x)
-        source = pre_norm(self.norm, _convolve(self.sr, x))[1] if self.sr_ratio > 1 else x
+        source = self.norm(_convolve(self.sr, x)) if self.sr_ratio > 1 else x
         query = self.q(x).view(n, -1, self.num_heads, channels // self.num_heads).transpose(1, 2)
         key, value = self.kv(source).view(n, -1, 2, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
         attended = attention(query, key, value)
@@ -91,11 +86,11 @@ class DepthwiseConv(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.dwconv = Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.dwconv = Conv2d(channels, channels, 3, padding=1, groups=channels, activation='gelu')
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""
-        return self.dwconv.then('gelu', x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return _convolve(self.dwconv, x)
 
 
 class MixFFN(nn.Module):
@@ -117,15 +112,15 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, num_heads: int, sr_ratio: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=_NORM_EPS)
+        self.norm1 = LayerNorm(channels, eps=_NORM_EPS)
         self.attn = Attention(channels, num_heads, sr_ratio)
-        self.norm2 = nn.LayerNorm(channels, eps=_NORM_EPS)
+        self.norm2 = LayerNorm(channels, eps=_NORM_EPS)
         self.mlp = MixFFN(channels, int(channels * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, H, W, C]`` -> the same shape."""
-        x, normed = pre_norm(self.norm2, x, self.drop_path(self.attn(pre_norm(self.norm1, x)[1])))
+        x, normed = self.norm2.add(x, self.drop_path(self.attn(self.norm1(x))))
         return x + self.drop_path(self.mlp(normed))
 
 
@@ -180,7 +175,7 @@ class MixTransformer(nn.Module):
             # The names that checkpoints use; a list of stages would rename every tensor.
             setattr(self, f'patch_embed{stage + 1}', OverlapPatchEmbed(in_channels, channels, *patch))
             setattr(self, f'block{stage + 1}', nn.ModuleList(blocks))
-            setattr(self, f'norm{stage + 1}', nn.LayerNorm(channels, eps=_NORM_EPS))
+            setattr(self, f'norm{stage + 1}', LayerNorm(channels, eps=_NORM_EPS))
             in_channels = channels
         init_transformer_(self)
 
@@ -195,7 +190,7 @@ class MixTransformer(nn.Module):
                     x = checkpoint(block, x, use_reentrant=False)
                 else:
                     x = block(x)
-            x = pre_norm(getattr(self, f'norm{stage}'), x)[1]
+            x = getattr(self, f'norm{stage}')(x)
             maps.append(x.permute(0, 3, 1, 2))
         return maps
 

@@ -12,12 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from mmseg.kernels.attention import attention
-from mmseg.kernels.autocast import cast_weight
-from mmseg.kernels.linear import Linear, linear
+from mmseg.kernels.half import ProductLayer
+from mmseg.kernels.layers import Linear, attention, linear
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(ProductLayer):
     """Scaled dot-product attention of several heads with separate inputs for queries, keys and values.
 
     Args:
@@ -28,6 +27,8 @@ class MultiHeadAttention(nn.Module):
     Raises:
         ValueError: ``embed_dim`` is no multiple of ``num_heads``.
     """
+
+    product_weights = ('in_proj_weight', 'in_proj_bias')
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class MultiHeadAttention(nn.Module):
 
     def _project(self, *inputs: Tensor) -> list[Tensor]:
         """The three inputs as ``[N, heads, L, C / heads]``."""
-        weights, biases = (cast_weight(each, inputs[0]).chunk(3) for each in (self.in_proj_weight, self.in_proj_bias))
+        weights, biases = (each.chunk(3) for each in self.weights_for(inputs[0]) if each is not None)
         return [
             linear(x, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for x, weight, bias in zip(inputs, weights, biases)
@@ -133,7 +134,7 @@ class FeedForwardLayer(nn.Module):
 
     def __init__(self, channels: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.linear1 = Linear(channels, hidden)
+        self.linear1 = Linear(channels, hidden, activation='relu')
         self.linear2 = Linear(hidden, channels)
         self.norm = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
@@ -142,7 +143,7 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` is ``[N, Q, C]``; the shape is kept."""
-        return self.norm(x + self.dropout(self.linear2(self.dropout(self.linear1(x, activation='relu')))))
+        return self.norm(x + self.dropout(self.linear2(self.dropout(self.linear1(x)))))
 
 
 class MLP(nn.Module):
@@ -154,11 +155,10 @@ class MLP(nn.Module):
 
     def __init__(self, *channels: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(channels))
+        last = len(channels) - 2
+        self.layers = nn.Sequential(*(
+            Linear(a, b, activation='relu' if i < last else None) for i, (a, b) in enumerate(pairwise(channels))))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., channels[0]]`` to ``[..., channels[-1]]``."""
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = layer(x, activation='relu')
-        return last(x)
+        return self.layers(x)

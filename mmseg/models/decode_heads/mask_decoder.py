@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmseg.kernels.autocast import cast_once, cast_weight
-from mmseg.kernels.convolution import Conv2d
-from mmseg.kernels.linear import Linear
+from mmseg.kernels.layers import Conv2d, Linear
 from mmseg.models.decode_heads.layers import (
     MLP,
     CrossAttentionLayer,
@@ -233,7 +231,7 @@ class MaskDecoder(nn.Module):
             x = self.input_proj[level](x)
         batch = len(x) // num_frames
         channels, height, width = x.shape[1:]
-        level_embed = cast_weight(self.level_embed.weight, x)[level].to(x.dtype)
+        level_embed = self.level_embed.weight[level].to(x.dtype)
         values = (x.flatten(2).transpose(1, 2) + level_embed).contiguous()
         if self.temporal is None:
             values = values.reshape(batch, -1, channels)
@@ -243,7 +241,7 @@ class MaskDecoder(nn.Module):
             # Within one frame the frame part of the position adds the same to every score: softmax does not see it.
             position = sine_position_2d(height, width, channels, x.device, values.dtype).flatten(1).T
         resized = F.interpolate(mask_features, (height, width), mode='bilinear', align_corners=False)
-        return Memory(cast_once(values + position), cast_once(values), resized.unflatten(0, (batch, num_frames)))
+        return Memory(values + position, values, resized.unflatten(0, (batch, num_frames)))
 
     @torch.no_grad()
     def _attention_mask(self, embedding: Tensor, mask_features: Tensor) -> Tensor:

@@ -14,12 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmseg.kernels.autocast import cast_once, cast_weight
-from mmseg.kernels.convolution import Conv2d, convolve
-from mmseg.kernels.linear import Linear
+from mmseg.kernels.layers import Conv2d, LayerNorm, Linear, chunked
 from mmseg.kernels.ms_deform_attn import ms_deform_attn_fused, without_autocast
-from mmseg.kernels.norm import post_norm, post_norm_and_cast
-from mmseg.kernels.pieces import by_pieces
 from mmseg.models.decode_heads.position_encoding import pixel_centres, sine_position_2d
 from mmseg.models.init import init_kaiming_, init_xavier_, zero_bias_
 from mmseg.registry import PIXEL_DECODERS, retired
@@ -45,7 +41,7 @@ class ConvNorm(Conv2d):
 
     def convolve(self, x: Tensor) -> Tensor:
         """The convolution alone."""
-        return convolve(x, cast_weight(self.weight, x))
+        return super().forward(x)
 
 
 class MSDeformAttn(nn.Module):
@@ -97,7 +93,6 @@ class MSDeformAttn(nn.Module):
             ``[N, Q, C]``.
         """
         n, queries, channels = query.shape
-        query = cast_once(query)
         points = (self.num_heads, self.num_levels, self.num_points)
         value = self.value_proj(source).view(n, -1, self.num_heads, channels // self.num_heads)
         offsets = self.sampling_offsets(query).view(n, queries, *points, 2)
@@ -115,10 +110,10 @@ class MSDeformAttnEncoderLayer(nn.Module):
     def __init__(self, channels: int, hidden: int, dropout: float, num_levels: int, num_heads: int) -> None:
         super().__init__()
         self.self_attn = MSDeformAttn(channels, num_levels, num_heads)
-        self.norm1 = nn.LayerNorm(channels)
-        self.linear1 = Linear(channels, hidden)
+        self.norm1 = LayerNorm(channels)
+        self.linear1 = Linear(channels, hidden, activation='relu')
         self.linear2 = Linear(hidden, channels)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
@@ -126,12 +121,11 @@ class MSDeformAttnEncoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, reference_points: Tensor, spatial_shapes: Shapes) -> Tensor:
         """Tokens ``[N, S, C]`` -> the same shape; ``position`` ``[1, S, C]`` is added to queries, not to values."""
         attended = self.self_attn(x + position, reference_points, x, spatial_shapes)
-        return by_pieces(self._behind_attention, x, attended)
+        return chunked(self._feed_forward, x, attended, width=self.linear1.out_features)
 
-    def _behind_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        x, tokens = post_norm_and_cast(self.norm1, x, self.dropout(attended))
-        hidden = self.linear1(tokens, activation='relu')
-        return post_norm(self.norm2, x, self.dropout(self.linear2(self.dropout(hidden))))
+    def _feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(attended))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(self.linear1(x)))))
 
 
 class MSDeformAttnEncoder(nn.Module):
@@ -158,7 +152,7 @@ class MSDeformAttnEncoder(nn.Module):
         """Maps ``[N, C, h, w]`` -> the same shapes, channels-last."""
         shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
-        level_embed = cast_weight(self.level_embed, tokens).to(tokens.dtype)
+        level_embed = self.level_embed.to(tokens.dtype)
         position = torch.cat([
             sine_position_2d(h, w, tokens.shape[2], tokens.device, tokens.dtype).flatten(1).T + embed
             for (h, w), embed in zip(shapes, level_embed)

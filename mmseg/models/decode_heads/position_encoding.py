@@ -6,42 +6,16 @@ The encoding is that of DETR (arXiv 2005.12872) in the normalised form; the thir
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmseg.kernels.layers import cached
+
 _TEMPERATURE = 10000.0
 _SCALE = 2 * math.pi
 _EPS = 1e-6
-_KEPT = 32  # results of each function
-
-
-def _cached(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps the last results of ``function``.
-
-    ``torch.compile`` traces it instead, as a kept tensor has no source; fake tensors, which have no data, are not kept.
-    """
-    make = torch.inference_mode(False)(torch.no_grad()(function))
-    kept: dict[tuple, Tensor] = {}
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return function(*args)
-        result = kept.get(args)
-        if result is None:
-            result = make(*args)
-            if type(result) is Tensor:
-                kept[args] = result
-                if len(kept) > _KEPT:
-                    kept.pop(next(iter(kept)), None)
-        return result
-
-    return call
 
 
 def _sine(length: int, channels: int, device: torch.device) -> Tensor:
@@ -53,7 +27,7 @@ def _sine(length: int, channels: int, device: torch.device) -> Tensor:
     return torch.stack((phase[:, 0::2].sin(), phase[:, 1::2].cos()), dim=2).flatten(1)
 
 
-@_cached
+@cached
 def _plane(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[height, width, channels], stored in this order: the order of tokens."""
     rows = _sine(height, channels // 2, device)[:, None].expand(-1, width, -1)
@@ -61,7 +35,7 @@ def _plane(height: int, width: int, channels: int, device: torch.device, dtype: 
     return torch.cat((rows, columns), dim=2).to(dtype)
 
 
-@_cached
+@cached
 def _line(frames: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[frames, channels]."""
     return _sine(frames, channels, device).to(dtype)
@@ -116,7 +90,7 @@ def sine_position_3d(
     return plane + _line(int(frames), channels, torch.device(device), dtype)[:, :, None, None]
 
 
-@_cached
+@cached
 def pixel_centres(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Centres of the pixels of several maps.
 

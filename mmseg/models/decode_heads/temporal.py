@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmseg.kernels.linear import Linear
+from mmseg.kernels.layers import Linear
 from mmseg.models.decode_heads.layers import (
     CrossAttentionLayer,
     FeedForwardLayer,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmseg.kernels.linear import linear
+from mmseg.kernels.layers import chunked, linear
 from mmseg.models.losses.criterion import THEMaskCriterion
 from mmseg.models.structures import IGNORE_INDEX, ClipTarget, DecoderOutput
 from mmseg.registry import (
@@ -28,8 +28,6 @@ from mmseg.registry import (
 from mmseg.utils.arguments import Count, Index, Label, Weight
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.state_dict_alias import drop_dead_keys
-
-_CPU_PIXELS = 2048
 
 
 class THEMaskHead(nn.Module):
@@ -215,9 +213,8 @@ def _scores_of_pixels(pixels: Tensor, embeddings: Tensor, classes: Tensor) -> Te
     Returns:
         ``[S, K]``.
     """
-    piece = _CPU_PIXELS if pixels.device.type == 'cpu' else len(pixels)
     classes = classes.T.contiguous()
-    return torch.cat([linear(linear(part, embeddings).sigmoid(), classes) for part in pixels.split(piece)])
+    return chunked(lambda part: linear(linear(part, embeddings).sigmoid(), classes), pixels, width=2 * len(embeddings))
 
 
 register_variant(HEADS, 'THEMaskHead', THEMaskHead, frame_level=True)

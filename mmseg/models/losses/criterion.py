@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmseg.kernels.linear import linear
+from mmseg.kernels.layers import linear
 from mmseg.models.assigners.two_round import Round2Cost, TwoRoundAssigner
 from mmseg.models.losses import mask_losses, point_sampling
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction, Match

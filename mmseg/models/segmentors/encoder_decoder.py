@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmseg.kernels.label_map import ScoreView, label_map, resize_matrix, window_matrix, window_starts
+from mmseg.kernels.layers import chunks
 from mmseg.registry import (
     BACKBONES,
     HEADS,
@@ -261,8 +262,8 @@ class EncoderDecoder(nn.Module):
             ``decode_head.encoded_scores``.
         """
         self.begin_step()
-        alone = frames.device.type == 'cpu' and not torch.is_grad_enabled() and not self.compiled
-        parts = [self.decode_head.encode(self.backbone(part)) for part in (frames.split(1) if alone else [frames])]
+        batch = torch.is_grad_enabled() or self.compiled
+        parts = [self.decode_head.encode(self.backbone(x)) for x in ([frames] if batch else chunks(frames, 1))]
         if len(parts) == 1:
             return parts[0]
         mask_features, maps = zip(*parts)
