@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if cfg.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    params = cfg.get('dist_params') or {}
-    device = init_dist(args.launcher, params.get('backend'), port=params.get('port'))
+    device = init_dist(args.launcher, **cfg.get('dist_params', {}))
     if device.type == 'cpu':
         keep_pages()
     try:

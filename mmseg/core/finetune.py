@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmseg.registry import check_arguments
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.state_dict_alias import reference_names
 
@@ -32,22 +31,13 @@ class FinetuneConfig:
 
     train: str | Sequence[str] = ('predictor',)
     fresh: str | Sequence[str] = ()
-    copy: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    copy: Mapping[str, str | Sequence[str]] | None = None
     frozen_eval: bool = False
 
-    @classmethod
-    def from_dict(cls, section: Mapping[str, Any] | None) -> FinetuneConfig:
-        """Reads the section; a pattern may be a string or a list of them.
-
-        Raises:
-            ConfigError: an unknown key, or a value of a wrong type.
-        """
-        given = {key: value for key, value in (section or {}).items() if value is not None}
-        section = check_arguments(cls, given, 'finetune')
-        for key in {'train', 'fresh'} & section.keys():
-            section[key] = _as_tuple(section[key])
-        section['copy'] = {source: _as_tuple(targets) for source, targets in section.get('copy', {}).items()}
-        return cls(**section)
+    def __post_init__(self) -> None:
+        for key in ('train', 'fresh'):
+            value = getattr(self, key)
+            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
 
 
 def warn_of_unused(section: Any) -> None:
@@ -188,12 +178,12 @@ def frozen_parts(model: nn.Module) -> list[nn.Module]:
     return parts
 
 
-def _copies_of(name: str, copies: Mapping[str, str | Sequence[str]]) -> list[str]:
+def _copies_of(name: str, copies: Mapping[str, str | Sequence[str]] | None) -> list[str]:
     """Names that the tensor ``name`` fills as well: a run of whole dotted parts is replaced."""
     dotted = f'.{name}.'
     return [
         dotted.replace(f'.{source}.', f'.{target}.').strip('.')
-        for source, targets in copies.items()
+        for source, targets in (copies or {}).items()
         if f'.{source}.' in dotted
         for target in _as_tuple(targets)
     ]

@@ -7,7 +7,9 @@ files.  What an annotation says beyond that is not checked.
 from __future__ import annotations
 
 import collections.abc
+import functools
 import inspect
+import math
 import numbers
 import os
 import reprlib
@@ -22,6 +24,7 @@ import numpy as np
 from mmseg.utils.errors import ConfigError
 
 _NO_LIMIT = 10**9  # of a count: more is a slip, or does not fit into what torch counts with
+_OPEN = (_NO_LIMIT, 1e30, math.inf)  # not worth a word in an error
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Range:
 
     def __str__(self) -> str:
         least = f'{"above" if self.above else "at least"} {self.least}'
-        return least if self.most >= _NO_LIMIT else f'{least}, at most {self.most}'
+        return least if self.most in _OPEN else f'{least}, at most {self.most}'
 
 
 Count = Annotated[int, Range(1, _NO_LIMIT)]
@@ -53,6 +56,8 @@ Share = Annotated[float, Range(0, 1)]
 Factor = Annotated[float, Range(0, above=True)]
 Ratio = Annotated[float, Range(1)]
 Label = Annotated[int, Range(0, 255)]
+Port = Annotated[int, Range(1, 65535)]
+Positive = Annotated[float, Range(0, math.inf, above=True)]
 
 _UNIONS = (typing.Union, types.UnionType)
 _NAMED_ONLY = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -70,6 +75,7 @@ def takes_any_name(component: Callable[..., Any]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(component).parameters.values())
 
 
+@functools.cache
 def annotations_of(component: Callable[..., Any]) -> dict[str, Any]:
     """The annotation of each named parameter; of none where one of them cannot be resolved at run time."""
     function = inspect.unwrap(component)
@@ -89,9 +95,9 @@ def check_value(value: Any, annotation: Any, where: str) -> None:
     """
     if fits(value, annotation):
         return
-    lists_or_dicts = [a for a in _alternatives(annotation) if a is not type(None)]
+    lists_or_dicts = [a for a in alternatives(annotation) if a is not type(None)]
     if len(lists_or_dicts) == 1:
-        for place, item, inner in _entries(value, lists_or_dicts[0]):
+        for place, item, inner in entries(value, lists_or_dicts[0]):
             check_value(item, inner, where + place)
     raise ConfigError(
         f'{where}: expected {expected(annotation)}, got {reprlib.repr(value)} ({type(value).__name__})')
@@ -149,14 +155,14 @@ def _fits_simple(value: Any, annotation: Any, kind: Any) -> bool:
         return callable(value)
     if kind in _DICTS:
         return isinstance(value, collections.abc.Mapping) and all(
-            fits(item, inner) for _, item, inner in _entries(value, annotation))
+            fits(item, inner) for _, item, inner in entries(value, annotation))
     args = typing.get_args(annotation)
     if not _is_list(value) or (kind is tuple and args and args[-1] is not ... and len(value) != len(args)):
         return False
-    return all(fits(item, inner) for _, item, inner in _entries(value, annotation))
+    return all(fits(item, inner) for _, item, inner in entries(value, annotation))
 
 
-def _entries(value: Any, annotation: Any) -> Iterator[tuple[str, Any, Any]]:
+def entries(value: Any, annotation: Any) -> Iterator[tuple[str, Any, Any]]:
     """Place, item and annotation of each entry of a list or dict; nothing where value and annotation are neither."""
     kind, args = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind in _DICTS and isinstance(value, collections.abc.Mapping) and args:
@@ -172,7 +178,8 @@ def _entries(value: Any, annotation: Any) -> Iterator[tuple[str, Any, Any]]:
             yield f'[{i}]', item, own
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; the annotation itself where it is none."""
     return typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else (annotation,)
 
 
