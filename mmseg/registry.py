@@ -130,7 +130,7 @@ def check(reader: Reader, cfg: Any, where: str) -> tuple[Callable[..., Any], dic
     component = find(reader, cfg['type'], where)
     args = {key: value for key, value in cfg.items() if key != 'type'}
     readers = (*_builders.get(reader.name, ()), component)
-    return component, split_arguments(readers, args, where)[-1]
+    return component, split_arguments(readers, args, where, getattr(component, '__name__', str(component)))[-1]
 
 
 def check_arguments(reader: Callable[..., Any], args: Any, where: str) -> dict[str, Any]:
@@ -138,8 +138,10 @@ def check_arguments(reader: Callable[..., Any], args: Any, where: str) -> dict[s
     return split_arguments((reader,), args, where)[0]
 
 
-def split_arguments(readers: Sequence[Callable[..., Any]], args: Any, where: str) -> list[dict[str, Any]]:
-    """The arguments of each of ``readers`` in a dict of a config, without the retired ones.
+def split_arguments(
+    readers: Sequence[Callable[..., Any]], args: Any, where: str, name: str = ''
+) -> list[dict[str, Any]]:
+    """The arguments of each of ``readers`` in a dict of a config, without the retired ones; ``name`` is for errors.
 
     Raises:
         ConfigError: a key that none of them knows, a value that does not fit its annotation (see
@@ -148,12 +150,12 @@ def split_arguments(readers: Sequence[Callable[..., Any]], args: Any, where: str
     known = {key: i for i, reader in reversed(list(enumerate(readers))) for key in keys_of(reader)}
     if not isinstance(args, Mapping):
         raise ConfigError(f'{where}: expected a dict with keys {", ".join(sorted(known))}, got {args!r}')
-    label = getattr(readers[-1], '__name__', str(readers[-1]))
+    name = name or where.rpartition('.')[2] or 'the config'
     shares: list[dict[str, Any]] = [{} for _ in readers]
     for key, value in args.items():
         place = f'{where}.{key}' if where else key
         if key not in known and not takes_any_name(readers[-1]):
-            raise ConfigError(f"{place}: {label} takes no argument '{key}'{nearest(key, known)}")
+            raise ConfigError(f"{place}: {name} takes no argument '{key}'{nearest(key, known)}")
         index = known.get(key, -1)
         accepted = _retired(readers[index]).get(key)
         if accepted is None:
@@ -163,7 +165,7 @@ def split_arguments(readers: Sequence[Callable[..., Any]], args: Any, where: str
             shares[index][key] = value
         elif accepted and value not in accepted:
             allowed = ' or '.join(map(repr, accepted))
-            raise ConfigError(f'{place}: {label} supports only {allowed}, got {value!r}; remove the key')
+            raise ConfigError(f'{place}: {name} supports only {allowed}, got {value!r}; remove the key')
     return shares
 
 

@@ -7,6 +7,7 @@ files.  What an annotation says beyond that is not checked.
 from __future__ import annotations
 
 import collections.abc
+import difflib
 import functools
 import inspect
 import math
@@ -95,12 +96,15 @@ def check_value(value: Any, annotation: Any, where: str) -> None:
     """
     if fits(value, annotation):
         return
-    lists_or_dicts = [a for a in alternatives(annotation) if a is not type(None)]
-    if len(lists_or_dicts) == 1:
-        for place, item, inner in entries(value, lists_or_dicts[0]):
+    others = [a for a in alternatives(annotation) if a is not type(None)]
+    if len(others) == 1:
+        for place, item, inner in entries(value, others[0]):
             check_value(item, inner, where + place)
+    words = [a for other in others if typing.get_origin(other) is Literal for a in typing.get_args(other)]
+    close = difflib.get_close_matches(str(value), filter(lambda word: isinstance(word, str), words), 1, cutoff=0.5)
     raise ConfigError(
-        f'{where}: expected {expected(annotation)}, got {reprlib.repr(value)} ({type(value).__name__})')
+        f'{where}: expected {expected(annotation)}, got {reprlib.repr(value)} ({type(value).__name__})'
+        + (f" (did you mean '{close[0]}'?)" if close else ''))
 
 
 def expected(annotation: Any) -> str:

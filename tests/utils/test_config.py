@@ -78,7 +78,7 @@ def test_ours_has_the_values_of_the_reference(reference, name):
 @pytest.mark.parametrize(
     'options, said',
     [
-        ({'runner.max_iter': 5}, "runner.max_iter: RunnerConfig takes no argument 'max_iter' (did you mean 'max_iters"),
+        ({'runner.max_iter': 5}, "runner.max_iter: runner takes no argument 'max_iter' (did you mean 'max_iters'?)"),
         ({'modle.pretrained': None}, "unknown key 'modle' at the top level (did you mean 'model'?)"),
         ({'data.test.testsize': 4}, "(did you mean 'test_size'?)"),
         ({'data.train.dataset.dilatoin': [-3]}, "(did you mean 'dilation'?)"),
@@ -87,7 +87,7 @@ def test_ours_has_the_values_of_the_reference(reference, name):
         ({'checkpoint_config.interval.x': 2}, "'checkpoint_config.interval' is 4000 and has no key 'x'"),
         ({'data.test.pipeline.7.type': 'Resize'}, "'7' is no index of the list data.test.pipeline of 2"),
         ({'optimizer_config.grad_clip.max_nrom': 1}, "(did you mean 'max_norm'?)"),
-        ({'fp16.dtpye': 'bfloat16'}, "fp16.dtpye: Precision takes no argument 'dtpye' (did you mean 'dtype'?)"),
+        ({'fp16.dtpye': 'bfloat16'}, "fp16.dtpye: fp16 takes no argument 'dtpye' (did you mean 'dtype'?)"),
         ({'model.backbone.type': 'mit_b9'}, "model.backbone.type: unknown backbone 'mit_b9' (did you mean 'mit_b"),
         ({'runner.max_iters': 'many'}, "runner.max_iters: expected int, at least 1, got 'many' (str)"),
     ],
