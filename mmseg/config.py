@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import Registry
 
 from mmseg.registry import (
     DATASETS,
@@ -34,14 +33,24 @@ from mmseg.registry import (
     check_arguments,
     keys_of,
     retired,
-    split_arguments,
 )
 from mmseg.utils.arguments import Count, Positive, Range
 from mmseg.utils.errors import ConfigError, nearest
 
 _REFERENCE = re.compile(r'\$\{([A-Za-z_]\w*)\}')
 _DELETE = '_delete_'
+
+
+def hook_keys(priority: str | int | None = None) -> None:
+    """What a hook's dict may hold beside its arguments.
+
+    Args:
+        priority: hooks are called in this order: 0 (first) to 100, or a name such as ``NORMAL``; None: the hook's own.
+    """
+
+
 DataSet = Annotated[Mapping[str, Any], DATASETS]
+HookConfig = Annotated[Mapping[str, Any], hook_keys, HOOKS]
 
 
 @retired(workflow=([('train', 1)], [['train', 1]]))
@@ -70,7 +79,7 @@ class TopLevel:
 
     train_cfg: Mapping[str, Any] | None = None
     test_cfg: Mapping[str, Any] | None = None
-    custom_hooks: Sequence[Annotated[Mapping[str, Any], HOOKS]] | None = None
+    custom_hooks: Sequence[HookConfig] | None = None
     nan_loss: Literal['stop', 'skip'] = 'stop'
     seed: Annotated[int, Range(0, 2**31 - 1)] | None = None  # numpy takes the seed plus the rank in 32 bits
     deterministic: bool = False
@@ -131,7 +140,7 @@ class LogConfig:
     """
 
     interval: Count = 50
-    hooks: Sequence[Annotated[Mapping[str, Any], HOOKS]] | None = None
+    hooks: Sequence[HookConfig] | None = None
 
 
 @retired(by_epoch=(False,), pre_eval=(), efficient_test=(), broadcast_bn_buffer=())
@@ -153,7 +162,7 @@ class MetricsConfig:
 SECTIONS: dict[str, Any] = {
     'model': SEGMENTORS,
     'data': DataConfig,
-    'optimizer': OPTIMIZERS,
+    'optimizer': ('mmseg.core.optimizer:GroupsConfig', OPTIMIZERS),
     'optimizer_config': 'mmseg.core.runner:UpdateConfig',
     'lr_config': 'mmseg.core.lr_schedule:LrSchedule',
     'runner': RunnerConfig,
@@ -219,8 +228,6 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     except (Exception, SystemExit) as error:  # a config is code: anything may come out of it
         raise ConfigError(f"config file '{path}' cannot be read: {type(error).__name__}: {error}") from error
     override(cfg, options or {})
-    for key, value in cfg.items():
-        cfg[key] = _at_home(value)
     check_config(cfg)
     return cfg
 
@@ -268,17 +275,6 @@ def as_text(cfg: Config) -> str:
                     f'{key}: the final config cannot be written down with {value!r} ({type(value).__name__}); use '
                     'plain numbers, texts, lists and dicts') from None
         raise
-
-
-def _at_home(value: Any) -> Any:
-    """``value`` with the user's home folder in place of ``~`` in each text that is a path below it."""
-    if isinstance(value, str):
-        return os.path.expanduser(value) if value.startswith('~') and '/' in value else value
-    if isinstance(value, dict):
-        for key, item in value.items():
-            value[key] = _at_home(item)
-        return value
-    return type(value)(map(_at_home, value)) if type(value) in (list, tuple) else value
 
 
 def config_files(path: str | Path) -> list[Path]:
@@ -355,14 +351,16 @@ def _changed(place: Any, parts: Sequence[str], value: Any, where: str) -> Any:
 
 
 def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
-    """``value`` with what stands under their keys in place of its variables."""
+    """``value`` with its variables replaced, and the user's home folder in place of ``~`` in paths below it."""
     if isinstance(value, dict):
         return type(value)({key: _filled(inner, variables, f'{where}.{key}') for key, inner in value.items()})
     if isinstance(value, (list, tuple)):
         return type(value)(_filled(inner, variables, f'{where}[{i}]') for i, inner in enumerate(value))
-    reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
-    if reference is None:
+    if not isinstance(value, str):
         return value
+    reference = _REFERENCE.fullmatch(value)
+    if reference is None:
+        return os.path.expanduser(value) if value.startswith('~') and '/' in value else value
     name = reference[1]
     if name not in variables:
         raise ConfigError(f"{where}: '{value}' stands for the key '{name}' at the top level of the config, which has "
@@ -370,7 +368,7 @@ def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
     found = variables[name]
     if _REFERENCE.search(repr(found)):
         raise ConfigError(f"{where}: '{value}' stands for the key '{name}', which holds references itself: {found!r}")
-    return found
+    return _filled(found, {}, where)
 
 
 def readers_of(section: str) -> list[Reader]:
@@ -403,8 +401,4 @@ def _check_key(key: str, value: Any) -> None:
     if key in keys_of(TopLevel):
         check_arguments(TopLevel, {key: value}, '')
     elif key in SECTIONS:
-        readers = readers_of(key)
-        if isinstance(readers[0], Registry):
-            check(readers[0], value, key)
-        else:
-            split_arguments(readers, value, key)
+        check(value, key, *readers_of(key))

@@ -13,12 +13,20 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_origin
 
 from mmengine.registry import Registry
 
-from mmseg.utils.arguments import alternatives, annotations_of, check_value, entries, named_parameters, takes_any_name
+from mmseg.utils.arguments import (
+    Range,
+    alternatives,
+    annotations_of,
+    check_value,
+    entries,
+    named_parameters,
+    takes_any_name,
+)
 from mmseg.utils.errors import ConfigError, nearest
 
 _MODELS = ['mmseg.models']
@@ -39,7 +47,6 @@ Reader: TypeAlias = Registry | Callable[..., Any]
 
 _Component = TypeVar('_Component', bound=Callable[..., Any])
 _where: contextvars.ContextVar[str] = contextvars.ContextVar('where', default='')
-_builders: dict[str, tuple[Callable[..., Any]]] = {}
 
 
 def retired(**accepted: tuple[Any, ...]) -> Callable[[_Component], _Component]:
@@ -73,25 +80,6 @@ def register_variant(registry: Registry, name: str, component: _Component, **row
     return registry.register_module(module=variant)
 
 
-def read_beside(registry: Registry) -> Callable[[_Component], _Component]:
-    """Marks a signature whose keys may stand in every config of ``registry``, for whoever builds from it."""
-
-    def mark(signature: _Component) -> _Component:
-        _builders[registry.name] = (signature,)
-        return signature
-
-    return mark
-
-
-@read_beside(HOOKS)
-def hook_keys(priority: str | int | None = None) -> None:
-    """A hook in a config.
-
-    Args:
-        priority: hooks are called in this order: 0 (first) to 100, or a name such as ``NORMAL``; None: the hook's own.
-    """
-
-
 def find(registry: Registry, name: Any, where: str) -> Callable[..., Any]:
     """The component registered as ``name``; a :class:`ConfigError` naming the nearest one where there is none."""
     if callable(name):
@@ -112,70 +100,58 @@ def _retired(reader: Callable[..., Any]) -> Mapping[str, tuple[Any, ...]]:
     return getattr(reader, 'retired_arguments', {})
 
 
-def check(reader: Reader, cfg: Any, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What ``cfg`` is read by, and its arguments; dicts inside are checked as well.
+def check(cfg: Any, where: str, *readers: Reader) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+    """The class or function that each of ``readers`` means, and its arguments in ``cfg`` without the retired ones.
 
     Args:
-        reader: a class or a function, or a registry in which ``cfg['type']`` names one.
-        cfg: a dict of a config.
-        where: the dotted path of ``cfg``.
+        cfg: a dict of a config; dicts inside are checked as well.
+        where: its dotted path.
+        *readers: each key is for the first of them that knows it; a registry means what ``cfg['type']`` names there.
 
     Raises:
-        ConfigError: an unknown ``type``, and what :func:`split_arguments` refuses.
-    """
-    if not isinstance(reader, Registry):
-        return reader, check_arguments(reader, cfg, where)
-    if not isinstance(cfg, Mapping) or 'type' not in cfg:
-        raise ConfigError(f"{where}: expected a dict with a 'type' key for a {reader.name}, got {cfg!r}")
-    component = find(reader, cfg['type'], where)
-    args = {key: value for key, value in cfg.items() if key != 'type'}
-    readers = (*_builders.get(reader.name, ()), component)
-    return component, split_arguments(readers, args, where, getattr(component, '__name__', str(component)))[-1]
-
-
-def check_arguments(reader: Callable[..., Any], args: Any, where: str) -> dict[str, Any]:
-    """``args`` without the retired ones; see :func:`split_arguments`."""
-    return split_arguments((reader,), args, where)[0]
-
-
-def split_arguments(
-    readers: Sequence[Callable[..., Any]], args: Any, where: str, name: str = ''
-) -> list[dict[str, Any]]:
-    """The arguments of each of ``readers`` in a dict of a config, without the retired ones; ``name`` is for errors.
-
-    Raises:
-        ConfigError: a key that none of them knows, a value that does not fit its annotation (see
+        ConfigError: an unknown ``type``, a key that no reader knows, a value that does not fit its annotation (see
             :mod:`mmseg.utils.arguments`), or a retired key with another value than it had.
     """
-    known = {key: i for i, reader in reversed(list(enumerate(readers))) for key in keys_of(reader)}
-    if not isinstance(args, Mapping):
-        raise ConfigError(f'{where}: expected a dict with keys {", ".join(sorted(known))}, got {args!r}')
-    name = name or where.rpartition('.')[2] or 'the config'
-    shares: list[dict[str, Any]] = [{} for _ in readers]
-    for key, value in args.items():
+    registry = next((reader for reader in readers if isinstance(reader, Registry)), None)
+    if registry is not None and (not isinstance(cfg, Mapping) or 'type' not in cfg):
+        raise ConfigError(f"{where}: expected a dict with a 'type' key for a {registry.name}, got {cfg!r}")
+    found = [find(reader, cfg['type'], where) if isinstance(reader, Registry) else reader for reader in readers]
+    known = {key: i for i, component in reversed(list(enumerate(found))) for key in keys_of(component)}
+    if not isinstance(cfg, Mapping):
+        raise ConfigError(f'{where}: expected a dict with keys {", ".join(sorted(known))}, got {cfg!r}')
+    name = getattr(found[-1], '__name__', str(found[-1])) if registry else where.rpartition('.')[2] or 'the config'
+    args: list[dict[str, Any]] = [{} for _ in found]
+    for key, value in cfg.items():
+        if key == 'type' and registry is not None:
+            continue
         place = f'{where}.{key}' if where else key
-        if key not in known and not takes_any_name(readers[-1]):
+        if key not in known and not takes_any_name(found[-1]):
             raise ConfigError(f"{place}: {name} takes no argument '{key}'{nearest(key, known)}")
         index = known.get(key, -1)
-        accepted = _retired(readers[index]).get(key)
+        accepted = _retired(found[index]).get(key)
         if accepted is None:
-            annotation = annotations_of(readers[index]).get(key, Any)
+            annotation = annotations_of(found[index]).get(key, Any)
             check_value(value, annotation, place)
             _check_inside(value, annotation, place)
-            shares[index][key] = value
+            args[index][key] = value
         elif accepted and value not in accepted:
             allowed = ' or '.join(map(repr, accepted))
             raise ConfigError(f'{place}: {name} supports only {allowed}, got {value!r}; remove the key')
-    return shares
+    return list(zip(found, args))
+
+
+def check_arguments(reader: Callable[..., Any], args: Any, where: str) -> dict[str, Any]:
+    """``args`` without the retired ones; see :func:`check`."""
+    return check(args, where, reader)[0][1]
 
 
 def _check_inside(value: Any, annotation: Any, where: str) -> None:
-    """Checks the dicts in ``value`` whose annotation names a reader."""
+    """Checks the dicts in ``value`` whose annotation names readers."""
     if get_origin(annotation) is Annotated:
         annotation, *marks = get_args(annotation)
-        for reader in marks:
-            if isinstance(value, Mapping) and (isinstance(reader, Registry) or callable(reader)):
-                check(reader, value, where)
+        readers = [mark for mark in marks if not isinstance(mark, Range)]
+        if readers and isinstance(value, Mapping):
+            check(value, where, *readers)
     for alternative in alternatives(annotation):
         if get_origin(alternative) is Annotated:
             _check_inside(value, alternative, where)
@@ -204,7 +180,7 @@ def build(reader: Reader, cfg: Any, key: str, *supplied: Any, **defaults: Any) -
     """Calls what ``cfg`` is read by with its arguments; ``cfg`` is left unchanged.
 
     Args:
-        reader: as in :func:`check`.
+        reader: a class or a function, or a registry in which ``cfg['type']`` names one.
         cfg: a dict of a config; where ``reader`` is no registry, None stands for an empty one.
         key: the key of ``cfg`` in the dict around it, for errors.
         *supplied: arguments of the caller, positional.
@@ -215,7 +191,7 @@ def build(reader: Reader, cfg: Any, key: str, *supplied: Any, **defaults: Any) -
             raises ``ValueError``).
     """
     with config_key(key) as where:
-        component, args = check(reader, {} if cfg is None and not isinstance(reader, Registry) else cfg, where)
+        ((component, args),) = check({} if cfg is None and not isinstance(reader, Registry) else cfg, where, reader)
         args = {**defaults, **args}
         what = f'{where}: {getattr(component, "__name__", component)}'
         try:

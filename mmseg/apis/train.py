@@ -39,7 +39,7 @@ from mmseg.core.runner import IterBasedRunner, UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
 from mmseg.datasets.dataset_wrappers import video_datasets
 from mmseg.models import build_segmentor
-from mmseg.registry import HOOKS, OPTIMIZERS, build, check, split_arguments
+from mmseg.registry import HOOKS, build, check
 from mmseg.utils.checkpoint import (
     RUN,
     checkpoint_files,
@@ -93,7 +93,7 @@ def train_segmentor(cfg: Config, device: torch.device | None = None, validate: b
         'nan_loss': top.nan_loss,
     }
     check_model(cfg)
-    check(OPTIMIZERS, cfg.optimizer, 'optimizer')
+    check(cfg.optimizer, 'optimizer', *readers_of('optimizer'))
     with _work_dir(cfg, top, config_text) as (work_dir, timestamp):
         return _train(cfg, top, data, device, validate, config_text, work_dir=work_dir, timestamp=timestamp, **steps)
 
@@ -346,13 +346,14 @@ def _register_hooks(runner: IterBasedRunner, cfg: Config) -> None:
     hooks = [(entry, f'log_config.hooks[{i}]', interval) for i, entry in enumerate(logs.hooks or ())]
     hooks += [(entry, f'custom_hooks[{i}]', {}) for i, entry in enumerate(cfg.get('custom_hooks') or ())]
     for entry, where, defaults in hooks:
-        runner.register_hook(build(HOOKS, entry, where, **defaults), entry.get('priority'), where)
+        arguments = {key: value for key, value in entry.items() if key != 'priority'}
+        runner.register_hook(build(HOOKS, arguments, where, **defaults), entry.get('priority'), where)
     if not any(isinstance(hook, JsonLoggerHook) for hook in runner.hooks):
         runner.register_hook(JsonLoggerHook(**interval))
 
 
 def _register_evaluation(runner: IterBasedRunner, section: Mapping[str, Any] | None, data: DataConfig) -> None:
-    options, counting = split_arguments(readers_of('evaluation'), section or {}, 'evaluation')
+    (_, options), (_, counting) = check(section or {}, 'evaluation', *readers_of('evaluation'))
     never = options.get('interval', 1) > runner.max_iters and options.get('start') is None
     if not section or never:
         runner.logger.info('no evaluation during training (evaluation.interval is beyond runner.max_iters)')

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from mmseg.registry import OPTIMIZERS, build, check, keys_of, read_beside
+from mmseg.registry import OPTIMIZERS, build, check
 from mmseg.utils.arguments import Weight
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.state_dict_alias import reference_names
@@ -51,7 +51,6 @@ class ParamwiseConfig:
         return Multipliers(**factors[keys[0]]) if keys else Multipliers()
 
 
-@read_beside(OPTIMIZERS)
 @dataclass(frozen=True)
 class GroupsConfig:
     """Rate and decay of the parameters.
@@ -82,8 +81,8 @@ def build_optimizer(model: nn.Module, cfg: Mapping[str, Any]) -> torch.optim.Opt
     Raises:
         ConfigError: unknown optimizer, argument or key, or no parameter to train.
     """
-    optimizer, arguments = check(OPTIMIZERS, cfg, 'optimizer')
-    config = build(GroupsConfig, {key: cfg[key] for key in keys_of(GroupsConfig) & cfg.keys()}, 'optimizer')
+    (_, own), (optimizer, arguments) = check(cfg, 'optimizer', GroupsConfig, OPTIMIZERS)
+    config = build(GroupsConfig, own, 'optimizer')
     paramwise = build(ParamwiseConfig, config.paramwise_cfg, 'optimizer.paramwise_cfg')
     known = inspect.signature(optimizer).parameters
     if config.weight_decay and 'weight_decay' not in known:

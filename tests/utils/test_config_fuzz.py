@@ -19,7 +19,8 @@ from mmseg.core.precision import Precision, set_backends
 from mmseg.core.runner import UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
 from mmseg.models import build_segmentor
-from mmseg.registry import HOOKS, build, split_arguments
+from mmseg.registry import HOOKS, build
+from mmseg.registry import check as check_section
 from mmseg.utils.errors import ConfigError, DataError
 from tests.fuzz import random_overrides
 from tests.tiny_config import write_tiny_config
@@ -57,11 +58,11 @@ def build_everything(path, options):
         model = build_segmentor(cfg.model, top.train_cfg, top.test_cfg)
     build_optimizer(model, required(cfg, 'optimizer'))
     build(CheckpointHook, cfg.get('checkpoint_config'), 'checkpoint_config')
-    EvalHook(dict, **split_arguments(readers_of('evaluation'), cfg.get('evaluation') or {}, 'evaluation')[0])
+    EvalHook(dict, **check_section(cfg.get('evaluation') or {}, 'evaluation', *readers_of('evaluation'))[0][1])
     for hook in build(LogConfig, cfg.get('log_config'), 'log_config').hooks or ():
         build(HOOKS, hook, 'log_config.hooks', interval=10)
     for hook in top.custom_hooks or ():
-        build(HOOKS, hook, 'custom_hooks')
+        build(HOOKS, {key: value for key, value in hook.items() if key != 'priority'}, 'custom_hooks')
     data = build(DataConfig, cfg.get('data'), 'data')
     train = build_dataset(data.train, where='data.train')
     build_train_loader(train, data.samples_per_gpu, data.workers_per_gpu, stall_seconds=data.stall_seconds).close()

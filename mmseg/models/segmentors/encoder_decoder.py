@@ -119,7 +119,7 @@ class EncoderDecoder(nn.Module):
         self.pretrained = pretrained
         self.backbone = build(BACKBONES, backbone, 'backbone')
         with config_key('decode_head') as where:
-            check(HEADS, decode_head, where)
+            check(decode_head, where, HEADS)
         shape = _input_shape(self.backbone, decode_head)
         self.decode_head = build(HEADS, decode_head, 'decode_head', input_shape=shape)
         self.compiled = compile_cfg is not None
