@@ -61,6 +61,8 @@ Port = Annotated[int, Range(1, 65535)]
 Positive = Annotated[float, Range(0, math.inf, above=True)]
 
 _UNIONS = (typing.Union, types.UnionType)
+_PLAIN: dict[Any, Any] = {
+    type(None): type(None), bool: (bool, np.bool_), int: numbers.Integral, float: numbers.Real, str: str}
 _NAMED_ONLY = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _LISTS = (tuple, list, collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable)
 _DICTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
@@ -116,7 +118,7 @@ def expected(annotation: Any) -> str:
         return ' or '.join(map(expected, args))
     if origin is Literal:
         return ' or '.join(map(repr, args))
-    if annotation in (None, type(None)):
+    if annotation is type(None):
         return 'None'
     if origin is tuple and args and args[-1] is not ...:
         parts = list(dict.fromkeys(map(expected, args)))
@@ -134,36 +136,26 @@ def expected(annotation: Any) -> str:
 
 def fits(value: Any, annotation: Any) -> bool:
     """Whether an argument that is annotated so may have this value."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
+    kind, args = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Annotated:
         return fits(value, args[0]) and all(value in limit for limit in args[1:] if isinstance(limit, Range))
-    if origin in _UNIONS:
+    if kind in _UNIONS:
         return any(fits(value, a) if _is_known(a) else _may_be(value, a) for a in args)
-    if origin is Literal:
+    if kind is Literal:
         return any(type(value) is type(allowed) and value == allowed for allowed in args)
-    return not _is_known(annotation) or _fits_simple(value, annotation, origin or annotation)
-
-
-def _fits_simple(value: Any, annotation: Any, kind: Any) -> bool:
-    if kind in (None, type(None)):
-        return value is None
-    if kind is bool:
-        return isinstance(value, (bool, np.bool_))
-    if kind in (int, float):
-        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-    if kind is str:
-        return isinstance(value, str)
-    if _is_path(kind):
-        return isinstance(value, (str, os.PathLike))
+    if kind in _PLAIN:
+        return isinstance(value, _PLAIN[kind]) and (kind is bool or not isinstance(value, bool))
     if kind is collections.abc.Callable:
         return callable(value)
+    if _is_path(kind):
+        return isinstance(value, (str, os.PathLike))
     if kind in _DICTS:
-        return isinstance(value, collections.abc.Mapping) and all(
-            fits(item, inner) for _, item, inner in entries(value, annotation))
-    args = typing.get_args(annotation)
-    if not _is_list(value) or (kind is tuple and args and args[-1] is not ... and len(value) != len(args)):
-        return False
-    return all(fits(item, inner) for _, item, inner in entries(value, annotation))
+        alike = isinstance(value, collections.abc.Mapping)
+    elif kind in _LISTS:
+        alike = _is_list(value) and (kind is not tuple or not args or args[-1] is ... or len(value) == len(args))
+    else:
+        return True
+    return alike and all(fits(item, inner) for _, item, inner in entries(value, annotation))
 
 
 def entries(value: Any, annotation: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -190,8 +182,8 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 def _is_known(annotation: Any) -> bool:
     """Whether the annotation is one that is checked; any other class may be something that a config stands for."""
     kind = typing.get_origin(annotation) or annotation
-    simple = (None, type(None), bool, int, float, str, collections.abc.Callable, Annotated, Literal)
-    return kind in (*simple, *_UNIONS, *_LISTS, *_DICTS) or _is_path(kind)
+    known = (*_PLAIN, *_UNIONS, *_LISTS, *_DICTS, collections.abc.Callable, Annotated, Literal)
+    return kind in known or _is_path(kind)
 
 
 def _is_path(kind: Any) -> bool:
