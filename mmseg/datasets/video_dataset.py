@@ -98,7 +98,8 @@ class VideoDataset(Dataset):
             pipeline: Sequence[Annotated[Mapping, PIPELINES] | Callable[[Results], Results]],
             dilation: Sequence[int] | int | None = None, test_size: int | None = None,
             classes: Sequence[str] | None = None, palette: Sequence[Sequence[int]] | None = None,
-            layout: Layout | Mapping[str, str] | None = None, reduce_zero_label: bool | None = None,
+            layout: Annotated[Layout | Mapping[str, str] | None, Layout] = None,
+            reduce_zero_label: bool | None = None,
             skip_short_videos: bool = False, skip_bad_clips: bool = False):
         self.dilation, self.test_size = check_clips(dilation, test_size)
         self.files = Split.of(self, data_root, split, classes, palette, layout, reduce_zero_label)

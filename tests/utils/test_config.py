@@ -356,3 +356,11 @@ def test_the_base_pipelines_leave_the_labels_to_the_data_set(tmp_path):
         load = dataset.pipeline.transforms[1]
         labels = load(dict(masks=dataset.mask_path('a', '00000002'), reduce_zero_label=dataset.reduce_zero_label))
         assert (labels['gt_semantic_seg'] == expected).all()
+
+
+def test_the_page_of_all_keys_is_what_the_signatures_say():
+    docs = Path(__file__).parents[2] / 'docs'
+    spec = importlib.util.spec_from_file_location('make_configs', docs / 'make_configs.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.page() == (docs / 'configs.md').read_text(), 'python docs/make_configs.py > docs/configs.md'
