@@ -1,9 +1,9 @@
 """Config files: read, override, check.
 
 The schema is that of mmcv 1.x and mmsegmentation 0.x: Python files with ``_base_``, sections such as ``data``,
-``model``, ``optimizer``, and components that are named by ``type``.  A wrong key must not pass in silence
-(``runner.max_iter=5`` would train for 160,000 iterations), so every key of a section, every argument of a component and
-every override is checked before anything is built.
+``model``, ``optimizer``, and components that are named by ``type``.  A section holds the arguments of the class or the
+function that reads it (:data:`SECTIONS`).  A wrong key must not pass in silence (``runner.max_iter=5`` would train for
+160,000 iterations), so every key, every argument of a component and every override is checked before anything is built.
 """
 
 from __future__ import annotations
@@ -12,131 +12,168 @@ import argparse
 import contextlib
 import difflib
 import logging
-import math
 import os
+import pkgutil
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import Registry
 
-from mmseg.config_variables import fill_in_variables
 from mmseg.registry import (
-    BACKBONES,
     DATASETS,
-    HEADS,
     HOOKS,
-    PIPELINES,
-    PIXEL_DECODERS,
+    OPTIMIZERS,
     SEGMENTORS,
-    TRANSFORMER_DECODERS,
-    check_component,
-    registered,
-    unknown_argument,
+    Reader,
+    build,
+    check,
+    check_arguments,
+    keys_of,
+    retired,
 )
-from mmseg.utils.arguments import Count, Index, Range, Share, Weight, check_value, fits
+from mmseg.utils.arguments import Count, Positive, Range
 from mmseg.utils.errors import ConfigError, nearest
 
-_Positive = Annotated[float, Range(0, math.inf, above=True)]
-Port = Annotated[int, Range(1, 65535)]
-_Level = Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL']
+_REFERENCE = re.compile(r'\$\{([A-Za-z_]\w*)\}')
 _DELETE = '_delete_'
-ANY = object()
-"""Marks a place whose keys are the user's or are checked by the component that reads them."""
+
+
+def hook_keys(priority: str | int | None = None) -> None:
+    """What a hook's dict may hold beside its arguments.
+
+    Args:
+        priority: hooks are called in this order: 0 (first) to 100, or a name such as ``NORMAL``; None: the hook's own.
+    """
+
+
+DataSet = Annotated[Mapping[str, Any], DATASETS]
+HookConfig = Annotated[Mapping[str, Any], hook_keys, HOOKS]
+
+
+@retired(workflow=([('train', 1)], [['train', 1]]))
+@dataclass
+class TopLevel:
+    """The keys at the top level that are no section; other names there are the user's own.
+
+    Attributes:
+        train_cfg: accepted empty, as in mmsegmentation.
+        test_cfg: another place for ``model.test_cfg``.
+        custom_hooks: hooks of the training loop, each with ``type``, its arguments and maybe ``priority``.
+        nan_loss: at a NaN or infinite loss, ``stop`` with an error, or ``skip`` the update with a warning.
+        seed: of Python, numpy, torch and the order of the data; None draws one.
+        deterministic: reproducible algorithms on a GPU, slower.
+        cudnn_benchmark: cuDNN tries the convolutions of each size; not with ``deterministic``.
+        float32_matmul_precision: ``high`` lets float32 products run in TF32 on a GPU, faster and with ten bits of
+            mantissa; None leaves torch's own (``highest``).
+        find_unused_parameters: of torch's ``DistributedDataParallel``; no parameter of our models needs it.
+        work_dir: folder for logs and checkpoints.
+        resume_from: checkpoint or work dir to go on from; ``auto``: the work dir itself where it holds a checkpoint.
+        finetune_from: checkpoint or work dir to start from, as the section ``finetune`` says.
+        load_from: checkpoint or work dir whose weights the training starts from.
+        log_level: what the log shows at least.
+        gpu_ids: as ``tools/train.py --gpu-ids``, which goes before it.
+    """
+
+    train_cfg: Mapping[str, Any] | None = None
+    test_cfg: Mapping[str, Any] | None = None
+    custom_hooks: Sequence[HookConfig] | None = None
+    nan_loss: Literal['stop', 'skip'] = 'stop'
+    seed: Annotated[int, Range(0, 2**31 - 1)] | None = None  # numpy takes the seed plus the rank in 32 bits
+    deterministic: bool = False
+    cudnn_benchmark: bool = False
+    float32_matmul_precision: Literal['highest', 'high', 'medium'] | None = None
+    find_unused_parameters: bool = False
+    work_dir: str | None = None
+    resume_from: str | None = None
+    finetune_from: str | None = None
+    load_from: str | None = None
+    log_level: Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'] = 'INFO'
+    gpu_ids: int | Sequence[int] | None = None
+
+
+@retired(persistent_workers=())
+@dataclass
+class DataConfig:
+    """Data sets and how they are loaded.
+
+    Attributes:
+        train: the training set; a list of data sets is their concatenation.
+        samples_per_gpu: clips in the batch of each process.
+        workers_per_gpu: processes that load data, for each process of the training or the test; 0: none.
+        val: the data set of the evaluations during training.
+        test: the data set of ``tools/test.py``.
+        pin_memory: prepare batches in page-locked memory; None: where there is a GPU.
+        stall_seconds: after so long a wait for data the log says which files are being read.
+    """
+
+    train: DataSet | Sequence[DataSet]
+    samples_per_gpu: Count
+    workers_per_gpu: Annotated[int, Range(0, 1024)] = 0
+    val: DataSet | Sequence[DataSet] | None = None
+    test: DataSet | Sequence[DataSet] | None = None
+    pin_memory: bool | None = None
+    stall_seconds: Positive = 600.0
+
+
+@retired(type=('IterBasedRunner',))
+@dataclass
+class RunnerConfig:
+    """The length of a training.
+
+    Attributes:
+        max_iters: iterations of the whole training.
+    """
+
+    max_iters: Count
+
+
+@dataclass
+class LogConfig:
+    """Where the numbers of a training go.
+
+    Attributes:
+        interval: iterations between two records of each logger.
+        hooks: the loggers, each with ``type`` and its arguments; there is always one of JSON lines.
+    """
+
+    interval: Count = 50
+    hooks: Sequence[HookConfig] | None = None
+
+
+@retired(by_epoch=(False,), pre_eval=(), efficient_test=(), broadcast_bn_buffer=())
+@dataclass
+class MetricsConfig:
+    """What an evaluation during training counts.
+
+    Attributes:
+        metric: ``mIoU``, ``mDice``, ``VC8`` and others, as of ``tools/test.py --eval``.
+        tmpdir: folder through which processes exchange their results.
+        gpu_collect: they exchange them through the GPUs.
+    """
+
+    metric: str | Sequence[str] = ()
+    tmpdir: str | None = None
+    gpu_collect: bool = False
+
 
 SECTIONS: dict[str, Any] = {
-    'data': {
-        'samples_per_gpu': Count,
-        'workers_per_gpu': Annotated[int, Range(0, 1024)],
-        'persistent_workers': bool,
-        'pin_memory': bool,
-        'stall_seconds': _Positive,
-        'train': DATASETS,
-        'val': DATASETS,
-        'test': DATASETS,
-    },
     'model': SEGMENTORS,
-    'train_cfg': Mapping[str, Any] | None,
-    'test_cfg': Mapping[str, Any] | None,
-    'optimizer': Mapping[str, Any],
-    'optimizer_config': {
-        'grad_clip': {'max_norm': _Positive, 'norm_type': _Positive},
-        'cumulative_iters': Count,
-        'type': str,
-        'loss_scale': ANY,
-    },
-    'lr_config': {
-        'policy': str,
-        'power': Weight,
-        'min_lr': Weight,
-        'by_epoch': bool,
-        'warmup': str | None,
-        'warmup_iters': Index,
-        'warmup_ratio': Share,
-        'warmup_by_epoch': bool,
-    },
-    'runner': {'type': str, 'max_iters': Count},
-    'checkpoint_config': {
-        'by_epoch': bool,
-        'interval': int,
-        'max_keep_ckpts': int,
-        'save_last': bool,
-        'save_optimizer': bool,
-        'meta': Mapping[str, Any] | None,
-        'out_dir': str | None,
-        'type': str,
-        'create_symlink': bool,
-        'sync_buffer': bool,
-    },
-    'evaluation': {
-        'interval': int,
-        'metric': str | Sequence[str],
-        'save_best': str | bool | None,
-        'rule': str | None,
-        'by_epoch': bool,
-        'start': int | None,
-        'pre_eval': bool,
-        'efficient_test': bool,
-        'broadcast_bn_buffer': bool,
-        'gpu_collect': bool,
-        'tmpdir': str | None,
-    },
-    'log_config': {'interval': int, 'hooks': [HOOKS]},
-    'custom_hooks': [HOOKS],
-    'dist_params': {'backend': str, 'port': Port},
-    'fp16': {'dtype': str, 'loss_scale': ANY},
-    'finetune': {
-        'train': str | Sequence[str],
-        'fresh': str | Sequence[str],
-        'copy': Mapping[str, str | Sequence[str]] | None,
-        'frozen_eval': bool,
-    },
-    'cudnn_benchmark': bool,
-    'float32_matmul_precision': str | None,
-    'find_unused_parameters': bool,
-    'workflow': Sequence[tuple[str, int]],
-    'log_level': _Level,
-    'load_from': str | None,
-    'resume_from': str | None,
-    'finetune_from': str | None,
-    'work_dir': str | None,
-    'seed': int | None,
-    'deterministic': bool,
-    'gpu_ids': int | Sequence[int] | None,
-    'nan_loss': Literal['stop', 'skip'],
+    'data': DataConfig,
+    'optimizer': ('mmseg.core.optimizer:GroupsConfig', OPTIMIZERS),
+    'optimizer_config': 'mmseg.core.runner:UpdateConfig',
+    'lr_config': 'mmseg.core.lr_schedule:LrSchedule',
+    'runner': RunnerConfig,
+    'fp16': 'mmseg.core.precision:Precision',
+    'finetune': 'mmseg.core.finetune:FinetuneConfig',
+    'checkpoint_config': 'mmseg.core.hooks:CheckpointHook',
+    'evaluation': ('mmseg.core.hooks:EvalHook', MetricsConfig),
+    'log_config': LogConfig,
+    'dist_params': 'mmseg.utils.dist:init_dist',
 }
-"""What each section may hold: an annotation, a dict of keys, a registry (of the component that stands there), a list of
-one registry, or ``ANY``."""
-
-_COMPONENT_KEYS = {
-    'backbone': BACKBONES,
-    'decode_head': HEADS,
-    'pixel_decoder_cfg': PIXEL_DECODERS,
-    'transformer_decoder_cfg': TRANSFORMER_DECODERS,
-    'dataset': DATASETS,
-}
-_PIPELINE_KEYS = ('pipeline', 'transforms')
+"""What reads each section: a registry, or classes and functions, or their addresses."""
 
 logger = logging.getLogger('mmseg')
 
@@ -191,20 +228,8 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     except (Exception, SystemExit) as error:  # a config is code: anything may come out of it
         raise ConfigError(f"config file '{path}' cannot be read: {type(error).__name__}: {error}") from error
     override(cfg, options or {})
-    _drop_none(cfg, SECTIONS)
-    for key, value in cfg.items():
-        cfg[key] = _at_home(value)
     check_config(cfg)
     return cfg
-
-
-def _drop_none(section: Any, schema: Mapping[str, Any]) -> None:
-    """None in place of a section or a component means that there is none."""
-    for key in list(section.keys() & schema.keys()):
-        if section[key] is None and isinstance(schema[key], (dict, list, Registry)):
-            section.pop(key)
-        elif isinstance(section[key], Mapping) and isinstance(schema[key], dict):
-            _drop_none(section[key], schema[key])
 
 
 def required(cfg: Config, dotted: str) -> Any:
@@ -252,17 +277,6 @@ def as_text(cfg: Config) -> str:
         raise
 
 
-def _at_home(value: Any) -> Any:
-    """``value`` with the user's home folder in place of ``~`` in each text that is a path below it."""
-    if isinstance(value, str):
-        return os.path.expanduser(value) if value.startswith('~') and '/' in value else value
-    if isinstance(value, dict):
-        for key, item in value.items():
-            value[key] = _at_home(item)
-        return value
-    return type(value)(map(_at_home, value)) if type(value) in (list, tuple) else value
-
-
 def config_files(path: str | Path) -> list[Path]:
     """A config file and all its bases; those that cannot be found are left out."""
     files, waiting = [], [Path(path)]
@@ -285,22 +299,34 @@ def config_inputs(path: str | Path | None) -> dict[str, Path]:
 def override(cfg: Config, options: Mapping[str, Any]) -> None:
     """Changes ``cfg`` in place, and fills in its variables.
 
+    A value ``'${crop_size}'`` stands for the key ``crop_size`` at the top level: a base config that uses one follows
+    the file that inherits it, and ``--options crop_size=(320,320)``.
+
     Args:
         cfg: a config.
         options: dotted keys to values, as in :func:`load_config`.  A number stands for an entry of a list; a dict is
             merged into one that is there, unless it holds ``_delete_=True``.
 
     Raises:
-        ConfigError: a key that is neither there nor known at its place, or stands inside a plain value.
+        ConfigError: a key at the top level that is neither there nor known, one that stands inside a plain value, or a
+            variable that is not there.
     """
-    variables = {key: value for key, value in options.items() if key.split('.')[0] not in SECTIONS}
-    for part in (variables, {key: value for key, value in options.items() if key not in variables}):
-        for key in part:
-            _check_override(cfg, key)
-        for key, value in part.items():
-            first, *rest = key.split('.')
-            cfg[first] = _changed(cfg.get(first, {}), rest, value, first)
-        fill_in_variables(cfg)  # before the second part, which may reach into what a variable gives
+    known = cfg.keys() | SECTIONS.keys() | keys_of(TopLevel)
+    touched = {key: key.split('.')[0] for key in options}
+    for variables in (True, False):  # the others may reach into what a variable gives
+        for key, first in touched.items():
+            if first not in known:
+                raise ConfigError(f"--options {key}: unknown key '{first}' at the top level{nearest(first, known)}")
+            if (first not in SECTIONS) == variables:
+                cfg[first] = _changed(cfg.get(first, {}), key.split('.')[1:], options[key], first)
+        for key in list(cfg):
+            cfg[key] = _filled(cfg[key], cfg, key)
+    for section, keys in ((cfg, SECTIONS), (cfg.get('data'), ('train', 'val', 'test'))):
+        for key in keys if isinstance(section, (Config, dict)) else ():
+            if section.get(key, key) is None:  # None in place of a section or a data set means that there is none
+                section.pop(key)
+    for first in set(touched.values()) & cfg.keys():
+        _check_key(first, cfg[first])
 
 
 def _changed(place: Any, parts: Sequence[str], value: Any, where: str) -> Any:
@@ -314,12 +340,47 @@ def _changed(place: Any, parts: Sequence[str], value: Any, where: str) -> Any:
     part, *rest = parts
     inner = f'{where}.{part}'
     if isinstance(place, (list, tuple)):
+        if not part.isdigit() or int(part) >= len(place):
+            raise ConfigError(f"--options {inner}: '{part}' is no index of the list {where} of {len(place)}")
         entries = list(place)
         entries[int(part)] = _changed(entries[int(part)], rest, value, inner)
         return type(place)(entries)
     if not isinstance(place, Mapping):
-        raise ConfigError(f"--options {where}.{'.'.join(parts)}: {where} is {place!r} and has no key '{part}'")
+        raise ConfigError(f"--options {where}.{'.'.join(parts)}: '{where}' is {place!r} and has no key '{part}'")
     return ConfigDict({**place, part: _changed(place.get(part, {}), rest, value, inner)})
+
+
+def _filled(value: Any, variables: Mapping[str, Any], where: str) -> Any:
+    """``value`` with its variables replaced, and the user's home folder in place of ``~`` in paths below it."""
+    if isinstance(value, dict):
+        return type(value)({key: _filled(inner, variables, f'{where}.{key}') for key, inner in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_filled(inner, variables, f'{where}[{i}]') for i, inner in enumerate(value))
+    if not isinstance(value, str):
+        return value
+    reference = _REFERENCE.fullmatch(value)
+    if reference is None:
+        return os.path.expanduser(value) if value.startswith('~') and '/' in value else value
+    name = reference[1]
+    if name not in variables:
+        raise ConfigError(f"{where}: '{value}' stands for the key '{name}' at the top level of the config, which has "
+                          f"none{nearest(name, variables)}")
+    found = variables[name]
+    if _REFERENCE.search(repr(found)):
+        raise ConfigError(f"{where}: '{value}' stands for the key '{name}', which holds references itself: {found!r}")
+    return _filled(found, {}, where)
+
+
+def readers_of(section: str) -> list[Reader]:
+    """The registry, or the classes and functions, that read a section."""
+    readers = SECTIONS[section]
+    readers = readers if isinstance(readers, tuple) else (readers,)
+    return [pkgutil.resolve_name(reader) if isinstance(reader, str) else reader for reader in readers]
+
+
+def top_level(cfg: Config) -> TopLevel:
+    """The keys of ``cfg`` that are no section, with their defaults."""
+    return build(TopLevel, {key: cfg[key] for key in keys_of(TopLevel) & cfg.keys()}, '')
 
 
 def check_config(cfg: Config) -> None:
@@ -328,100 +389,16 @@ def check_config(cfg: Config) -> None:
     Raises:
         ConfigError: naming the key, the nearest known one, and where it stands.
     """
-    for key in cfg:
-        if key in SECTIONS:
-            _check_value(cfg[key], SECTIONS[key], key)
-            continue
-        slip = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.8)
-        if slip:
+    known = SECTIONS.keys() | keys_of(TopLevel)
+    for key, value in cfg.items():
+        _check_key(key, value)
+        slip = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if slip and key not in known:
             logger.warning("config: top-level '%s' is nobody's key; did you mean '%s'?", key, slip[0])
 
 
-def _check_value(value: Any, schema: Any, where: str) -> None:
-    if schema is ANY:
-        return
-    if isinstance(schema, Registry):
-        if value is not None:
-            _check_component(value, schema, where)
-    elif isinstance(schema, list):
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f'{where}: expected a list of dicts, got {value!r}')
-        for i, item in enumerate(value):
-            _check_component(item, schema[0], f'{where}[{i}]')
-    elif isinstance(schema, dict):
-        if value is None:
-            return
-        if not isinstance(value, Mapping):
-            raise ConfigError(f'{where}: expected a dict with keys {", ".join(schema)}, got {value!r}')
-        for key, inner in value.items():
-            if key not in schema:
-                raise ConfigError(f"{where}.{key}: unknown key '{key}' in {where}{nearest(key, schema)}")
-            _check_value(inner, schema[key], f'{where}.{key}')
-    else:
-        check_value(value, schema, where)
-
-
-def _check_component(cfg: Any, registry: Registry, where: str) -> None:
-    """Type and arguments of a component, and of the data sets, steps and parts inside it."""
-    if isinstance(cfg, (list, tuple)) and registry is DATASETS:  # mmseg 0.x: a list of data sets is their concatenation
-        for i, item in enumerate(cfg):
-            _check_component(item, registry, f'{where}[{i}]')
-        return
-    if registry is HOOKS and isinstance(cfg, Mapping):
-        cfg = {key: value for key, value in cfg.items() if key != 'priority'}
-    check_component(registry, cfg, where)
-    for key, value in cfg.items():
-        if key in _COMPONENT_KEYS and isinstance(value, Mapping):
-            _check_component(value, _COMPONENT_KEYS[key], f'{where}.{key}')
-        elif key == 'datasets':
-            _check_component(value, DATASETS, f'{where}.{key}')
-        elif key in _PIPELINE_KEYS and isinstance(value, (list, tuple)):
-            for i, step in enumerate(value):
-                _check_component(step, PIPELINES, f'{where}.{key}[{i}]')
-
-
-def _check_override(cfg: Config, dotted: str) -> None:
-    """An override must meet an existing key, or one that its place knows."""
-    place: Any = dict(cfg.items())
-    schema: Any = SECTIONS
-    walked = ''
-    for part in dotted.split('.'):
-        if isinstance(place, (list, tuple)):
-            if not part.isdigit() or int(part) >= len(place):
-                raise ConfigError(f"--options {dotted}: '{part}' is no index of the list {walked} of {len(place)}")
-            place, schema = place[int(part)], ANY
-        elif isinstance(place, Mapping) and part in place:
-            schema = schema.get(part, ANY) if isinstance(schema, dict) else ANY
-            place = place[part]
-        else:
-            schema = _known_key(place, schema, part, dotted, walked)
-            place = None
-        walked = f'{walked}.{part}' if walked else part
-
-
-def _known_key(place: Any, schema: Any, part: str, dotted: str, walked: str) -> Any:
-    """Schema of the new key ``part`` at ``place``; a ConfigError where the place does not know it."""
-    if isinstance(schema, dict):
-        known = set(schema) | (set(place) if isinstance(place, Mapping) else set())
-        near = None if part in known else nearest(part, known)
-    elif isinstance(place, Mapping) and 'type' in place:
-        component = find_anywhere(place['type'])
-        near = None if component is None or part == 'type' else unknown_argument(component, part)
-    elif schema is ANY or isinstance(schema, Registry) or fits({}, schema):
-        return ANY
-    else:
-        raise ConfigError(f"--options {dotted}: '{walked}' is a plain value and has no key '{part}'")
-    if near is not None:
-        stands = f'in {walked}' if walked else 'at the top level'
-        raise ConfigError(f"--options {dotted}: unknown key '{part}' {stands}{near}")
-    return schema.get(part, ANY) if isinstance(schema, dict) else ANY
-
-
-def find_anywhere(name: Any) -> Any:
-    """The component of that name in any registry, or None; its section's own check names an unknown type."""
-    from mmseg import registry as registries
-
-    for registry in vars(registries).values():
-        if isinstance(registry, Registry) and (component := registered(registry, name)) is not None:
-            return component
-    return None
+def _check_key(key: str, value: Any) -> None:
+    if key in keys_of(TopLevel):
+        check_arguments(TopLevel, {key: value}, '')
+    elif key in SECTIONS:
+        check(value, key, *readers_of(key))

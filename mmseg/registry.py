@@ -1,7 +1,10 @@
-"""Registries of named components, and the one function that builds from them.
+"""Registries of named components; how a dict of a config is checked against a signature, and built.
 
-A config names a component by ``type``; the other keys are its arguments.  The registries are those of mmengine;
-building is our own, because an error must say which key is wrong, where it stands, and what was probably meant.
+A dict of a config holds the arguments of a class or a function, its *reader*: the one that ``type`` names in a
+registry, or a fixed one, such as :class:`~mmseg.core.lr_schedule.LrSchedule` for ``lr_config``.  The reader's signature
+says which keys there are, what they may be, and their defaults; arguments that are no keys are positional-only.  An
+annotation ``Annotated[Mapping[str, Any], READER]`` says the same of a dict inside.  The registries are those of
+mmengine; checking is our own, because an error must say which key is wrong, where it stands, and what was meant.
 """
 
 from __future__ import annotations
@@ -11,11 +14,19 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_origin
 
 from mmengine.registry import Registry
 
-from mmseg.utils.arguments import annotations_of, check_value, named_parameters, takes_any_name
+from mmseg.utils.arguments import (
+    Range,
+    alternatives,
+    annotations_of,
+    check_value,
+    entries,
+    named_parameters,
+    takes_any_name,
+)
 from mmseg.utils.errors import ConfigError, nearest
 
 _MODELS = ['mmseg.models']
@@ -24,11 +35,15 @@ _DATASETS = ['mmseg.datasets']
 BACKBONES = Registry('backbone', scope='mmseg', locations=_MODELS)
 PIXEL_DECODERS = Registry('pixel decoder', scope='mmseg', locations=_MODELS)
 TRANSFORMER_DECODERS = Registry('transformer decoder', scope='mmseg', locations=_MODELS)
+LOSSES = Registry('mask loss', scope='mmseg', locations=_MODELS)
 HEADS = Registry('decode head', scope='mmseg', locations=_MODELS)
 SEGMENTORS = Registry('segmentor', scope='mmseg', locations=_MODELS)
 DATASETS = Registry('dataset', scope='mmseg', locations=_DATASETS)
 PIPELINES = Registry('pipeline step', scope='mmseg', locations=_DATASETS)
 HOOKS = Registry('hook', scope='mmseg', locations=['mmseg.core.hooks'])
+OPTIMIZERS = Registry('optimizer', scope='mmseg', locations=['mmseg.core.optimizer'])
+
+Reader: TypeAlias = Registry | Callable[..., Any]
 
 _Component = TypeVar('_Component', bound=Callable[..., Any])
 _where: contextvars.ContextVar[str] = contextvars.ContextVar('where', default='')
@@ -65,57 +80,90 @@ def register_variant(registry: Registry, name: str, component: _Component, **row
     return registry.register_module(module=variant)
 
 
-def registered(registry: Registry, name: Any) -> Callable[..., Any] | None:
-    """The component of that name, if there is one."""
-    is_name = isinstance(name, str) and all(name.split('.'))  # mmengine has no answer to others
-    return registry.get(name) if is_name else None
-
-
 def find(registry: Registry, name: Any, where: str) -> Callable[..., Any]:
     """The component registered as ``name``; a :class:`ConfigError` naming the nearest one where there is none."""
     if callable(name):
         return name
-    component = registered(registry, name)
+    is_name = isinstance(name, str) and all(name.split('.'))  # mmengine has no answer to others
+    component = registry.get(name) if is_name else None
     if component is None:
         raise ConfigError(f"{where}.type: unknown {registry.name} '{name}'{nearest(str(name), registry.module_dict)}")
     return component
 
 
-def unknown_argument(component: Callable[..., Any], name: str) -> str | None:
-    """None where a config may give ``name`` to ``component``; else the nearest names, for an error."""
-    known = named_parameters(component) | set(getattr(component, 'retired_arguments', {}))
-    return None if name in known or takes_any_name(component) else nearest(name, known)
+def keys_of(reader: Callable[..., Any]) -> set[str]:
+    """Names that a dict for ``reader`` may hold, those that fall into ``**kwargs`` left out."""
+    return named_parameters(reader) | set(_retired(reader))
 
 
-def check_arguments(component: Callable[..., Any], args: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``args`` without the retired ones.
+def _retired(reader: Callable[..., Any]) -> Mapping[str, tuple[Any, ...]]:
+    return getattr(reader, 'retired_arguments', {})
+
+
+def check(cfg: Any, where: str, *readers: Reader) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+    """The class or function that each of ``readers`` means, and its arguments in ``cfg`` without the retired ones.
+
+    Args:
+        cfg: a dict of a config; dicts inside are checked as well.
+        where: its dotted path.
+        *readers: each key is for the first of them that knows it; a registry means what ``cfg['type']`` names there.
 
     Raises:
-        ConfigError: a name that ``component`` does not take, a value that does not fit its annotation (see
-            :mod:`mmseg.utils.arguments`), or a retired one.
+        ConfigError: an unknown ``type``, a key that no reader knows, a value that does not fit its annotation (see
+            :mod:`mmseg.utils.arguments`), or a retired key with another value than it had.
     """
-    retired_here = getattr(component, 'retired_arguments', {})
-    label = getattr(component, '__name__', str(component))
-    annotations = annotations_of(component)
-    kept = {}
-    for key, value in args.items():
-        near = unknown_argument(component, key)
-        if near is not None:
-            raise ConfigError(f"{where}.{key}: {label} takes no argument '{key}'{near}")
-        if key not in retired_here:
-            check_value(value, annotations.get(key, Any), f'{where}.{key}')
-            kept[key] = value
-        elif retired_here[key] and value not in retired_here[key]:
-            allowed = ' or '.join(map(repr, retired_here[key]))
-            raise ConfigError(f'{where}.{key}: {label} supports only {allowed}, got {value!r}; remove the key')
-    return kept
+    registry = next((reader for reader in readers if isinstance(reader, Registry)), None)
+    if registry is not None and (not isinstance(cfg, Mapping) or 'type' not in cfg):
+        raise ConfigError(f"{where}: expected a dict with a 'type' key for a {registry.name}, got {cfg!r}")
+    found = [find(reader, cfg['type'], where) if isinstance(reader, Registry) else reader for reader in readers]
+    known = {key: i for i, component in reversed(list(enumerate(found))) for key in keys_of(component)}
+    if not isinstance(cfg, Mapping):
+        raise ConfigError(f'{where}: expected a dict with keys {", ".join(sorted(known))}, got {cfg!r}')
+    name = getattr(found[-1], '__name__', str(found[-1])) if registry else where.rpartition('.')[2] or 'the config'
+    args: list[dict[str, Any]] = [{} for _ in found]
+    for key, value in cfg.items():
+        if key == 'type' and registry is not None:
+            continue
+        place = f'{where}.{key}' if where else key
+        if key not in known and not takes_any_name(found[-1]):
+            raise ConfigError(f"{place}: {name} takes no argument '{key}'{nearest(key, known)}")
+        index = known.get(key, -1)
+        accepted = _retired(found[index]).get(key)
+        if accepted is None:
+            annotation = annotations_of(found[index]).get(key, Any)
+            check_value(value, annotation, place)
+            _check_inside(value, annotation, place)
+            args[index][key] = value
+        elif accepted and value not in accepted:
+            allowed = ' or '.join(map(repr, accepted))
+            raise ConfigError(f'{place}: {name} supports only {allowed}, got {value!r}; remove the key')
+    return list(zip(found, args))
+
+
+def check_arguments(reader: Callable[..., Any], args: Any, where: str) -> dict[str, Any]:
+    """``args`` without the retired ones; see :func:`check`."""
+    return check(args, where, reader)[0][1]
+
+
+def _check_inside(value: Any, annotation: Any, where: str) -> None:
+    """Checks the dicts in ``value`` whose annotation names readers."""
+    if get_origin(annotation) is Annotated:
+        annotation, *marks = get_args(annotation)
+        readers = [mark for mark in marks if not isinstance(mark, Range)]
+        if readers and isinstance(value, Mapping):
+            check(value, where, *readers)
+    for alternative in alternatives(annotation):
+        if get_origin(alternative) is Annotated:
+            _check_inside(value, alternative, where)
+        for place, item, inner in entries(value, alternative):
+            _check_inside(item, inner, where + place)
 
 
 @contextlib.contextmanager
-def standing_at(where: str) -> Iterator[str]:
-    """Adds ``where`` to the config path that error messages of nested :func:`build` calls show; yields that path."""
+def config_key(key: str) -> Iterator[str]:
+    """Inside, errors show ``key`` (``'decode_head'``, ``'[3]'``) after the path so far; yields the whole path."""
     outer = _where.get()
-    path = f'{outer}.{where}' if outer and not where.startswith('[') else outer + where
+    path = f'{outer}.{key}' if outer and not key.startswith('[') else outer + key
     token = _where.set(path)
     try:
         yield path
@@ -124,57 +172,39 @@ def standing_at(where: str) -> Iterator[str]:
 
 
 def config_path(otherwise: str) -> str:
-    """Where the config that is being built stands, for an error message; ``otherwise`` outside of a config."""
+    """The path of the config that is being built, for an error message; ``otherwise`` outside of a config."""
     return _where.get() or otherwise
 
 
-def build(registry: Registry, cfg: Any, where: str, **defaults: Any) -> Any:
-    """Builds the component that ``cfg['type']`` names in ``registry``; ``cfg`` is left unchanged.
+def build(reader: Reader, cfg: Any, key: str, *supplied: Any, **defaults: Any) -> Any:
+    """Calls what ``cfg`` is read by with its arguments; ``cfg`` is left unchanged.
 
     Args:
-        registry: where the name is looked up.
-        cfg: mapping with ``type``; its other keys are keyword arguments and win over ``defaults``.
-        where: the key under which ``cfg`` stands in its parent (``'decode_head'``, ``'[3]'``); used in errors.
-        **defaults: arguments that the caller supplies.
+        reader: a class or a function, or a registry in which ``cfg['type']`` names one.
+        cfg: a dict of a config; where ``reader`` is no registry, None stands for an empty one.
+        key: the key of ``cfg`` in the dict around it, for errors.
+        *supplied: arguments of the caller, positional.
+        **defaults: arguments of the caller where ``cfg`` has none.
 
     Raises:
-        ConfigError: unknown ``type``, an argument that the component does not take, or a missing one.
+        ConfigError: see :func:`check`; also an argument that is missing, or a value that the component refuses (it
+            raises ``ValueError``).
     """
-    with standing_at(where) as path:
-        component, args = check_component(registry, cfg, path)
-        return construct(component, {**defaults, **args}, path)
-
-
-def check_component(registry: Registry, cfg: Any, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The component that ``cfg`` names, and the arguments that it is given there.
-
-    Raises:
-        ConfigError: see :func:`build`.
-    """
-    if not isinstance(cfg, Mapping) or 'type' not in cfg:
-        raise ConfigError(f"{where}: expected a dict with a 'type' key for a {registry.name}, got {cfg!r}")
-    component = find(registry, cfg['type'], where)
-    return component, check_arguments(component, {k: v for k, v in cfg.items() if k != 'type'}, where)
-
-
-def construct(component: Callable[..., Any], args: Mapping[str, Any], where: str) -> Any:
-    """Calls ``component``; what it says against its arguments becomes an error that tells where they stand.
-
-    Raises:
-        ConfigError: an argument is missing, or the component refuses a value (it raises ``ValueError``).
-    """
-    label = getattr(component, '__name__', component)
-    try:
-        inspect.signature(component).bind(**args)
-    except TypeError as error:
-        raise ConfigError(f'{where}: {label}: {error}') from None
-    try:
-        return component(**args)
-    except ConfigError:
-        raise
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(f'{where}: {label}: {error}') from error
-    except TypeError as error:  # of a base class that **kwargs go to
-        if takes_any_name(component) and 'keyword argument' in str(error):
-            raise ConfigError(f'{where}: {label}: {error}') from error
-        raise
+    with config_key(key) as where:
+        ((component, args),) = check({} if cfg is None and not isinstance(reader, Registry) else cfg, where, reader)
+        args = {**defaults, **args}
+        what = f'{where}: {getattr(component, "__name__", component)}'
+        try:
+            inspect.signature(component).bind(*supplied, **args)
+        except TypeError as error:
+            raise ConfigError(f'{what}: {error}') from None
+        try:
+            return component(*supplied, **args)
+        except ConfigError:
+            raise
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(f'{what}: {error}') from error
+        except TypeError as error:  # of a base class that **kwargs go to
+            if takes_any_name(component) and 'keyword argument' in str(error):
+                raise ConfigError(f'{what}: {error}') from error
+            raise

@@ -31,16 +31,17 @@ def places(cfg: Any, path: str = '') -> Iterator[str]:
 
 def arguments(cfg: Any, path: str = '') -> Iterator[str]:
     """Dotted path of every argument that a component of ``cfg`` takes and has no value for there."""
-    from mmseg.config import SECTIONS, find_anywhere
-    from mmseg.registry import named_parameters
+    from mmseg import registry
+    from mmseg.config import SECTIONS, readers_of
+    from mmseg.registry import Registry, keys_of
 
     known: set[str] = set()
     if isinstance(cfg, Mapping):
-        component = find_anywhere(cfg.get('type'))
-        if component is not None:
-            known = named_parameters(component) - set(cfg)
-        elif isinstance(SECTIONS.get(path), dict):
-            known = set(SECTIONS[path]) - set(cfg)
+        readers = readers_of(path) if path in SECTIONS else []
+        if isinstance(cfg.get('type'), str):
+            registries = [value for value in vars(registry).values() if isinstance(value, Registry)]
+            readers += [found for place in registries if (found := place.get(cfg['type'])) is not None]
+        known = {key for reader in readers if not isinstance(reader, Registry) for key in keys_of(reader)} - set(cfg)
         for key, value in cfg.items():
             yield from arguments(value, f'{path}.{key}' if path else str(key))
     elif isinstance(cfg, (list, tuple)):

@@ -25,6 +25,13 @@ SIGINT (Ctrl-C), SIGTERM or SIGHUP ends the training after the current iteration
 143 or 129; under nohup SIGHUP is ignored).  A second signal ends it at once."""
 
 
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Gives a command line the options that start several processes."""
+    devices = parser.add_mutually_exclusive_group()
+    devices.add_argument('--gpus', type=int, help='number of GPUs (without one: of processes) to use on this machine')
+    devices.add_argument('--gpu-ids', type=int, nargs='+', help='GPUs to use on this machine')
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = ArgumentParser(
@@ -40,9 +47,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--resume-from', help='checkpoint or work dir to go on from; "auto": the work dir')
     parser.add_argument('--no-validate', action='store_true', help='no evaluation during training')
-    devices = parser.add_mutually_exclusive_group()
-    devices.add_argument('--gpus', type=int, help='number of GPUs (without one: of processes) to use on this machine')
-    devices.add_argument('--gpu-ids', type=int, nargs='+', help='GPUs to use on this machine')
+    add_devices(parser)
     parser.add_argument('--seed', type=int, help='seed of Python, numpy, torch and the data order')
     parser.add_argument('--deterministic', action='store_true', help='reproducible algorithms on a GPU, slower')
     OptionsAction.add_to(parser, 'change the config, as in runner.max_iters=100')
@@ -65,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if cfg.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    params = cfg.get('dist_params') or {}
-    device = init_dist(args.launcher, params.get('backend'), port=params.get('port'))
+    device = init_dist(args.launcher, **cfg.get('dist_params', {}))
     if device.type == 'cpu':
         keep_pages()
     try:
@@ -97,21 +101,10 @@ def start_processes(args: argparse.Namespace) -> None:
     if count > 1:
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // count)))
         launcher = [str(Path(__file__).with_name('_launch.py')), '--standalone', f'--nproc_per_node={count}']
-        arguments = _without_devices(sys.argv[1:])
+        devices = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        add_devices(devices)
+        _, arguments = devices.parse_known_args()  # the command line without them
         os.execv(sys.executable, [sys.executable, *launcher, __file__, *arguments, '--launcher', 'pytorch'])
-
-
-def _without_devices(arguments: list[str]) -> list[str]:
-    """The command line without ``--gpus N`` and ``--gpu-ids N ...``, also in their ``--gpus=N`` form."""
-    kept: list[str] = []
-    dropping = False
-    for word in arguments:
-        if word.split('=')[0] in ('--gpus', '--gpu-ids'):
-            dropping = '=' not in word
-        elif not (dropping and word.isdigit()):
-            dropping = False
-            kept.append(word)
-    return kept
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from mmseg.datasets.pipelines import Compose
 from mmseg.datasets.pipelines.loading import read_frame
 from mmseg.models import build_segmentor
 from mmseg.models.segmentors import EncoderDecoder
-from mmseg.registry import standing_at
+from mmseg.registry import config_key
 from mmseg.utils.checkpoint import load_checkpoint
 from mmseg.utils.dist import pick_device
 from mmseg.utils.errors import ConfigError, DataError
@@ -166,5 +166,5 @@ def _test_pipeline(model: EncoderDecoder) -> Compose:
     """The steps of ``data.test.pipeline``."""
     if model.cfg is None:
         raise ConfigError('inference_segmentor needs a model made by init_segmentor: this one has no config')
-    with standing_at('data.test.pipeline'):
+    with config_key('data.test.pipeline'):
         return Compose(model.cfg.data.test.pipeline)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmseg.datasets.clip_sampler import check_clips, frames_needed
 from mmseg.datasets.split import Split
-from mmseg.registry import DATASETS, find, standing_at
+from mmseg.registry import DATASETS, config_key, find
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.images import VOID, label_table, read_frame, read_mask, to_training_labels
 from mmseg.utils.names import natural_key
@@ -96,7 +96,7 @@ class SplitToCheck:
         if not hasattr(component, 'layout'):
             raise ConfigError(f'{where}.type: {cfg["type"]} is no VideoDataset; its files cannot be checked')
         dilation, test_size = cfg.get('dilation'), cfg.get('test_size')
-        with standing_at(where):
+        with config_key(where):
             if dilation is not None or test_size is not None:
                 dilation, _ = check_clips(dilation, test_size)
             options = ('data_root', 'split', 'classes', 'palette', 'layout', 'reduce_zero_label')

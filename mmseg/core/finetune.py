@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmseg.registry import check_arguments
 from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.state_dict_alias import reference_names
 
@@ -32,22 +31,12 @@ class FinetuneConfig:
 
     train: str | Sequence[str] = ('predictor',)
     fresh: str | Sequence[str] = ()
-    copy: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    copy: Mapping[str, str | Sequence[str]] | None = None
     frozen_eval: bool = False
 
-    @classmethod
-    def from_dict(cls, section: Mapping[str, Any] | None) -> FinetuneConfig:
-        """Reads the section; a pattern may be a string or a list of them.
-
-        Raises:
-            ConfigError: an unknown key, or a value of a wrong type.
-        """
-        given = {key: value for key, value in (section or {}).items() if value is not None}
-        section = check_arguments(cls, given, 'finetune')
-        for key in {'train', 'fresh'} & section.keys():
-            section[key] = _as_tuple(section[key])
-        section['copy'] = {source: _as_tuple(targets) for source, targets in section.get('copy', {}).items()}
-        return cls(**section)
+    def __post_init__(self) -> None:
+        for key in ('train', 'fresh'):
+            object.__setattr__(self, key, _as_tuple(getattr(self, key)))
 
 
 def warn_of_unused(section: Any) -> None:
@@ -110,38 +99,28 @@ def load_for_finetune(model: nn.Module, weights: Mapping[str, torch.Tensor], con
     """
     report = FinetuneReport()
     own = model.state_dict()
-    source = dict(weights)
-    for name in list(weights):
-        for new_name in _copies_of(name, config.copy):
-            if new_name in own and new_name not in weights:
-                source[new_name] = weights[name]
-                report.copied[new_name] = name
-    taken = {}
+    origins = {copy: name for name in weights for copy in _copies_of(name, config.copy)}
+    origins |= {name: name for name in weights}
     for name, tensor in own.items():
+        origin = origins.get(name)
         if _holds(name, config.fresh):
             report.fresh.append(name)
-            report.copied.pop(name, None)
-        elif name not in source:
+        elif origin is None:
             report.missing.append(name)
-        elif source[name].shape != tensor.shape:
-            report.mismatched.append(f'{name} {tuple(source[name].shape)} there, {tuple(tensor.shape)} here')
-            report.copied.pop(name, None)
+        elif weights[origin].shape != tensor.shape:
+            report.mismatched.append(f'{name} {tuple(weights[origin].shape)} there, {tuple(tensor.shape)} here')
+        elif origin == name:
+            report.loaded.append(name)
         else:
-            taken[name] = source[name]
-            if name not in report.copied:
-                report.loaded.append(name)
-    copied_from = set(report.copied.values())
-    report.unexpected = [
-        name
-        for name in weights
-        if name not in own and name not in copied_from and not _is_dropped(model, name, weights)
-    ]
-    model.load_state_dict(taken, strict=False)
+            report.copied[name] = origin
+    taken = {name: weights[origins[name]] for name in (*report.loaded, *report.copied)}
+    left = {name: weights[name] for name in weights.keys() - own.keys() - set(report.copied.values())}
+    unexpected = model.load_state_dict({**taken, **left}, strict=False).unexpected_keys  # the model may drop some
+    report.unexpected = [name for name in weights if name in left and name in unexpected]
     report.frozen, report.trained = freeze(model, config.train)
 
     frozen = set(report.frozen)
-    lost = [name for name in report.missing if name in frozen]
-    lost += [text for text in report.mismatched if text.split(' ')[0] in frozen]
+    lost = [text for text in (*report.missing, *report.mismatched) if text.split(' ')[0] in frozen]
     if lost:
         more = f' and {len(lost) - _SHOWN} more' if len(lost) > _SHOWN else ''
         raise CheckpointError(
@@ -188,20 +167,15 @@ def frozen_parts(model: nn.Module) -> list[nn.Module]:
     return parts
 
 
-def _copies_of(name: str, copies: Mapping[str, str | Sequence[str]]) -> list[str]:
+def _copies_of(name: str, copies: Mapping[str, str | Sequence[str]] | None) -> list[str]:
     """Names that the tensor ``name`` fills as well: a run of whole dotted parts is replaced."""
     dotted = f'.{name}.'
     return [
         dotted.replace(f'.{source}.', f'.{target}.').strip('.')
-        for source, targets in copies.items()
+        for source, targets in (copies or {}).items()
         if f'.{source}.' in dotted
         for target in _as_tuple(targets)
     ]
-
-
-def _is_dropped(model: nn.Module, name: str, weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether ``model`` itself forgets this tensor on load: one that the reference saved but never used."""
-    return not model.load_state_dict({name: weights[name]}, strict=False).unexpected_keys
 
 
 def _counted(names: Iterable[str], everything: Sequence[str]) -> str:

@@ -6,15 +6,15 @@ multiplies the current rate step by step and knows neither ``min_lr`` nor warm-u
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+from mmseg.registry import retired
 from mmseg.utils.arguments import Count, Index, Share, Weight
-from mmseg.utils.errors import ConfigError, nearest
-
-_POLICIES = ('poly', 'fixed')
-_WARMUPS = ('constant', 'linear', 'exp')
 
 
+@retired(by_epoch=(False,), warmup_by_epoch=(False,))
 class LrSchedule:
     """Polynomial decay with optional warm-up, as the ``poly`` policy of mmcv 1.x.
 
@@ -23,34 +23,22 @@ class LrSchedule:
         policy: ``poly``, or ``fixed`` for a constant rate.
         power: exponent of the decay.
         min_lr: lowest rate, the same for all parameter groups.
-        by_epoch: only False: training counts iterations.
-        warmup: None, ``constant``, ``linear`` or ``exp``.
+        warmup: how the rate rises at the start; None: it does not.
         warmup_iters: length of the warm-up.
         warmup_ratio: share of the regular rate at which the warm-up starts.
-        warmup_by_epoch: only False.
-
-    Raises:
-        ConfigError: an unknown policy or warm-up, or counting by epochs.
     """
 
     def __init__(
         self,
         max_iters: Count,
-        policy: str = 'poly',
+        /,
+        policy: Literal['poly', 'fixed'] = 'poly',
         power: Weight = 1.0,
         min_lr: Weight = 0.0,
-        by_epoch: bool = False,
-        warmup: str | None = None,
+        warmup: Literal['constant', 'linear', 'exp'] | None = None,
         warmup_iters: Index = 0,
         warmup_ratio: Share = 0.1,
-        warmup_by_epoch: bool = False,
     ) -> None:
-        if policy not in _POLICIES:
-            raise ConfigError(f"lr_config.policy: unknown policy '{policy}'{nearest(policy, _POLICIES)}")
-        if warmup is not None and warmup not in _WARMUPS:
-            raise ConfigError(f"lr_config.warmup: unknown warm-up '{warmup}'{nearest(warmup, _WARMUPS)}")
-        if by_epoch or warmup_by_epoch:
-            raise ConfigError('lr_config: training counts iterations; set by_epoch=False and warmup_by_epoch=False')
         self.max_iters = max_iters
         self.policy = policy
         self.power = power

@@ -3,18 +3,67 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from mmseg.registry import check_arguments
-from mmseg.utils.arguments import Weight, check_value
-from mmseg.utils.errors import CheckpointError, ConfigError, nearest
+from mmseg.registry import OPTIMIZERS, build, check
+from mmseg.utils.arguments import Weight
+from mmseg.utils.errors import CheckpointError, ConfigError
 from mmseg.utils.state_dict_alias import reference_names
 
-_MULTIPLIERS = ('lr_mult', 'decay_mult')
+for _name, _class in vars(torch.optim).items():
+    if inspect.isclass(_class) and _class is not torch.optim.Optimizer:
+        OPTIMIZERS.register_module(_name, module=_class)
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Factors for some of the parameters.
+
+    Attributes:
+        lr_mult: of the learning rate.
+        decay_mult: of the weight decay.
+    """
+
+    lr_mult: Weight = 1.0
+    decay_mult: Weight = 1.0
+
+
+@dataclass(frozen=True)
+class ParamwiseConfig:
+    """Parameters with another rate or decay than the rest.
+
+    Attributes:
+        custom_keys: part of a parameter's name in checkpoints -> its :class:`Multipliers`.  Where several keys are part
+            of a name the longest one counts (of equally long ones the first in alphabetical order), as in mmcv 1.x.
+    """
+
+    custom_keys: Mapping[str, Annotated[Mapping[str, Any], Multipliers]] | None = None
+
+    def of(self, name: str) -> Multipliers:
+        """The factors of the parameter ``name``."""
+        factors = self.custom_keys or {}
+        keys = sorted((key for key in factors if key in name), key=lambda key: (-len(key), key))
+        return Multipliers(**factors[keys[0]]) if keys else Multipliers()
+
+
+@dataclass(frozen=True)
+class GroupsConfig:
+    """Rate and decay of the parameters.
+
+    Attributes:
+        lr: the learning rate, which ``lr_config`` changes from iteration to iteration.
+        weight_decay: the weight decay.
+        paramwise_cfg: parameters with another rate or decay.
+    """
+
+    lr: Weight
+    weight_decay: Weight = 0.0
+    paramwise_cfg: Annotated[Mapping[str, Any] | None, ParamwiseConfig] = None
 
 
 def build_optimizer(model: nn.Module, cfg: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -26,79 +75,36 @@ def build_optimizer(model: nn.Module, cfg: Mapping[str, Any]) -> torch.optim.Opt
 
     Args:
         model: its parameters are matched by their names in checkpoints.
-        cfg: ``type`` (a class of ``torch.optim``), its arguments, and optionally ``paramwise_cfg.custom_keys``: part of
-            a parameter name -> ``dict(lr_mult=1.0, decay_mult=1.0)``.  Where several keys are part of a name the
-            longest one counts (of equally long ones the first in alphabetical order), as in mmcv 1.x.
+        cfg: ``type`` (registered, as the classes of ``torch.optim`` are), its arguments, and the keys of
+            :class:`GroupsConfig`.
 
     Raises:
         ConfigError: unknown optimizer, argument or key, or no parameter to train.
     """
-    optimizer, arguments, custom_keys = check_optimizer(cfg)
-    lr, decay = arguments['lr'], arguments.get('weight_decay', 0.0)
+    (_, own), (optimizer, arguments) = check(cfg, 'optimizer', GroupsConfig, OPTIMIZERS)
+    config = build(GroupsConfig, own, 'optimizer')
+    paramwise = build(ParamwiseConfig, config.paramwise_cfg, 'optimizer.paramwise_cfg')
+    known = inspect.signature(optimizer).parameters
+    if config.weight_decay and 'weight_decay' not in known:
+        raise ConfigError(f"optimizer.weight_decay: {cfg['type']} takes no argument 'weight_decay'")
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     saved_names = reference_names(model)
     for local_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            mult = _multipliers(saved_names[local_name], custom_keys)
-            values = lr * mult.get('lr_mult', 1.0), decay * mult.get('decay_mult', 1.0)
+            factors = paramwise.of(saved_names[local_name])
+            values = config.lr * factors.lr_mult, config.weight_decay * factors.decay_mult
             groups.setdefault(values, []).append((saved_names[local_name], parameter))
     if not groups:
         raise ConfigError('optimizer: no parameter requires a gradient; see the finetune section of the config')
-    params = [{'params': members, 'lr': lr, 'weight_decay': decay} for (lr, decay), members in groups.items()]
-    if 'weight_decay' not in inspect.signature(optimizer).parameters:
-        params = [{k: v for k, v in group.items() if k != 'weight_decay'} for group in params]
-    if 'fused' in inspect.signature(optimizer).parameters and not arguments.keys() & {'foreach', 'differentiable'}:
+    params: list[dict[str, Any]] = [{'params': members, 'lr': lr} for (lr, _), members in groups.items()]
+    if 'weight_decay' in known:
+        params = [{**group, 'weight_decay': decay} for group, (_, decay) in zip(params, groups)]
+    if 'fused' in known and not arguments.keys() & {'foreach', 'differentiable'}:
         arguments.setdefault('fused', True)
     try:
-        return optimizer(params, **arguments)
+        return optimizer(params, lr=config.lr, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f'optimizer: {error}') from error
-
-
-def check_optimizer(
-    cfg: Mapping[str, Any],
-) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any], dict[str, dict[str, float]]]:
-    """What :func:`build_optimizer` can know of ``cfg`` without a model.
-
-    Returns:
-        Class, its arguments, and the custom keys, the one that wins first.
-
-    Raises:
-        ConfigError: unknown optimizer, argument or key; a value of a wrong type or out of range.
-    """
-    arguments = dict(cfg)
-    name = arguments.pop('type', None)
-    paramwise = arguments.pop('paramwise_cfg', None) or {}
-    classes: dict[str, Any] = {n: c for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != 'Optimizer'}
-    if not isinstance(name, str) or name not in classes:
-        raise ConfigError(f"optimizer.type: torch.optim has no '{name}'{nearest(str(name), classes)}")
-    if 'params' in arguments:
-        raise ConfigError('optimizer.params: these are the parameters of the model; see paramwise_cfg')
-    if 'lr' not in arguments:
-        raise ConfigError('optimizer.lr: missing')
-    for key in ('lr', 'weight_decay'):  # torch takes a tensor, too, and annotates them in several ways
-        check_value(arguments.get(key, 0.0), Weight, f'optimizer.{key}')
-    return classes[name], check_arguments(classes[name], arguments, 'optimizer'), _custom_keys(paramwise)
-
-
-def _custom_keys(paramwise: Any) -> dict[str, dict[str, float]]:
-    """Checks ``paramwise_cfg`` and returns its custom keys, the one that wins first."""
-    where = 'optimizer.paramwise_cfg'
-    check_value(paramwise, Mapping[str, Mapping[str, Any] | None], where)
-    for key in paramwise.keys() - {'custom_keys'}:
-        raise ConfigError(f"{where}.{key}: unknown key '{key}' (known: custom_keys)")
-    custom_keys = dict(paramwise.get('custom_keys') or {})
-    check_value(custom_keys, Mapping[str, Mapping[str, Weight]], f'{where}.custom_keys')
-    for pattern, multipliers in custom_keys.items():
-        for key in multipliers:
-            if key not in _MULTIPLIERS:
-                place = f'{where}.custom_keys.{pattern}.{key}'
-                raise ConfigError(f"{place}: unknown key '{key}'{nearest(key, _MULTIPLIERS)}")
-    return {key: custom_keys[key] for key in sorted(sorted(custom_keys), key=len, reverse=True)}
-
-
-def _multipliers(name: str, custom_keys: dict[str, dict[str, float]]) -> dict[str, float]:
-    return next((values for key, values in custom_keys.items() if key in name), {})
 
 
 def load_optimizer_state(

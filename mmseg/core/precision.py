@@ -59,7 +59,7 @@ class Precision:
         ConfigError: unknown dtype or form of ``loss_scale``.
     """
 
-    def __init__(self, device: torch.device, dtype: str = 'float16', loss_scale: Any = 512.0) -> None:
+    def __init__(self, device: torch.device, /, dtype: str = 'float16', loss_scale: Any = 512.0) -> None:
         if dtype not in _DTYPES:
             raise ConfigError(f"fp16.dtype: expected one of {', '.join(_DTYPES)}, got '{dtype}'")
         self.device = device

@@ -7,10 +7,10 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -21,9 +21,11 @@ from mmseg.core.hooks.hook import Hook, check_hook, priority_value
 from mmseg.core.lr_schedule import LrSchedule
 from mmseg.core.optimizer import load_optimizer_state
 from mmseg.core.precision import Precision
+from mmseg.registry import build
+from mmseg.utils.arguments import Count, Positive
 from mmseg.utils.checkpoint import RUN, load_weights, point_latest, save_checkpoint
 from mmseg.utils.dist import broadcast_object, gather_objects, get_dist_info, largest, reduce_mean, with_others
-from mmseg.utils.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OtherRankError
+from mmseg.utils.errors import CheckpointError, DataError, NonFiniteLossError, OtherRankError
 from mmseg.utils.seed import get_rng_state, set_rng_state
 from mmseg.utils.signals import Interrupted, Interruption
 from mmseg.version import __version__
@@ -31,39 +33,39 @@ from mmseg.version import __version__
 _DATA_FAILED = 1000  # above every signal number
 
 
-@dataclass
-class UpdateConfig:
-    """How a gradient becomes an update: ``optimizer_config`` and ``nan_loss`` of a config.
+@dataclass(frozen=True)
+class GradClip:
+    """A limit of the gradient's norm.
 
     Attributes:
-        max_norm: gradients are scaled down to this norm; None leaves them.
+        max_norm: gradients are scaled down to this norm.
         norm_type: which norm (2 = Euclidean).
-        cumulative_iters: iterations whose mean gradient makes one update; each has half the batch for 2, and so on.
-        nan_loss: at a NaN or infinite loss, ``stop`` with an error, or ``skip`` the update with a warning.
     """
 
-    max_norm: float | None = None
-    norm_type: float = 2.0
-    cumulative_iters: int = 1
-    nan_loss: str = 'stop'
+    max_norm: Positive
+    norm_type: Positive = 2.0
 
-    @classmethod
-    def from_config(cls, optimizer_config: Any, nan_loss: str = 'stop') -> UpdateConfig:
-        """Reads mmcv's ``optimizer_config`` (``grad_clip``, ``cumulative_iters``).
 
-        Raises:
-            ConfigError: a value is out of range.
-        """
-        section = dict(optimizer_config or {})
-        clip = dict(section.get('grad_clip') or {})
-        if clip and 'max_norm' not in clip:
-            raise ConfigError(f'optimizer_config.grad_clip: max_norm is missing in {clip}')
-        config = cls(clip.get('max_norm'), clip.get('norm_type', 2.0), section.get('cumulative_iters', 1), nan_loss)
-        if config.cumulative_iters < 1:
-            raise ConfigError(f'optimizer_config.cumulative_iters: expected at least 1, got {config.cumulative_iters}')
-        if nan_loss not in ('stop', 'skip'):
-            raise ConfigError(f"nan_loss: expected 'stop' or 'skip', got {nan_loss!r}")
-        return config
+@dataclass
+class UpdateConfig:
+    """How a gradient becomes an update.
+
+    Attributes:
+        grad_clip: the limit of the gradient's norm; None leaves it.
+        cumulative_iters: iterations whose mean gradient makes one update; each has half the batch for 2, and so on.
+        type: ``Fp16OptimizerHook`` and ``GradientCumulativeFp16OptimizerHook`` are mmcv's way to ask for float16.
+        loss_scale: goes with these; see the section ``fp16``.
+    """
+
+    grad_clip: Annotated[Mapping[str, Any] | None, GradClip] = None
+    cumulative_iters: Count = 1
+    type: Literal[
+        'OptimizerHook', 'GradientCumulativeOptimizerHook', 'Fp16OptimizerHook', 'GradientCumulativeFp16OptimizerHook'
+    ] = 'OptimizerHook'
+    loss_scale: float | str | Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.clip: GradClip | None = build(GradClip, self.grad_clip, 'grad_clip') if self.grad_clip else None
 
 
 @dataclass(eq=False)
@@ -82,9 +84,10 @@ class IterBasedRunner:
         schedule: rate of each iteration.
         max_iters: number of iterations of the whole training, those before a resume counted.
         work_dir: where checkpoints and logs go.
-        update: clipping, accumulation, and what to do at a NaN.
+        update: clipping and accumulation.
         precision: dtype of the forward pass; None computes in fp32.
         device: where the batches are moved to.
+        nan_loss: at a NaN or infinite loss, ``stop`` with an error, or ``skip`` the update with a warning.
         frozen_eval: parts without trainable parameters run in eval mode.
         meta: what is saved with each checkpoint (config text, seed, class names).
         timestamp: start of the run, in the names of its log files.
@@ -108,6 +111,7 @@ class IterBasedRunner:
     update: UpdateConfig = field(default_factory=UpdateConfig)
     precision: Precision | None = None
     device: torch.device = field(default_factory=lambda: torch.device('cpu'))
+    nan_loss: Literal['stop', 'skip'] = 'stop'
     frozen_eval: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
     timestamp: str = field(default_factory=lambda: time.strftime('%Y%m%d_%H%M%S'))
@@ -282,9 +286,10 @@ class IterBasedRunner:
         assert self.precision is not None
         self.precision.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], self.update.norm_type)
-        if self.update.max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.update.max_norm, norm)
+        clip = self.update.clip
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], clip.norm_type if clip else 2.0)
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip.max_norm, norm)
         return norm
 
     def _read_numbers(self, norm: torch.Tensor | None) -> None:
@@ -310,7 +315,7 @@ class IterBasedRunner:
             return
         shown = ', '.join(f'{name} = {self.log_buffer[name]}' for name in bad[:3])
         message = f'iteration {self.iter + 1}: {shown}' + (f' and {len(bad) - 3} more' if len(bad) > 3 else '')
-        if self.update.nan_loss == 'stop':
+        if self.nan_loss == 'stop':
             self.rescue(together=True)
             raise NonFiniteLossError(
                 f"{message}; the weights are those before it. Lower optimizer.lr, or set nan_loss='skip' to pass over "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 from torch.utils.data import Dataset
 
@@ -29,7 +29,7 @@ class RepeatDataset(Dataset):
         times: number of repetitions.
     """
 
-    def __init__(self, dataset: Mapping[str, Any] | Dataset, times: Count):
+    def __init__(self, dataset: Annotated[Mapping[str, Any], DATASETS] | Dataset, times: Count):
         self.dataset = _built(dataset, 'dataset')
         self.times = times
         self.CLASSES = self.dataset.CLASSES
@@ -54,7 +54,7 @@ class ConcatDataset(Dataset):
         datasets: data sets or their configs.
     """
 
-    def __init__(self, datasets: Sequence[Mapping[str, Any] | Dataset]):
+    def __init__(self, datasets: Sequence[Annotated[Mapping[str, Any], DATASETS] | Dataset]):
         self.datasets = [_built(dataset, f'datasets[{index}]') for index, dataset in enumerate(datasets)]
         if not self.datasets:
             raise ConfigError('ConcatDataset: needs at least one data set')

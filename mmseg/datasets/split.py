@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmseg.registry import check_arguments, config_path, standing_at
+from mmseg.registry import check_arguments, config_key, config_path
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.images import MAX_CLASSES, read_file
 from mmseg.utils.names import natural_key
@@ -62,7 +62,7 @@ class Layout:
         """This layout with some entries changed; another one as a whole where ``changes`` is a layout."""
         if changes is None or isinstance(changes, Layout):
             return changes or self
-        with standing_at('layout') as where:
+        with config_key('layout') as where:
             if not isinstance(changes, Mapping):
                 raise ConfigError(f'{where}: expected a dict of changed entries, got {changes!r}')
             return replace(self, **check_arguments(Layout, changes, where))

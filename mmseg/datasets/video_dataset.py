@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from mmseg.registry import DATASETS, retired
+from mmseg.registry import DATASETS, PIPELINES, retired
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.images import VOID, label_table, max_pixels, to_training_labels
 from mmseg.utils.names import some
@@ -94,10 +94,12 @@ class VideoDataset(Dataset):
     ignore_index = VOID
 
     def __init__(
-            self, data_root: str, split: str, pipeline: Sequence[Mapping | Callable[[Results], Results]],
+            self, data_root: str, split: str,
+            pipeline: Sequence[Annotated[Mapping, PIPELINES] | Callable[[Results], Results]],
             dilation: Sequence[int] | int | None = None, test_size: int | None = None,
             classes: Sequence[str] | None = None, palette: Sequence[Sequence[int]] | None = None,
-            layout: Layout | Mapping[str, str] | None = None, reduce_zero_label: bool | None = None,
+            layout: Annotated[Layout | Mapping[str, str] | None, Layout] = None,
+            reduce_zero_label: bool | None = None,
             skip_short_videos: bool = False, skip_bad_clips: bool = False):
         self.dilation, self.test_size = check_clips(dilation, test_size)
         self.files = Split.of(self, data_root, split, classes, palette, layout, reduce_zero_label)

@@ -7,7 +7,10 @@ files.  What an annotation says beyond that is not checked.
 from __future__ import annotations
 
 import collections.abc
+import difflib
+import functools
 import inspect
+import math
 import numbers
 import os
 import reprlib
@@ -22,6 +25,7 @@ import numpy as np
 from mmseg.utils.errors import ConfigError
 
 _NO_LIMIT = 10**9  # of a count: more is a slip, or does not fit into what torch counts with
+_OPEN = (_NO_LIMIT, 1e30, math.inf)  # not worth a word in an error
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Range:
 
     def __str__(self) -> str:
         least = f'{"above" if self.above else "at least"} {self.least}'
-        return least if self.most >= _NO_LIMIT else f'{least}, at most {self.most}'
+        return least if self.most in _OPEN else f'{least}, at most {self.most}'
 
 
 Count = Annotated[int, Range(1, _NO_LIMIT)]
@@ -53,8 +57,12 @@ Share = Annotated[float, Range(0, 1)]
 Factor = Annotated[float, Range(0, above=True)]
 Ratio = Annotated[float, Range(1)]
 Label = Annotated[int, Range(0, 255)]
+Port = Annotated[int, Range(1, 65535)]
+Positive = Annotated[float, Range(0, math.inf, above=True)]
 
 _UNIONS = (typing.Union, types.UnionType)
+_PLAIN: dict[Any, Any] = {
+    type(None): type(None), bool: (bool, np.bool_), int: numbers.Integral, float: numbers.Real, str: str}
 _NAMED_ONLY = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _LISTS = (tuple, list, collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable)
 _DICTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
@@ -70,6 +78,7 @@ def takes_any_name(component: Callable[..., Any]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(component).parameters.values())
 
 
+@functools.cache
 def annotations_of(component: Callable[..., Any]) -> dict[str, Any]:
     """The annotation of each named parameter; of none where one of them cannot be resolved at run time."""
     function = inspect.unwrap(component)
@@ -89,12 +98,15 @@ def check_value(value: Any, annotation: Any, where: str) -> None:
     """
     if fits(value, annotation):
         return
-    lists_or_dicts = [a for a in _alternatives(annotation) if a is not type(None)]
-    if len(lists_or_dicts) == 1:
-        for place, item, inner in _entries(value, lists_or_dicts[0]):
+    others = [a for a in alternatives(annotation) if a is not type(None)]
+    if len(others) == 1:
+        for place, item, inner in entries(value, others[0]):
             check_value(item, inner, where + place)
+    words = [a for other in others if typing.get_origin(other) is Literal for a in typing.get_args(other)]
+    close = difflib.get_close_matches(str(value), filter(lambda word: isinstance(word, str), words), 1, cutoff=0.5)
     raise ConfigError(
-        f'{where}: expected {expected(annotation)}, got {reprlib.repr(value)} ({type(value).__name__})')
+        f'{where}: expected {expected(annotation)}, got {reprlib.repr(value)} ({type(value).__name__})'
+        + (f" (did you mean '{close[0]}'?)" if close else ''))
 
 
 def expected(annotation: Any) -> str:
@@ -106,7 +118,7 @@ def expected(annotation: Any) -> str:
         return ' or '.join(map(expected, args))
     if origin is Literal:
         return ' or '.join(map(repr, args))
-    if annotation in (None, type(None)):
+    if annotation is type(None):
         return 'None'
     if origin is tuple and args and args[-1] is not ...:
         parts = list(dict.fromkeys(map(expected, args)))
@@ -124,39 +136,29 @@ def expected(annotation: Any) -> str:
 
 def fits(value: Any, annotation: Any) -> bool:
     """Whether an argument that is annotated so may have this value."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
+    kind, args = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is Annotated:
         return fits(value, args[0]) and all(value in limit for limit in args[1:] if isinstance(limit, Range))
-    if origin in _UNIONS:
+    if kind in _UNIONS:
         return any(fits(value, a) if _is_known(a) else _may_be(value, a) for a in args)
-    if origin is Literal:
+    if kind is Literal:
         return any(type(value) is type(allowed) and value == allowed for allowed in args)
-    return not _is_known(annotation) or _fits_simple(value, annotation, origin or annotation)
-
-
-def _fits_simple(value: Any, annotation: Any, kind: Any) -> bool:
-    if kind in (None, type(None)):
-        return value is None
-    if kind is bool:
-        return isinstance(value, (bool, np.bool_))
-    if kind in (int, float):
-        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
-    if kind is str:
-        return isinstance(value, str)
-    if _is_path(kind):
-        return isinstance(value, (str, os.PathLike))
+    if kind in _PLAIN:
+        return isinstance(value, _PLAIN[kind]) and (kind is bool or not isinstance(value, bool))
     if kind is collections.abc.Callable:
         return callable(value)
+    if _is_path(kind):
+        return isinstance(value, (str, os.PathLike))
     if kind in _DICTS:
-        return isinstance(value, collections.abc.Mapping) and all(
-            fits(item, inner) for _, item, inner in _entries(value, annotation))
-    args = typing.get_args(annotation)
-    if not _is_list(value) or (kind is tuple and args and args[-1] is not ... and len(value) != len(args)):
-        return False
-    return all(fits(item, inner) for _, item, inner in _entries(value, annotation))
+        alike = isinstance(value, collections.abc.Mapping)
+    elif kind in _LISTS:
+        alike = _is_list(value) and (kind is not tuple or not args or args[-1] is ... or len(value) == len(args))
+    else:
+        return True
+    return alike and all(fits(item, inner) for _, item, inner in entries(value, annotation))
 
 
-def _entries(value: Any, annotation: Any) -> Iterator[tuple[str, Any, Any]]:
+def entries(value: Any, annotation: Any) -> Iterator[tuple[str, Any, Any]]:
     """Place, item and annotation of each entry of a list or dict; nothing where value and annotation are neither."""
     kind, args = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind in _DICTS and isinstance(value, collections.abc.Mapping) and args:
@@ -172,15 +174,16 @@ def _entries(value: Any, annotation: Any) -> Iterator[tuple[str, Any, Any]]:
             yield f'[{i}]', item, own
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; the annotation itself where it is none."""
     return typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else (annotation,)
 
 
 def _is_known(annotation: Any) -> bool:
     """Whether the annotation is one that is checked; any other class may be something that a config stands for."""
     kind = typing.get_origin(annotation) or annotation
-    simple = (None, type(None), bool, int, float, str, collections.abc.Callable, Annotated, Literal)
-    return kind in (*simple, *_UNIONS, *_LISTS, *_DICTS) or _is_path(kind)
+    known = (*_PLAIN, *_UNIONS, *_LISTS, *_DICTS, collections.abc.Callable, Annotated, Literal)
+    return kind in known or _is_path(kind)
 
 
 def _is_path(kind: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mmseg.utils.arguments import Port, Positive
 from mmseg.utils.errors import ConfigError, OtherRankError
 from mmseg.utils.launcher import PATIENCE, RANK_VARIABLES, detect_launcher, is_first_of_machine, whole_number
 from mmseg.utils.signals import Interrupted
@@ -37,7 +38,7 @@ _kept_groups: set[int] = set()
 
 
 def init_dist(
-    launcher: str, backend: str | None = None, timeout_minutes: float = 30, port: int | None = None
+    launcher: str, /, backend: str | None = None, timeout_minutes: Positive = 30, port: Port | None = None
 ) -> torch.device:
     """Joins the process group that ``launcher`` started and returns this process's device.
 

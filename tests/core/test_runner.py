@@ -246,7 +246,7 @@ def test_checkpoints_wait_for_the_end_of_a_group(tmp_path):
 
 
 @pytest.mark.parametrize('options', [
-    {}, dict(update=UpdateConfig(max_norm=0.1, cumulative_iters=2)),
+    {}, dict(update=UpdateConfig(dict(max_norm=0.1), cumulative_iters=2)),
     dict(precision=dict(dtype='bfloat16')), dict(precision=dict(loss_scale='dynamic'))])
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, options):
     def runner(folder):
@@ -290,8 +290,8 @@ def test_latest_and_kept_checkpoints(tmp_path):
     lambda: CheckpointHook(0), lambda: CheckpointHook(1, max_keep_ckpts=0), lambda: TextLoggerHook(0),
     lambda: EvalHook(dict, interval=0), lambda: EvalHook(dict, rule='more'), lambda: EvalHook(dict, save_best=True),
     lambda: EvalHook(dict, save_best='speed'), lambda: EMAHook(momentum=1.0),
-    lambda: UpdateConfig.from_config(dict(cumulative_iters=0)), lambda: UpdateConfig.from_config({}, 'ignore'),
-    lambda: UpdateConfig.from_config(dict(grad_clip=dict(norm_type=2)))])
+    lambda: build(UpdateConfig, dict(cumulative_iters=0), ''),
+    lambda: build(UpdateConfig, dict(grad_clip=dict(norm_type=2)), '')])
 def test_values_out_of_range_are_errors(make):
     with pytest.raises(ConfigError):
         make()
@@ -404,8 +404,8 @@ def test_a_nan_can_be_skipped(tmp_path, caplog, where, cumulative):
         def after_train_iter(self, runner):
             watched.append(weights(runner))
 
-    update = UpdateConfig(nan_loss='skip', cumulative_iters=cumulative)
-    runner = make_runner(tmp_path, 8, [Watch()], model=Poisoned(where), update=update)
+    update = UpdateConfig(cumulative_iters=cumulative)
+    runner = make_runner(tmp_path, 8, [Watch()], model=Poisoned(where), update=update, nan_loss='skip')
     runner.run(batches())
     assert 'iteration 4' in caplog.text and 'skipped' in caplog.text
     assert equal(watched[3], watched[3 - cumulative]) and not equal(watched[3], watched[7])

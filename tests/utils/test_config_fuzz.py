@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import warnings
@@ -11,8 +10,7 @@ import pytest
 import torch
 
 from mmseg.apis.test import check_model
-from mmseg.apis.train import _check_plan
-from mmseg.config import load_config
+from mmseg.config import DataConfig, LogConfig, RunnerConfig, load_config, readers_of, required, top_level
 from mmseg.core.finetune import FinetuneConfig
 from mmseg.core.hooks import CheckpointHook, EvalHook
 from mmseg.core.lr_schedule import LrSchedule
@@ -21,7 +19,8 @@ from mmseg.core.precision import Precision, set_backends
 from mmseg.core.runner import UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
 from mmseg.models import build_segmentor
-from mmseg.registry import HOOKS, build, check_arguments
+from mmseg.registry import HOOKS, build
+from mmseg.registry import check as check_section
 from mmseg.utils.errors import ConfigError, DataError
 from tests.fuzz import random_overrides
 from tests.tiny_config import write_tiny_config
@@ -47,29 +46,29 @@ def config(tmp_path_factory):
 def build_everything(path, options):
     """What a training builds before its first iteration, without the memory of the model."""
     cfg = load_config(path, options)
-    _check_plan(cfg)
+    top = top_level(cfg)
     check_model(cfg)
-    LrSchedule(cfg.runner.max_iters, **check_arguments(LrSchedule, cfg.lr_config, 'lr_config'))(1e-3, 1)
-    UpdateConfig.from_config(cfg.get('optimizer_config'), cfg.get('nan_loss', 'stop'))
+    max_iters = build(RunnerConfig, cfg.get('runner'), 'runner').max_iters
+    build(LrSchedule, cfg.get('lr_config'), 'lr_config', max_iters)(1e-3, 1)
+    build(UpdateConfig, cfg.get('optimizer_config'), 'optimizer_config')
     Precision.from_config(cfg, torch.device('cpu'))
-    FinetuneConfig.from_dict(cfg.get('finetune'))
+    build(FinetuneConfig, cfg.get('finetune'), 'finetune')
     set_backends(cfg)
     with torch.device('meta'):
-        model = build_segmentor(cfg.model, cfg.get('train_cfg'), cfg.get('test_cfg'))
-    build_optimizer(model, cfg.optimizer)
-    saving = {k: v for k, v in cfg.checkpoint_config.items() if k not in ('type', 'meta')}
-    with contextlib.suppress(TypeError):  # interval is missing
-        CheckpointHook(**check_arguments(CheckpointHook, saving, 'checkpoint_config'))
-    section = cfg.get('evaluation') or {}
-    EvalHook(dict, **{key: section[key] for key in ('interval', 'start', 'save_best', 'rule') if key in section})
-    for hook in (cfg.get('log_config') or {}).get('hooks', []):
+        model = build_segmentor(cfg.model, top.train_cfg, top.test_cfg)
+    build_optimizer(model, required(cfg, 'optimizer'))
+    build(CheckpointHook, cfg.get('checkpoint_config'), 'checkpoint_config')
+    EvalHook(dict, **check_section(cfg.get('evaluation') or {}, 'evaluation', *readers_of('evaluation'))[0][1])
+    for hook in build(LogConfig, cfg.get('log_config'), 'log_config').hooks or ():
         build(HOOKS, hook, 'log_config.hooks', interval=10)
-    for hook in cfg.get('custom_hooks') or []:
+    for hook in top.custom_hooks or ():
         build(HOOKS, {key: value for key, value in hook.items() if key != 'priority'}, 'custom_hooks')
-    train = build_dataset(cfg.data.train, where='data.train')
-    build_train_loader(train, cfg.data.samples_per_gpu, cfg.data.get('workers_per_gpu', 0)).close()
-    for split in ('val', 'test'):
-        build_test_loader(build_dataset(cfg.data[split], where=f'data.{split}'))
+    data = build(DataConfig, cfg.get('data'), 'data')
+    train = build_dataset(data.train, where='data.train')
+    build_train_loader(train, data.samples_per_gpu, data.workers_per_gpu, stall_seconds=data.stall_seconds).close()
+    for part in (data.val, data.test):
+        if part is not None:
+            build_test_loader(build_dataset(part, where='data'))
 
 
 def check(config, seed):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmseg.core.hooks.hook import Hook
 from mmseg.registry import HOOKS, retired
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @HOOKS.register_module()
-@retired(by_epoch=(False,), sync_buffer=(), create_symlink=(True,), out_dir=(None,))
+@retired(type=('CheckpointHook',), by_epoch=(False,), sync_buffer=(), create_symlink=(True,), out_dir=(None,))
 class CheckpointHook(Hook):
     """Saves ``iter_<n>.pth`` in the work dir every ``interval`` iterations.
 
@@ -28,6 +29,7 @@ class CheckpointHook(Hook):
         max_keep_ckpts: how many to keep; -1 keeps all.  The oldest goes only after the new one is whole.
         save_last: also save after the last iteration.
         save_optimizer: without it a checkpoint is a third of the size, and cannot be resumed.
+        meta: what is saved with each checkpoint, beside what the training saves.
     """
 
     priority = 92  # after the loggers: what is saved is in the log
@@ -38,6 +40,7 @@ class CheckpointHook(Hook):
         max_keep_ckpts: int = -1,
         save_last: bool = True,
         save_optimizer: bool = True,
+        meta: Mapping[str, Any] | None = None,
     ) -> None:
         if interval < 1:
             raise ConfigError(f'checkpoint_config.interval: expected at least 1, got {interval}')
@@ -47,7 +50,12 @@ class CheckpointHook(Hook):
         self.max_keep_ckpts = max_keep_ckpts
         self.save_last = save_last
         self.save_optimizer = save_optimizer
+        self.meta = meta or {}
         self._due = False
+
+    def before_run(self, runner: IterBasedRunner) -> None:
+        """Gives the runner what is saved with each checkpoint."""
+        runner.meta.update(self.meta)
 
     def after_train_iter(self, runner: IterBasedRunner) -> None:
         """Saves where it is due."""

@@ -43,6 +43,7 @@ class EvalHook(Hook):
     def __init__(
         self,
         evaluate: Callable[[nn.Module], Mapping[str, float]],
+        /,
         interval: int = 1,
         start: int | None = None,
         save_best: str | None = None,

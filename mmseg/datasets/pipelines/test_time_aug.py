@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 from mmseg.registry import PIPELINES
 from mmseg.utils.arguments import Factor
@@ -26,7 +27,7 @@ class MultiScaleFlipAug(Transform):
     """
 
     def __init__(
-            self, transforms: Sequence[Mapping], img_scale: Scales = None,
+            self, transforms: Sequence[Annotated[Mapping, PIPELINES]], img_scale: Scales = None,
             img_ratios: Factor | Sequence[Factor] | None = None, flip: bool = False,
             flip_direction: str | Sequence[str] = 'horizontal'):
         self.transforms = Compose(transforms)

@@ -7,7 +7,7 @@ scores of every pixel (:meth:`THEMaskHead.scores`) or losses (:meth:`THEMaskHead
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,8 @@ from mmseg.registry import (
     PIXEL_DECODERS,
     TRANSFORMER_DECODERS,
     build,
-    check_arguments,
-    construct,
+    config_key,
     register_variant,
-    standing_at,
 )
 from mmseg.utils.arguments import Count, Index, Label, Weight
 from mmseg.utils.errors import ConfigError
@@ -54,9 +52,9 @@ class THEMaskHead(nn.Module):
     def __init__(
         self,
         num_classes: Count,
-        pixel_decoder_cfg: Mapping[str, Any],
-        transformer_decoder_cfg: Mapping[str, Any],
-        loss_cfg: Mapping[str, Any] | None = None,
+        pixel_decoder_cfg: Annotated[Mapping[str, Any], PIXEL_DECODERS],
+        transformer_decoder_cfg: Annotated[Mapping[str, Any], TRANSFORMER_DECODERS],
+        loss_cfg: Annotated[Mapping[str, Any] | None, THEMaskCriterion] = None,
         input_shape: Mapping[str, Mapping[str, Count]] | None = None,
         in_index: Sequence[Index] = (0, 1, 2, 3),
         in_features: Sequence[str] = ('res2', 'res3', 'res4', 'res5'),
@@ -76,9 +74,7 @@ class THEMaskHead(nn.Module):
             input_shape={name: dict(shape) for name, shape in (input_shape or {}).items() if name in self.in_maps},
         )
         self.predictor = self._build_predictor(transformer_decoder_cfg, frame_level)
-        with standing_at('loss_cfg') as where:
-            options = check_arguments(THEMaskCriterion, loss_cfg or {}, where)
-            self.criterion = construct(THEMaskCriterion, {'num_classes': num_classes, **options}, where)
+        self.criterion = build(THEMaskCriterion, loss_cfg, 'loss_cfg', num_classes=num_classes)
         drop_dead_keys(self, ('conv_seg',))
 
     @staticmethod
@@ -108,7 +104,7 @@ class THEMaskHead(nn.Module):
             in_channels=mask_features.in_channels,
             mask_dim=mask_features.out_channels,
         )
-        with standing_at('transformer_decoder_cfg') as where:
+        with config_key('transformer_decoder_cfg') as where:
             if predictor.num_classes != self.num_classes:
                 raise ConfigError(
                     f'{where}.num_classes: {predictor.num_classes} here, but the head has num_classes='

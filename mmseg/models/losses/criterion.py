@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from mmseg.kernels.layers import linear
 from mmseg.models.assigners.two_round import Round2Cost, TwoRoundAssigner
 from mmseg.models.losses import mask_losses, point_sampling
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction, Match
-from mmseg.registry import check_arguments, retired, standing_at
+from mmseg.registry import build, retired
 from mmseg.utils.arguments import Count, Index, Ratio, Share, Weight
 
 Matches = list[list[tuple[Match, Match]]]  # [stage][clip]: (primary, secondary)
@@ -109,7 +109,7 @@ class THEMaskCriterion(nn.Module):
     def __init__(
         self,
         num_classes: Count,
-        matcher_cfg: Mapping[str, Any] | None = None,
+        matcher_cfg: Annotated[Mapping[str, Any] | None, LossWeights] = None,
         warmup_iters: Index | None = 30000,
         round_weight: Sequence[Weight] = (1.0, 0.5),
         aux_weight: Weight = 0.25,
@@ -121,8 +121,7 @@ class THEMaskCriterion(nn.Module):
         match_masks: Literal['clip', 'frame'] | None = None,
     ) -> None:
         super().__init__()
-        with standing_at('matcher_cfg') as where:
-            self.weights = LossWeights(**check_arguments(LossWeights, matcher_cfg or {}, where))
+        self.weights = build(LossWeights, matcher_cfg, 'matcher_cfg')
         if len(round_weight) != 2:
             raise ValueError(f'round_weight: expected two factors (primary, secondary), got {round_weight!r}')
         if round2_cost not in (None, 'full', 'mask'):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,10 @@ from mmseg.registry import (
     HEADS,
     SEGMENTORS,
     build,
+    check,
     check_arguments,
-    check_component,
+    config_key,
     config_path,
-    standing_at,
 )
 from mmseg.utils.arguments import Index
 from mmseg.utils.checkpoint import load_weights, read_checkpoint
@@ -106,27 +106,26 @@ class EncoderDecoder(nn.Module):
 
     def __init__(
         self,
-        backbone: Mapping[str, Any],
-        decode_head: Mapping[str, Any],
+        backbone: Annotated[Mapping[str, Any], BACKBONES],
+        decode_head: Annotated[Mapping[str, Any], HEADS],
         pretrained: str | None = None,
         train_cfg: Mapping[str, Any] | None = None,
-        test_cfg: Mapping[str, Any] | None = None,
-        compile_cfg: Mapping[str, Any] | None = None,
+        test_cfg: Annotated[Mapping[str, Any] | None, InferenceConfig] = None,
+        compile_cfg: Annotated[Mapping[str, Any] | None, torch.compile] = None,
     ) -> None:
         super().__init__()
         if train_cfg:
             raise ConfigError(f'train_cfg: no keys are known here, got {sorted(train_cfg)}')
-        with standing_at('test_cfg') as where:
-            self.inference = InferenceConfig(**check_arguments(InferenceConfig, test_cfg or {}, where))
+        self.inference = build(InferenceConfig, test_cfg, 'test_cfg')
         self.pretrained = pretrained
         self.backbone = build(BACKBONES, backbone, 'backbone')
-        with standing_at('decode_head') as where:
-            check_component(HEADS, decode_head, where)
+        with config_key('decode_head') as where:
+            check(decode_head, where, HEADS)
         shape = _input_shape(self.backbone, decode_head)
         self.decode_head = build(HEADS, decode_head, 'decode_head', input_shape=shape)
         self.compiled = compile_cfg is not None
         if compile_cfg is not None:
-            with standing_at('compile_cfg') as where:
+            with config_key('compile_cfg') as where:
                 options = check_arguments(torch.compile, compile_cfg, where)
             for part in (self.backbone, self.decode_head.pixel_decoder, self.decode_head.predictor):
                 try:
