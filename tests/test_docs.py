@@ -91,7 +91,10 @@ def test_the_config_of_the_readme_trains_and_is_tested(tmp_path):
     for path in tmp_path.rglob('origin/*.png'):
         path.rename(path.with_suffix('.jpg'))  # a reader goes by what is in a file
     file = tmp_path / 'street.py'
-    file.write_text(config.replace("'./", f"'{ROOT}/local_configs/").replace('data/street', str(tmp_path)) + TINY_MODEL)
+    config = config.replace("'./", f"'{ROOT}/local_configs/").replace('data/street', str(tmp_path))
+    base, _, own = config.partition('\n')
+    own = own.replace('model = dict(decode_head=dict(num_classes=3))', "model['decode_head']['num_classes'] = 3")
+    file.write_text(f'{base}\n{TINY_MODEL}\n{own}')
     small = ('img_scale=(107,60)', 'crop_size=(64,64)', 'data.workers_per_gpu=0', 'runner.max_iters=2')
     done = run_tool('train', file, '--work-dir', tmp_path / 'work', '--options', *small)
     assert done.returncode == 0, done.stderr

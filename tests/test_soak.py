@@ -6,6 +6,7 @@ is a result or one line with a status other than 0; never a traceback, a hang, o
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -110,7 +111,8 @@ def test_kills_and_stops_lose_no_iteration_and_no_evaluation(tmp_path):
             process = start(train, config, work)
             time.sleep(rng.uniform(0.2, 4))
             wanted = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-            os.kill(process.pid, wanted)
+            with contextlib.suppress(ProcessLookupError):  # it may have finished
+                os.kill(process.pid, wanted)
             process.join(120)
             assert process.exitcode is not None, f'round {number}: {wanted.name} ended nothing'
             assert process.exitcode in (0, 128 + wanted, -wanted, 1), f'round {number}: {process.exitcode}'

@@ -379,7 +379,8 @@ def _register_evaluation(runner: IterBasedRunner, section: Mapping[str, Any] | N
     def evaluate(model: nn.Module) -> Mapping[str, float]:
         return run_test(
             model, dataset, loader, device=runner.device, metrics=metrics_for(dataset, config.metric),
-            autocast=lambda: evaluation(model), gather=gather, interruption=runner.interruption, interrupted_together=True)
+            autocast=lambda: evaluation(model), gather=gather, interruption=runner.interruption,
+            interrupted_together=True)
 
     runner.register_hook(EvalHook(evaluate, **options), where='evaluation')
 
