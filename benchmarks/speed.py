@@ -188,19 +188,20 @@ def losses_run(args: argparse.Namespace, arm: str, labels: Tensor) -> Run:
     """Matching, losses and their gradients for ten stages of random predictions at both levels, one clip of labels."""
     frames, height, width = labels.shape[1:]
     generator = torch.Generator().manual_seed(2)
+    features = torch.randn(1, frames, 256, height // 4, width // 4, generator=generator).flatten(0, 1)
+    features = features.to(args.device).contiguous(memory_format=torch.channels_last).requires_grad_()
 
-    def predictions(samples: int, length: int) -> list[MaskPrediction]:
+    def predictions(samples: int) -> list[MaskPrediction]:
+        shapes = (samples, 100, CLASSES + 1), (samples, 100, 256)
+        own = features.view(samples, -1, *features.shape[1:])
         stages = []
         for _ in range(10):
-            logits = torch.randn(samples, 100, CLASSES + 1, generator=generator)
-            coarse = 4 * torch.randn(samples * 100, length, height // 32, width // 32, generator=generator)
-            masks = nn.functional.interpolate(coarse, size=(height // 4, width // 4), mode='bilinear')
-            leaves = logits.to(args.device), masks.unflatten(0, (samples, 100)).to(args.device)
-            stages.append(MaskPrediction(*(leaf.requires_grad_() for leaf in leaves)))
+            logits, embedding = (torch.randn(x, generator=generator).to(args.device) for x in shapes)
+            stages.append(MaskPrediction(logits.requires_grad_(), embedding.requires_grad_(), own))
         return stages
 
-    clip, frame = predictions(1, frames), predictions(frames, 1)
-    leaves: list[Tensor] = [leaf for stage in (*clip, *frame) for leaf in (stage.logits, stage.masks)]
+    clip, frame = predictions(1), predictions(frames)
+    leaves = [features, *(leaf for stage in (*clip, *frame) for leaf in (stage.logits, stage.embedding))]
     labels = labels.to(args.device)
     criterion = THEMaskCriterion(CLASSES).to(args.device)
 

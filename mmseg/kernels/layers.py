@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -165,6 +166,16 @@ def chunked(function: Callable[..., Tensor], *inputs: Tensor, width: int) -> Ten
         return function(*inputs)
     parts = zip(*(x.flatten(0, -2).chunk(count) for x in inputs))
     return torch.cat([function(*part) for part in parts]).unflatten(0, tokens)
+
+
+def smallest(values: Tensor, n: int) -> Tensor:
+    """Where the ``n`` smallest values of each row are, int64 ``[R, n]``, in no order: a mean over points needs none.
+
+    Selecting is cheaper than sorting, and NumPy's vectorised selection takes a third of the time of torch's on a CPU.
+    """
+    if values.device.type == 'cpu' and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.argpartition(values.numpy(), n - 1, axis=1)[:, :n])
+    return values.topk(n, dim=1, largest=False, sorted=False).indices
 
 
 def cached(function: Callable[..., Tensor], kept: int = 32) -> Callable[..., Tensor]:

@@ -36,59 +36,57 @@ def mask_logits(embedding: Tensor, features: Tensor) -> Tensor:
 
 
 class MaskPrediction(NamedTuple):
-    """Class and mask logits of one prediction stage at one level.
+    """Class logits and the two factors of the masks, of one prediction stage at one level.
 
-    Clip level: N = B and T frames a mask.  Frame level: N = B * T (frames of a clip stand together), one frame a mask.
-    Masks are given as a whole or as two factors.  A decoder gives factors: few of its masks are ever looked at, and
-    all of them at all stages would take more memory than anything else in training.
+    Clip level: N = B and T frames a mask.  Frame level: N = B * T (the frames of a clip are neighbours), one frame a
+    mask.  Masks stay factors: few of them are ever looked at, and all of them at all stages would take more memory than
+    anything else in training.  Masks that exist as a whole are their own features, with the identity as embedding.
 
     Attributes:
         logits: float ``[N, Q, K + 1]``; the last class is "no object".
-        whole: float ``[N, Q, T, h, w]``, or ``None`` where there are factors.
         embedding: float ``[N, Q, C]``, or ``[N, T, Q, C]`` where it differs from frame to frame.
         features: float ``[N, T, C, h, w]``.
     """
 
     logits: Tensor
-    whole: Tensor | None = None
-    embedding: Tensor | None = None
-    features: Tensor | None = None
+    embedding: Tensor
+    features: Tensor
 
     @property
     def masks(self) -> Tensor:
-        """Mask logits, float ``[N, Q, T, h, w]``; multiplied anew by each access where they are given as factors."""
-        if self.whole is not None:
-            return self.whole
-        assert self.embedding is not None and self.features is not None
+        """Mask logits, float ``[N, Q, T, h, w]``, multiplied anew by each access."""
         return mask_logits(self.embedding, self.features)
 
     def of(self, index: int) -> MaskPrediction:
         """The prediction of one of N alone, N = 1."""
-        own = slice(index, index + 1)
-        whole, embedding, features = (None if x is None else x[own] for x in self[1:])
-        return MaskPrediction(self.logits[own], whole, embedding, features)
+        return MaskPrediction(*(x[index : index + 1] for x in self))
+
+    def embedding_of_frames(self) -> Tensor:
+        """``[N, T, Q, C]``, also where all frames have the same."""
+        shared = self.embedding.dim() == 3
+        return self.embedding[:, None].expand(-1, self.num_frames, -1, -1) if shared else self.embedding
 
     @property
     def num_frames(self) -> int:
         """T, the frames of a mask."""
-        if self.whole is not None:
-            return self.whole.shape[2]
-        assert self.features is not None
         return self.features.shape[1]
 
 
 class DecoderOutput(NamedTuple):
-    """What a mask decoder predicts for a batch of clips.
+    """What a mask decoder predicts for a batch of clips; all stages and levels have the same features.
 
     Attributes:
-        clip: one :class:`MaskPrediction` a stage (before the first layer, then after each); the last is final.
+        clip: one :class:`MaskPrediction` a stage (before the first layer, and after each); the last is final.
         frame: the same stages for the frame queries; ``None`` without a temporal part.
-        mask_features: float ``[B, T, C, h, w]``, the common factor of all masks; ``None`` where they are given whole.
     """
 
     clip: list[MaskPrediction]
     frame: list[MaskPrediction] | None = None
-    mask_features: Tensor | None = None
+
+    @property
+    def levels(self) -> list[list[MaskPrediction]]:
+        """The stages of the clip level and, where there is one, of the frame level."""
+        return [self.clip] if self.frame is None else [self.clip, self.frame]
 
 
 @dataclass

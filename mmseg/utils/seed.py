@@ -35,7 +35,7 @@ def set_random_seed(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def uniform(*shape: int) -> Tensor:
+def uniform(*shape: int, device: torch.device | str = 'cpu') -> Tensor:
     """Uniform numbers on the CPU, by a generator of NumPy's: in two thirds of the time of ``torch.rand``.
 
     Torch's generator draws its seed, and so decides all of them.
@@ -43,8 +43,8 @@ def uniform(*shape: int) -> Tensor:
     Returns:
         float32 in [0, 1), multiples of 2^-24 as those of ``torch.rand``.
     """
-    if torch.compiler.is_compiling():
-        return torch.rand(shape)
+    if torch.device(device).type != 'cpu' or torch.compiler.is_compiling():
+        return torch.rand(shape, device=device)
     seed = torch.randint(2**63 - 1, (1,)).numpy()  # no item(): this waits for no device
     return torch.from_numpy(np.random.Generator(np.random.SFC64(seed)).random(shape, np.float32))
 

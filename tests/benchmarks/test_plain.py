@@ -17,8 +17,8 @@ from mmengine.config import Config
 
 from benchmarks import plain
 from mmseg.models import build_segmentor
-from mmseg.models.assigners import TwoRoundAssigner
 from mmseg.models.losses import THEMaskCriterion, point_sampling
+from mmseg.models.losses.matching import Matcher
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
 from tests.reference import recipe
 
@@ -180,11 +180,15 @@ def test_losses_and_whole_model_gradients_equal_the_plain_formulation(
 def test_losses_and_assignments_are_the_same_at_full_size(same_points, stage, frames):
     """480x480 labels, 10 stages, 100 queries, 12,544 points: losses within 1e-6, gradient norms within 1e-4."""
     generator = torch.Generator().manual_seed(1)
+    shared = torch.randn(1, frames, 16, 120, 120, generator=generator).requires_grad_()
+
+    def features(length):
+        return shared.view(-1, length, 16, 120, 120)
 
     def level(samples, length):
         return [
             MaskPrediction(torch.randn(samples, 100, 125, generator=generator).requires_grad_(),
-                           4 * torch.randn(samples, 100, length, 120, 120, generator=generator).requires_grad_())
+                           torch.randn(samples, 100, 16, generator=generator).requires_grad_(), features(length))
             for _ in range(10)
         ]  # fmt: skip
 
@@ -196,7 +200,8 @@ def test_losses_and_assignments_are_the_same_at_full_size(same_points, stage, fr
     expected = plain.losses_of(*pairs, labels, criterion.empty_weight)
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-6), name
-    leaves = [leaf for stages in (clip, frame or []) for stage in stages for leaf in (stage.logits, stage.masks)]
+    leaves = [leaf for stages in (clip, frame or []) for stage in stages for leaf in (stage.logits, stage.embedding)]
+    leaves.append(shared)
     ours = torch.autograd.grad(sum(losses.values()), leaves)
     for got, want in zip(ours, torch.autograd.grad(sum(expected.values()), leaves)):
         assert got.norm().item() == pytest.approx(want.norm().item(), rel=1e-4)
@@ -205,9 +210,7 @@ def test_losses_and_assignments_are_the_same_at_full_size(same_points, stage, fr
     target_masks = target.masks.float()
     masks = clip[0].masks.detach()
     for round2 in ('full', 'mask'):
-        pairs = TwoRoundAssigner()([MaskPrediction(clip[0].logits.detach(), masks)], [target], [target_masks], round2)[
-            0
-        ][0]
+        pairs = Matcher()([clip[0]], [target], [target_masks], ('full', round2))[0][0]
         wanted = plain.match(clip[0].logits[0].detach(), masks[0], target.classes, target_masks, 12544, round2)
         for pair, (query, index) in zip(pairs, wanted):
             assert torch.equal(pair.query, query) and torch.equal(pair.target, index)

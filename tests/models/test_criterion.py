@@ -1,4 +1,4 @@
-"""The criterion: equal to the reference, equal to a naive formulation, and safe on bad input."""
+"""The criterion: equal to the reference, equal to the plain formulation, and safe on bad input."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import os
 import socket
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
 
+from benchmarks import plain
 from mmseg.models.losses import THEMaskCriterion, mask_losses, point_sampling
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
+from mmseg.registry import build
 from mmseg.utils.errors import ConfigError
+from tests.models.whole_masks import Whole, as_output
 from tests.reference import recipe
 
 
@@ -30,17 +33,29 @@ def seeded_points(rows, n, device):
 
 @pytest.fixture
 def reference_points(monkeypatch):
-    monkeypatch.setattr(point_sampling, 'random_points', seeded_points)
+    for module in (point_sampling, plain):
+        monkeypatch.setattr(module, 'random_points', seeded_points)
 
 
-def prediction(seed: int, samples: int, frames: int, queries=100, classes=124, size=(12, 20)) -> MaskPrediction:
-    return MaskPrediction(
+class Stages(NamedTuple):
+    """Whole masks of the stages of both levels."""
+
+    clip: list[Whole]
+    frame: list[Whole] | None = None
+
+    @property
+    def output(self) -> DecoderOutput:
+        return as_output(*self)
+
+
+def prediction(seed: int, samples: int, frames: int, queries=100, classes=124, size=(12, 20)) -> Whole:
+    return Whole(
         torch.from_numpy(2 * recipe.image(seed, samples, queries, classes + 1)).requires_grad_(),
         torch.from_numpy(4 * recipe.image(seed + 1, samples, queries, frames, *size)).requires_grad_(),
     )
 
 
-def leaves(output: DecoderOutput) -> list[torch.Tensor]:
+def leaves(output: Stages) -> list[torch.Tensor]:
     """Logits and masks of the final stage, then of the earlier ones; clip level first."""
     levels = [level for level in (output.clip, output.frame) if level]
     return [leaf for level in levels for p in (level[-1], *level[:-1]) for leaf in (p.logits, p.masks)]
@@ -55,99 +70,15 @@ def small_case(seed, batch=2, frames=2, stages=2, queries=12, classes=7, size=(6
     cells[rng.random(cells.shape) < 0.2] = 255
     rows, columns = (np.arange(n) * c // n for n, c in zip(label, (4, 5)))
     labels = torch.from_numpy(cells[:, :, rows][..., columns])
-    return DecoderOutput(clip, frame if frame_level else None), labels
-
-
-def naive_losses(output: DecoderOutput, labels: torch.Tensor, criterion: THEMaskCriterion) -> dict[str, torch.Tensor]:
-    """SPEC §7 word by word: loops over stages, levels, clips; masks resized to the label size."""
-    batch, frames, height, width = labels.shape
-    n_points, classes = criterion.num_points, criterion.num_classes
-    video = output.frame is not None
-    targets = []
-    for label in labels:
-        present = [c for c in label.unique().tolist() if c != 255]
-        targets.append((present, torch.stack([(label == c).float() for c in present]) if present else None))
-    divisor = max(sum(len(present) for present, _ in targets), 1)
-    losses = {}
-    for s, clip in enumerate(output.clip):
-        suffix = '' if s == len(output.clip) - 1 else f'_{s}'
-        matches = []
-        for b, (present, masks) in enumerate(targets):
-            points = point_sampling.random_points(1, n_points, 'cpu')
-            if not present:
-                matches.append([([], []), ([], [])])
-                continue
-            source = clip.masks[b]
-            if video:
-                source = output.frame[s].masks[b * frames : (b + 1) * frames, :, 0].transpose(0, 1)
-            x = F.grid_sample(
-                source.detach(), 2 * points[:, None].expand(len(source), -1, -1, -1) - 1, align_corners=False
-            )[:, :, 0]
-            t = F.grid_sample(masks, 2 * points[:, None].expand(len(masks), -1, -1, -1) - 1, align_corners=False)[
-                :, :, 0
-            ]
-            x, t = x.flatten(1), t.flatten(1)
-            bce = torch.stack(
-                [F.binary_cross_entropy_with_logits(x, r.expand_as(x), reduction='none').mean(1) for r in t], 1
-            )
-            p = x.sigmoid()
-            dice = torch.stack([1 - (2 * (p * r).sum(1) + 1) / (p.sum(1) + r.sum() + 1) for r in t], 1)
-            cost = 2 * -clip.logits[b].detach().softmax(1)[:, present] + 5 * bce + 5 * dice
-            first = linear_sum_assignment(cost)
-            second = (cost if video else bce).clone()
-            second[first[0]] = 1000 * second.max().abs()
-            second = linear_sum_assignment(second)
-            free = ~np.isin(second[0], first[0])
-            matches.append([first, (second[0][free], second[1][free])])
-        for level in ('clip', 'frame') if video else ('clip',):
-            stage = (output.clip if level == 'clip' else output.frame)[s]
-            weight = 1.0 if level == 'clip' else criterion.aux_weight
-            # (sample, query, clip, target, frame) of every mask, samples being clips or frames
-            rows = [[], []]
-            wanted = torch.full(stage.logits.shape[:2], classes)
-            for b in range(batch):
-                for rank, (queries, indices) in enumerate(matches[b]):
-                    pairs = [(q, i, f) for q, i in zip(queries, indices) for f in range(frames)]
-                    if level == 'frame':
-                        pairs.sort(key=lambda pair: pair[2])
-                    for q, i, f in pairs:
-                        sample = b if level == 'clip' else b * frames + f
-                        wanted[sample, q] = targets[b][0][i]
-                        rows[rank].append((stage.masks[sample, q, f if level == 'clip' else 0], targets[b][1][i, f]))
-            end = f'{suffix}{"" if level == "clip" else "_aux"}'
-            ce = F.cross_entropy(stage.logits.flatten(0, 1), wanted.flatten(), criterion.empty_weight)
-            losses[f'loss_ce{end}'] = 2 * weight * ce
-            if not rows[0]:
-                continue
-            x, t = (torch.stack(column)[:, None] for column in zip(*rows[0]))
-            candidates = point_sampling.random_points(len(x), 3 * n_points, 'cpu')
-            drawn = F.grid_sample(x.detach(), 2 * candidates[:, None] - 1, align_corners=False)[:, 0, 0]
-            kept = (-drawn.abs()).topk(int(0.75 * n_points), 1).indices
-            points = torch.stack([c[k] for c, k in zip(candidates, kept)])
-            rest = point_sampling.random_points(len(x), n_points - int(0.75 * n_points), 'cpu')
-            points = torch.cat([points, rest], 1)[:, None]
-            x, t = (F.grid_sample(m, 2 * points - 1, align_corners=False)[:, 0, 0] for m in (x, t))
-            for rank, prefix, end_, factor in ((0, 'r0', '', 5.0), (1, 'r1', '_unmatched', 0.25)):
-                if rank == 1:
-                    if not rows[1]:
-                        continue
-                    x, t = (torch.stack(column)[:, None] for column in zip(*rows[1]))
-                    x = F.interpolate(x, size=(height, width), mode='nearest').flatten(1)
-                    t = t.flatten(1) * (x.sigmoid() > 0.5)
-                p = x.sigmoid()
-                bce = F.binary_cross_entropy_with_logits(x, t, reduction='none').mean(1).sum()
-                dice = (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).sum()
-                losses[f'{prefix}_loss_mask{end_}{end}'] = factor * weight * bce / divisor / frames
-                losses[f'{prefix}_loss_dice{end_}{end}'] = factor * weight * dice / divisor / frames
-    return losses
+    return Stages(clip, frame if frame_level else None), labels
 
 
 def assert_same_losses_and_gradients(output, labels, criterion):
     inputs = leaves(output)
-    losses = criterion(output, ClipTarget.from_labels(labels, criterion.num_classes))
+    losses = criterion(output.output, ClipTarget.from_labels(labels, criterion.num_classes))
     gradients = torch.autograd.grad(sum(losses.values()), inputs)
-    expected = naive_losses(output, labels, criterion)
-    assert {name for name, value in losses.items() if value != 0} <= set(expected) <= set(losses)
+    expected = plain.losses_of(*output, labels, criterion.empty_weight, criterion.num_points)
+    assert losses.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f'{n}: {m}')
     for got, want in zip(gradients, torch.autograd.grad(sum(expected.values()), inputs, materialize_grads=True)):
@@ -164,13 +95,13 @@ def test_reference_losses_and_gradients(reference, reference_points, case):
     iteration = int(iteration[4:].replace('None', '0'))
     batch, frames = int(batch[2:]), int(frames[1:])
     seeds = [10 + 2 * i for i in range(9)] + [0]
-    output = DecoderOutput(
+    output = Stages(
         [prediction(1000 + seed, batch, frames) for seed in seeds],
         [prediction(2000 + seed, batch * frames, 1) for seed in seeds] if mode == 'video' else None,
     )
     labels = torch.stack([torch.from_numpy(recipe.labels(1500 + k, frames, 48, 80)) for k in range(batch)])
     criterion = THEMaskCriterion(124, train_num_points=512)
-    losses = criterion(output, ClipTarget.from_labels(labels, 124), iteration)
+    losses = criterion(output.output, ClipTarget.from_labels(labels, 124), iteration)
     assert set(losses) == set(gold['loss'])
     for name, value in gold['loss'].items():
         assert losses[name].item() == pytest.approx(value, rel=1e-6), name
@@ -194,14 +125,13 @@ def test_reference_losses_and_gradients(reference, reference_points, case):
     label=st.tuples(st.integers(9, 40), st.integers(9, 40)),
     frame_level=st.booleans(),
 )
-def test_equals_the_naive_formulation(seed, batch, frames, queries, size, label, frame_level):
-    saved, point_sampling.random_points = point_sampling.random_points, seeded_points
-    try:
+def test_equals_the_plain_formulation(seed, batch, frames, queries, size, label, frame_level):
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (point_sampling, plain):
+            patch.setattr(module, 'random_points', seeded_points)
         output, labels = small_case(seed, batch, frames, 2, queries, 7, size, label, frame_level)
         criterion = THEMaskCriterion(7, train_num_points=33, warmup_iters=0)
         assert_same_losses_and_gradients(output, labels, criterion)
-    finally:
-        point_sampling.random_points = saved
 
 
 @pytest.mark.parametrize('void', [(0,), (0, 1)])
@@ -210,7 +140,7 @@ def test_void_clips_give_zero_mask_losses_with_a_graph(reference_points, void):
     labels[list(void)] = 255
     criterion = THEMaskCriterion(7, train_num_points=33)
     assert_same_losses_and_gradients(output, labels, criterion)
-    losses = criterion(output, ClipTarget.from_labels(labels, 7))
+    losses = criterion(output.output, ClipTarget.from_labels(labels, 7))
     assert all(loss.requires_grad and torch.isfinite(loss) for loss in losses.values())
     if len(void) == 2:
         assert all(loss == 0 for name, loss in losses.items() if 'ce' not in name.split('_')[1])
@@ -221,37 +151,41 @@ def test_void_clips_give_zero_mask_losses_with_a_graph(reference_points, void):
 
 @pytest.mark.parametrize('void', [(), (1,), (0, 1)])
 @pytest.mark.parametrize('frame_level', [False, True])
-def test_masks_given_by_their_factors(reference_points, frame_level, void):
-    """The same losses and gradients whether matched masks are taken from all masks or multiplied anew."""
-    output, labels = small_case(13, frames=3, frame_level=frame_level)
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_masks_are_products_of_their_factors(reference_points, frame_level, void, layout):
+    """The losses and gradients of the plain formulation, which multiplies all masks; in any layout of the features."""
+    stages, labels = small_case(13, frames=3, frame_level=frame_level)
     labels[list(void)] = 255
-    features = torch.randn(2, 3, 5, 6, 8, requires_grad=True)
+    features = torch.randn(6, 5, 6, 8).to(memory_format=layout).requires_grad_()
+    shared = features.view(2, 3, 5, 6, 8)
     inputs = [features]
 
-    def with_factors(stage, samples):
-        embedding = torch.randn(samples, 12, 5, requires_grad=True)
-        inputs.extend((stage.logits, embedding))
-        masks = torch.einsum('nqc,ntchw->nqthw', embedding, features.view(samples, -1, 5, 6, 8))
-        return MaskPrediction(stage.logits, masks, embedding)
+    def level(whole, features):
+        factors = [MaskPrediction(stage.logits, torch.randn(len(features), 12, 5, requires_grad=True), features)
+                   for stage in whole]  # fmt: skip
+        inputs.extend(leaf for stage in factors for leaf in (stage.logits, stage.embedding))
+        masks = [torch.einsum('nqc,ntchw->nqthw', stage.embedding, features) for stage in factors]
+        return factors, [Whole(stage.logits, mask) for stage, mask in zip(factors, masks)]
 
-    clip = [with_factors(stage, 2) for stage in output.clip]
-    frame = [with_factors(stage, 6) for stage in output.frame] if frame_level else None
+    clip, whole_clip = level(stages.clip, shared)
+    frame, whole_frame = level(stages.frame, features[:, None]) if frame_level else (None, None)
     criterion = THEMaskCriterion(7, train_num_points=33, warmup_iters=0)
-    results = []
-    for factor in (None, features):
-        losses = criterion(DecoderOutput(clip, frame, factor), ClipTarget.from_labels(labels, 7))
-        total = torch.stack(list(losses.values())).sum()
-        results.append((total, torch.autograd.grad(total, inputs, retain_graph=True, materialize_grads=True)))
-    (loss, gradients), (loss2, gradients2) = results
-    torch.testing.assert_close(loss, loss2, rtol=1e-6, atol=1e-6)
-    for got, want in zip(gradients2, gradients):
+    losses = criterion(DecoderOutput(clip, frame), ClipTarget.from_labels(labels, 7))
+    expected = plain.losses_of(whole_clip, whole_frame, labels, criterion.empty_weight, 33)
+    gradients = [
+        torch.autograd.grad(torch.stack(list(each.values())).sum(), inputs, materialize_grads=True)
+        for each in (losses, expected)
+    ]
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6)
+    for got, want in zip(*gradients):
         assert (got - want).norm() <= 1e-4 * want.norm() + 1e-9
 
 
 def test_sixty_targets_with_a_hundred_queries(reference_points):
     labels = torch.arange(60).view(1, 1, 6, 10).repeat_interleave(4, 2).repeat_interleave(4, 3)
     for frame_level in (False, True):
-        output = DecoderOutput(
+        output = Stages(
             [prediction(0, 1, 1, 100, 60, (6, 10))], [prediction(9, 1, 1, 100, 60, (6, 10))] if frame_level else None
         )
         criterion = THEMaskCriterion(60, train_num_points=64, warmup_iters=0)
@@ -272,8 +206,8 @@ def test_permuted_queries_change_nothing():
         criterion = THEMaskCriterion(7, train_num_points=33, warmup_iters=0)
         targets = ClipTarget.from_labels(labels, 7)
         order = torch.randperm(12)
-        permuted = [MaskPrediction(p.logits[:, order], p.masks[:, order]) for p in output.clip]
-        losses, moved = criterion(output, targets), criterion(DecoderOutput(permuted), targets)
+        permuted = Stages([Whole(p.logits[:, order], p.masks[:, order]) for p in output.clip])
+        losses, moved = criterion(output.output, targets), criterion(permuted.output, targets)
     finally:
         point_sampling.random_points = saved
     for name, loss in losses.items():
@@ -285,14 +219,14 @@ def test_batched_clips_equal_single_clips(reference_points):
     output, labels = small_case(4, frame_level=True)
     labels[1] = labels[0]
     criterion = THEMaskCriterion(7, train_num_points=33)
-    together = criterion(output, ClipTarget.from_labels(labels, 7))
+    together = criterion(output.output, ClipTarget.from_labels(labels, 7))
     masks = 0.0
     for b in range(2):
-        single = DecoderOutput(
-            [MaskPrediction(p.logits[b : b + 1], p.masks[b : b + 1]) for p in output.clip],
-            [MaskPrediction(p.logits[2 * b : 2 * b + 2], p.masks[2 * b : 2 * b + 2]) for p in output.frame],
+        single = Stages(
+            [Whole(p.logits[b : b + 1], p.masks[b : b + 1]) for p in output.clip],
+            [Whole(p.logits[2 * b : 2 * b + 2], p.masks[2 * b : 2 * b + 2]) for p in output.frame],
         )
-        alone = criterion(single, ClipTarget.from_labels(labels[b : b + 1], 7))
+        alone = criterion(single.output, ClipTarget.from_labels(labels[b : b + 1], 7))
         masks += alone['loss_ce'] + alone['r1_loss_mask_unmatched'] + alone['r1_loss_dice_unmatched_0_aux']
     names = ('loss_ce', 'r1_loss_mask_unmatched', 'r1_loss_dice_unmatched_0_aux')  # without random points in the loss
     torch.testing.assert_close(sum(together[name] for name in names), masks / 2, rtol=1e-6, atol=1e-6)
@@ -303,14 +237,14 @@ def test_nan_logits_do_not_stop_the_matching_and_show_in_the_loss():
     criterion = THEMaskCriterion(7, train_num_points=33)
     output.clip[-1].logits.data[0, 3] = float('nan')
     with pytest.warns(RuntimeWarning, match='stage 1, clip 0 .*class logits'):
-        losses = criterion(output, ClipTarget.from_labels(labels, 7))
+        losses = criterion(output.output, ClipTarget.from_labels(labels, 7))
     assert losses['loss_ce'].isnan()
     assert torch.isfinite(losses['loss_ce_0'])
     for p in output.frame:
         p.masks.data[:] = float('nan')
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # reported once
-        losses = criterion(output, ClipTarget.from_labels(labels, 7))
+        losses = criterion(output.output, ClipTarget.from_labels(labels, 7))
     assert losses['r0_loss_mask_aux'].isnan() and losses['r1_loss_dice_unmatched_0_aux'].isnan()
 
 
@@ -319,36 +253,82 @@ def test_warm_up_follows_the_iteration_and_only_in_the_one_frame_stage(reference
     targets = ClipTarget.from_labels(labels, 7)
     in_warm_up = {'loss_ce', 'loss_mask', 'loss_dice', 'loss_ce_0', 'loss_mask_0', 'loss_dice_0'}
     criterion = THEMaskCriterion(7, train_num_points=33, warmup_iters=10)
-    assert set(criterion(output, targets, 9)) == in_warm_up
-    assert len(criterion(output, targets, 10)) == 10
+    assert set(criterion(output.output, targets, 9)) == in_warm_up
+    assert len(criterion(output.output, targets, 10)) == 10
     released = THEMaskCriterion(7, train_num_points=33, warmup_iters=None)
-    assert set(released(output, targets, 10**9)) == in_warm_up
+    assert set(released(output.output, targets, 10**9)) == in_warm_up
     video, _ = small_case(6)
-    assert len(released(video, targets, 0)) == 20
+    assert len(released(video.output, targets, 0)) == 20
+
+
+POINTS, CELLS = dict(mask=5.0, dice=5.0), dict(mask=0.5, dice=0.5)
+TWO = [dict(name='r0_', losses=POINTS), dict(name='r1_', losses=CELLS, weight=0.5, labels='self')]
+
+
+def test_the_papers_rounds_as_a_config(reference_points):
+    output, labels = small_case(20)
+    targets = ClipTarget.from_labels(labels, 7)
+    default = THEMaskCriterion(7, train_num_points=33)(output.output, targets)
+    written = THEMaskCriterion(7, train_num_points=33, rounds=TWO)(output.output, targets)
+    assert default.keys() == written.keys() and all(torch.equal(default[name], written[name]) for name in default)
+
+
+def test_one_round_is_that_of_mask2former(reference_points):
+    output, labels = small_case(21, frame_level=False)
+    targets = ClipTarget.from_labels(labels, 7)
+    one = THEMaskCriterion(7, train_num_points=33, rounds=[dict(name='', losses=POINTS)])
+    warm_up = THEMaskCriterion(7, train_num_points=33, warmup_iters=None)
+    losses, expected = one(output.output, targets), warm_up(output.output, targets)
+    assert losses.keys() == expected.keys() and all(torch.equal(losses[name], expected[name]) for name in losses)
+    assert set(one.last_statistics) == {'matched_primary', 'acc_primary'}
+
+
+def test_a_third_round(reference_points):
+    """It trains queries that the first two left, from its own iteration on, as the plain self-labels do."""
+    case, labels = small_case(22, batch=1, stages=1, queries=24, frame_level=False)
+    targets = ClipTarget.from_labels(labels, 7)
+    third = dict(name='r2_', cost='mask', losses=dict(dice=3.0), weight=0.25, labels='self', start=7)
+    criterion = THEMaskCriterion(7, train_num_points=33, rounds=[*TWO, third])
+    before, after = criterion(case.output, targets, 6), criterion(case.output, targets, 7)
+    assert set(after) - set(before) == {'r2_loss_dice_unmatched'}
+    n = len(targets[0].classes)
+    assert criterion.last_statistics['matched_2'].tolist() == [n, 24] and 'acc_2' in criterion.last_statistics
+    output, masks = case.output, [target.masks.float() for target in targets]
+    ((matches,),) = criterion.matcher(output.clip, targets, masks, ['full', 'full', 'mask'])
+    assert len(set(torch.cat([match.query for match in matches]).tolist())) == 3 * n
+    pairs = [(matches[2].query, matches[2].target)]
+    x, t = plain.matched_masks(tuple(case.clip[0]), masks, pairs, False)
+    dice = plain.secondary_losses(x, t)[1]
+    torch.testing.assert_close(after['r2_loss_dice_unmatched'], 0.25 * 3 * dice / n / 2)
 
 
 def test_matching_options(reference_points):
     output, labels = small_case(7)
     targets = ClipTarget.from_labels(labels, 7)
     default, same, clip, mask = (
-        sum(THEMaskCriterion(7, train_num_points=33, **options)(output, targets).values()).item()
+        sum(THEMaskCriterion(7, train_num_points=33, **options)(output.output, targets).values()).item()
         for options in ({}, dict(match_masks='frame', round2_cost='full'), dict(match_masks='clip'),
                         dict(round2_cost='mask'))
     )  # fmt: skip
     assert default == same
     assert len({default, clip, mask}) == 3
-    one_frame = DecoderOutput(output.clip)
+    one_frame = as_output(output.clip)
     with pytest.raises(ValueError, match='frame level'):
         THEMaskCriterion(7, match_masks='frame')(one_frame, targets)
 
 
 @pytest.mark.parametrize('options', [
     dict(round_weight=[1.0]), dict(round2_cost='dice'), dict(match_masks='both'), dict(oversample_ratio=0.5),
-    dict(importance_sample_ratio=1.5),
+    dict(importance_sample_ratio=1.5), dict(rounds=[]), dict(rounds=[dict(name='', start=5)]),
+    dict(rounds=[dict(name='a'), dict(name='a')]), dict(rounds=[dict(name='a', cost='dice')]),
+    dict(rounds=[dict(name='a', losses=dict(focal=1.0))]), dict(rounds=[dict(name='a', wieght=1.0)]),
+    dict(rounds=[dict(name='a', labels='self', losses=dict(other=1.0))]),
+    dict(round_weight=[1.0, 0.5], rounds=[dict(name='')]), dict(round2_cost='full', rounds=[dict(name='')]),
+    dict(matcher_cfg=dict(), rounds=[dict(name='')]), dict(cost_weights=dict(mask=1.0)),
 ])  # fmt: skip
 def test_wrong_options_are_errors(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        THEMaskCriterion(7, **options)
+    with pytest.raises(ConfigError, match=rf'loss_cfg\.?{next(iter(options))}|{next(iter(options))}'):
+        build(THEMaskCriterion, options, 'loss_cfg', num_classes=7)
 
 
 def test_wrong_matcher_key_names_the_nearest():
@@ -360,19 +340,18 @@ def test_wrong_matcher_key_names_the_nearest():
 def test_clip_length_must_fit():
     output, labels = small_case(8)
     with pytest.raises(ValueError, match='2 clips of 2 frames'):
-        THEMaskCriterion(7)(output, ClipTarget.from_labels(labels[:, :1], 7))
+        THEMaskCriterion(7)(output.output, ClipTarget.from_labels(labels[:, :1], 7))
 
 
 def test_float32_under_autocast(reference_points):
     output, labels = small_case(9)
     targets = ClipTarget.from_labels(labels, 7)
     criterion = THEMaskCriterion(7, train_num_points=33)
-    expected = criterion(output, targets)
+    expected = criterion(output.output, targets)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        losses = criterion(output, targets)
+        losses = criterion(output.output, targets)
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
-    half = DecoderOutput(*([MaskPrediction(p.logits.bfloat16(), p.masks.bfloat16()) for p in level]
-                           for level in (output.clip, output.frame)))  # fmt: skip
+    half = DecoderOutput(*([MaskPrediction(*(x.bfloat16() for x in p)) for p in level] for level in output.output))
     assert all(loss.dtype == torch.float32 for loss in criterion(half, targets).values())
 
 
@@ -386,7 +365,7 @@ def test_random_points_are_drawn_anew_for_each_clip_and_each_mask_set(monkeypatc
     monkeypatch.setattr(point_sampling, 'random_points', points)
     output, labels = small_case(10, batch=2, frames=2, stages=3)
     targets = ClipTarget.from_labels(labels, 7)
-    THEMaskCriterion(7, train_num_points=40)(output, targets)
+    THEMaskCriterion(7, train_num_points=40)(output.output, targets)
     rows = 2 * sum(min(len(target.classes), 12) for target in targets)
     assert calls == [(1, 40)] * 6 + [(rows, 120), (rows, 10)] * 6
 
@@ -398,7 +377,7 @@ def test_matching_statistics():
     for p in output.clip:
         p.logits.data[:] = 0
         p.logits.data[:, :, 3] = 9.0  # every query says class 3
-    criterion(output, targets)
+    criterion(output.output, targets)
     n = sum(len(target.classes) for target in targets)
     right = sum((target.classes == 3).sum().item() for target in targets)
     assert {name: share.tolist() for name, share in criterion.last_statistics.items()} == {
@@ -437,12 +416,12 @@ def _rank_gradients(rank, port, directory):
     point_sampling.random_points = fixed_points
     output, labels = small_case(12, batch=4)
     part = slice(2 * rank, 2 * rank + 2)
-    half = DecoderOutput(
-        [MaskPrediction(p.logits[part], p.masks[part]) for p in output.clip],
-        [MaskPrediction(p.logits[4 * rank : 4 * rank + 4], p.masks[4 * rank : 4 * rank + 4]) for p in output.frame],
+    half = Stages(
+        [Whole(p.logits[part], p.masks[part]) for p in output.clip],
+        [Whole(p.logits[4 * rank : 4 * rank + 4], p.masks[4 * rank : 4 * rank + 4]) for p in output.frame],
     )
     labels[0] = 255  # a rank with a void clip
-    losses = THEMaskCriterion(7, train_num_points=33)(half, ClipTarget.from_labels(labels[part], 7))
+    losses = THEMaskCriterion(7, train_num_points=33)(half.output, ClipTarget.from_labels(labels[part], 7))
     torch.save([g / 2 for g in torch.autograd.grad(sum(losses.values()), leaves(output))], f'{directory}/{rank}.pt')
     dist.destroy_process_group()
 
@@ -461,7 +440,7 @@ def test_two_ranks_on_half_batches_give_the_gradients_of_one_process(tmp_path, m
     monkeypatch.setattr(point_sampling, 'random_points', fixed_points)
     output, labels = small_case(12, batch=4)
     labels[0] = 255
-    losses = THEMaskCriterion(7, train_num_points=33)(output, ClipTarget.from_labels(labels, 7))
+    losses = THEMaskCriterion(7, train_num_points=33)(output.output, ClipTarget.from_labels(labels, 7))
     whole = torch.autograd.grad(sum(losses.values()), leaves(output))
     for a, b, expected in zip(*ranks, whole):
         assert (a + b - expected).norm() <= 1e-5 * expected.norm()

@@ -221,8 +221,8 @@ def test_clips_of_a_batch_are_independent(temporal, frames):
         own = slice(b * frames, (b + 1) * frames)
         single = decoder([x[own] for x in maps], features[own], frames, all_layers=True)
         part = type(batch)(
-            [type(p)(p.logits[b : b + 1], p.masks[b : b + 1]) for p in batch.clip],
-            None if batch.frame is None else [type(p)(p.logits[own], p.masks[own]) for p in batch.frame],
+            [p.of(b) for p in batch.clip],
+            None if batch.frame is None else [type(p)(*(x[own] for x in p)) for p in batch.frame],
         )
         assert_equal(single, part)
 

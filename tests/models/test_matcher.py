@@ -1,4 +1,4 @@
-"""Two-round matching: equal to the reference, and right where the reference failed."""
+"""Rounds of matching: equal to the reference, and right where the reference failed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from mmseg.models.assigners import TwoRoundAssigner, assign_two_rounds
-from mmseg.models.assigners.costs import classification_cost, dice_cost, mask_cost
-from mmseg.models.assigners.two_round import masks_at, replace_non_finite
 from mmseg.models.losses import point_sampling
-from mmseg.models.structures import ClipTarget, MaskPrediction, mask_logits
+from mmseg.models.losses.matching import (
+    Matcher,
+    assign_rounds,
+    classification_cost,
+    dice_cost,
+    mask_cost,
+    masks_at,
+    replace_non_finite,
+)
+from mmseg.models.structures import ClipTarget, MaskPrediction
+from tests.models.whole_masks import as_factors
 from tests.reference import recipe
 
 SIZES = (1, 2, 3, 7, 12, 20, 50)
@@ -38,7 +45,7 @@ def reference_target(seed: int, n: int, frames: int) -> ClipTarget:
 
 def match(stage: MaskPrediction, targets: list[ClipTarget], round2_cost: str, points: int = 256):
     masks = [target.masks.float() for target in targets]
-    return TwoRoundAssigner(num_points=points)([stage], targets, masks, round2_cost)[0]
+    return Matcher(num_points=points)([stage], targets, masks, ('full', round2_cost))[0]
 
 
 @pytest.mark.parametrize('frames', [1, 2])
@@ -48,11 +55,11 @@ def test_reference_costs_and_assignments(reference, reference_points, name, roun
     gold = reference('matcher.npz')
     key = f'{name}/n{n}_t{frames}'
     target = reference_target(200 + n, n, frames)
-    stage = MaskPrediction(
+    stage = as_factors(
         torch.from_numpy(2 * recipe.image(100 + n, 1, 100, 125)),
         torch.from_numpy(4 * recipe.image(101 + n, 1, 100, frames, 12, 20)),
     )
-    costs = TwoRoundAssigner(num_points=256).costs(stage, target.classes, target.masks.float(), round2_cost)
+    costs = Matcher(num_points=256).costs(stage, target.classes, target.masks.float(), ['full', round2_cost])
     ((primary, secondary),) = match(stage, [target], round2_cost)
 
     cost2 = costs[-1].clone()  # as the paper writes round 2
@@ -69,7 +76,7 @@ def test_reference_costs_and_assignments(reference, reference_points, name, roun
 @pytest.mark.parametrize('name, round2_cost', [('1f', 'mask'), ('norm', 'full')])
 def test_reference_batch(reference, reference_points, name, round2_cost):
     gold = reference('matcher.npz')
-    stage = MaskPrediction(
+    stage = as_factors(
         torch.from_numpy(2 * recipe.image(300, 2, 100, 125)),
         torch.from_numpy(4 * recipe.image(301, 2, 100, 2, 12, 20)),
     )
@@ -94,7 +101,7 @@ def free_rows_round(cost2: np.ndarray, used: np.ndarray):
 def test_round_two_is_the_best_assignment_of_the_free_queries(queries, n, shift, seed):
     rng = np.random.default_rng(seed)
     cost, cost2 = (rng.random((2, queries, n)) - shift).astype(np.float32)
-    primary, secondary = assign_two_rounds(cost, cost2)
+    primary, secondary = assign_rounds([cost, cost2])
     assert len(primary.query) == min(queries, n)
     assert len(secondary.query) == min(queries - len(primary.query), n)
     for got in (primary, secondary):
@@ -108,7 +115,7 @@ def test_round_two_is_the_best_assignment_of_the_free_queries(queries, n, shift,
 
 
 def test_round_two_avoids_used_queries_when_all_costs_are_zero():
-    primary, secondary = assign_two_rounds(np.zeros((6, 3), np.float32))
+    primary, secondary = assign_rounds([np.zeros((6, 3), np.float32)] * 2)
     assert len(secondary.query) == 3
     assert not set(primary.query.tolist()) & set(secondary.query.tolist())
 
@@ -140,29 +147,29 @@ def test_extreme_logits_cost_what_they_should():
 
 def test_permuted_queries_permute_the_match(reference_points):
     target = reference_target(1, 6, 2)
-    stage = MaskPrediction(
+    stage = as_factors(
         torch.from_numpy(recipe.image(7, 1, 20, 125)), torch.from_numpy(recipe.image(8, 1, 20, 2, 12, 20))
     )
     order = torch.randperm(20)
-    permuted = MaskPrediction(stage.logits[:, order], stage.masks[:, order])
+    permuted = as_factors(stage.logits[:, order], stage.masks[:, order])
     for got, expected in zip(match(permuted, [target], 'full')[0], match(stage, [target], 'full')[0]):
         moved = {(int(order[q]), int(t)) for q, t in zip(got.query, got.target)}
         assert moved == {(int(q), int(t)) for q, t in zip(expected.query, expected.target)}
 
 
 def test_sixty_targets_with_a_hundred_queries_and_more_targets_than_queries():
-    stage = MaskPrediction(
+    stage = as_factors(
         torch.from_numpy(recipe.image(7, 1, 100, 125)), torch.from_numpy(recipe.image(8, 1, 100, 1, 12, 20))
     )
     primary, secondary = match(stage, [reference_target(1, 60, 1)], 'mask')[0]
     assert (len(primary.query), len(secondary.query)) == (60, 40)
-    few = MaskPrediction(stage.logits[:, :10], stage.masks[:, :10])
+    few = as_factors(stage.logits[:, :10], stage.masks[:, :10])
     primary, secondary = match(few, [reference_target(1, 12, 1)], 'full')[0]
     assert (len(primary.query), len(secondary.query)) == (10, 0)
 
 
 def test_a_clip_without_targets_matches_nothing():
-    stage = MaskPrediction(torch.zeros(2, 8, 5), torch.zeros(2, 8, 1, 4, 4))
+    stage = as_factors(torch.zeros(2, 8, 5), torch.zeros(2, 8, 1, 4, 4))
     targets = [
         ClipTarget(torch.empty(0, dtype=torch.int64), torch.full((1, 16, 16), 255)),
         ClipTarget(torch.tensor([0, 1]), torch.arange(16).div(8, rounding_mode='floor').expand(1, 16, 16)),
@@ -173,12 +180,12 @@ def test_a_clip_without_targets_matches_nothing():
 
 
 def test_non_finite_costs_are_replaced_and_reported_once():
-    stage = MaskPrediction(torch.randn(1, 8, 5), torch.randn(1, 8, 1, 4, 4))
-    stage.masks[0, 2] = float('nan')
-    stage.masks[0, 3] = float('inf')
+    stage = MaskPrediction(torch.randn(1, 8, 5), torch.randn(1, 8, 6), torch.randn(1, 1, 6, 4, 4))
+    stage.embedding[0, 2] = float('nan')
+    stage.embedding[0, 3] = float('inf')
     labels = torch.arange(16).div(4, rounding_mode='floor').expand(1, 16, 16)
     target = ClipTarget(torch.arange(4), labels)
-    assigner = TwoRoundAssigner(num_points=32)
+    assigner = Matcher(num_points=32)
     with pytest.warns(RuntimeWarning, match=r'stage 0, clip 0 .*\(mask logits\)'):
         ((primary, _),) = assigner([stage], [target], [target.masks.float()])[0]
     assert not {2, 3} & set(primary.query.tolist())
@@ -204,9 +211,23 @@ def test_masks_at_points_are_the_masks_read_at_points(per_frame, dtype):
     torch.manual_seed(0)
     features = torch.randn(1, 3, 8, 5, 7, dtype=dtype)
     embedding = torch.randn(1, *([3] if per_frame else []), 4, 8, dtype=dtype)
-    prediction = MaskPrediction(torch.randn(1, 4, 5), None, embedding, features)
+    prediction = MaskPrediction(torch.randn(1, 4, 5), embedding, features)
     points = torch.rand(1, 20, 2)
-    whole = MaskPrediction(prediction.logits, mask_logits(embedding, features))
-    got, expected = masks_at(prediction, points), masks_at(whole, points)
+    equation = 'ntqc,ntchw->nqthw' if per_frame else 'nqc,ntchw->nqthw'
+    masks = torch.einsum(equation, embedding.float(), features.float())
+    got, expected = masks_at(prediction, points), point_sampling.sample_points(masks[0], points).flatten(1)
     assert got.dtype == torch.float32 and got.shape == (4, 60)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 16), st.integers(0, 8), st.integers(1, 4), st.integers(0, 10**6))
+def test_rounds_share_no_query(queries, n, rounds, seed):
+    """Each assigns as many targets as it finds free queries for, and is the best assignment of those."""
+    costs = list(np.random.default_rng(seed).random((rounds, queries, n)).astype(np.float32) - 0.5)
+    used = np.empty(0, np.int64)
+    for cost, match in zip(costs, assign_rounds(costs), strict=True):
+        assert len(match.query) == min(queries - len(used), n)
+        row, column = free_rows_round(cost, used)
+        assert np.array_equal(match.query, row) and np.array_equal(match.target, column)
+        used = np.concatenate([used, row])

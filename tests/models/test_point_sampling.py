@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmseg.kernels.layers import smallest
 from mmseg.models.losses import point_sampling
 from tests.reference import recipe
 
@@ -90,7 +91,7 @@ def test_all_uncertain_or_none():
 def test_the_smallest_values_are_those_of_topk(rows, length, share, seed):
     values = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
     n = int(share * length)
-    chosen = point_sampling._smallest(values, n)
+    chosen = smallest(values, n)
     assert chosen.shape == (rows, n) and chosen.dtype == torch.int64
     expected = values.topk(n, dim=1, largest=False).values
     assert torch.equal(values.gather(1, chosen).sort(dim=1).values, expected)

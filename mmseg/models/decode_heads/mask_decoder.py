@@ -76,7 +76,7 @@ class PredictionHead(nn.Module):
 
     def predict(self, queries: Tensor, embedding: Tensor, mask_features: Tensor) -> MaskPrediction:
         """Class logits, and the factors of masks, from both results of :meth:`embed` and ``[N, T, C', h, w]``."""
-        return MaskPrediction(self.class_embed(queries), None, embedding, mask_features)
+        return MaskPrediction(self.class_embed(queries), embedding, mask_features)
 
 
 @retired(
@@ -197,7 +197,7 @@ class MaskDecoder(nn.Module):
             values = torch.cat([level.values for level in memory], dim=1)
             clip, queries = self.temporal(clip, position, keys, values, num_frames)
 
-        output = DecoderOutput([], None if self.temporal is None else [], features)
+        output = DecoderOutput([], None if self.temporal is None else [])
         layers = zip(
             self.transformer_cross_attention_layers, self.transformer_self_attention_layers, self.transformer_ffn_layers
         )

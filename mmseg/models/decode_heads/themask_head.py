@@ -164,12 +164,12 @@ class THEMaskHead(nn.Module):
         Queries of both levels stand side by side, so that a sum over them is the sum over levels too.
         """
         output = self.predictor(maps, mask_features, num_frames, all_layers=False)
-        levels = [stages[-1] for stages in (output.clip, output.frame) if stages is not None]
+        levels = [stages[-1] for stages in output.levels]
         classes, embeddings = (
             torch.cat([x.repeat_interleave(len(mask_features) // len(x), dim=0) for x in parts], dim=1)
             for parts in (
                 [level.logits.softmax(dim=-1)[..., :-1] / len(levels) for level in levels],
-                [level.embedding for level in levels if level.embedding is not None],
+                [level.embedding for level in levels],
             )
         )
         pixels = mask_features.flatten(2).transpose(1, 2)

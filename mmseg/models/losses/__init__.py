@@ -1,5 +1,5 @@
 """Losses of mask classification; they know predictions and targets, never heads."""
 
-from mmseg.models.losses.criterion import LossWeights, THEMaskCriterion
+from mmseg.models.losses.criterion import LossWeights, Round, THEMaskCriterion
 
-__all__ = ['LossWeights', 'THEMaskCriterion']
+__all__ = ['LossWeights', 'Round', 'THEMaskCriterion']

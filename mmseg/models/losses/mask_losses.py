@@ -1,6 +1,7 @@
-"""Mask losses as pure functions: binary cross-entropy and dice, on points and on self-labelled masks.
+"""Mask losses as pure functions: at points against the target, and on the cells of a map against self-labels.
 
-Formulas: Mask2Former (arXiv 2112.01527) for the points; THE-Mask (arXiv 2309.08020) for the self-labels.
+Formulas: Mask2Former (arXiv 2112.01527) for the points; THE-Mask (arXiv 2309.08020) for the self-labels.  A loss in the
+registry ``LOSSES`` maps logits and targets ``[..., N]`` at N points to one value ``[...]`` for each mask.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmseg.registry import LOSSES
 
+
+@LOSSES.register_module(name='mask')
 def bce_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy, mean over the last axis: ``[..., N]`` logits and targets in [0, 1] -> ``[...]``."""
     return F.binary_cross_entropy_with_logits(logits, targets, reduction='none').mean(-1)
 
 
+@LOSSES.register_module(name='dice')
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Dice loss with 1 added to numerator and denominator over the last axis: ``[..., N]`` -> ``[...]``, in [0, 1]."""
     probability = logits.sigmoid()

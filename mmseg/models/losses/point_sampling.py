@@ -7,11 +7,11 @@ lie where the mask is undecided (PointRend, arXiv 1912.08193; used so by Mask2Fo
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmseg.kernels.layers import smallest
 from mmseg.utils.seed import uniform
 
 
@@ -21,9 +21,7 @@ def random_points(rows: int, n: int, device: torch.device | str) -> Tensor:
     Every random point of matching and losses comes from here, looked up in this module at call time, so that a test (or
     a comparison with another implementation) can replace the function.
     """
-    if torch.device(device).type == 'cpu':
-        return uniform(rows, n, 2)
-    return torch.rand(rows, n, 2, device=device)
+    return uniform(rows, n, 2, device=device)
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -46,7 +44,7 @@ def sample_features(maps: Tensor, points: Tensor) -> list[Tensor]:
     Each point is a weighted sum of the rows of its four pixels, so a row is read at once.
 
     Args:
-        maps: float32 ``[T, C, h, w]``, fastest in channels-last.
+        maps: float32 ``[T, C, h, w]``; other layouts than channels-last are copied.
         points: float32 ``[P, 2]``, (x, y) relative to the map's size, the same for all maps.
 
     Returns:
@@ -86,18 +84,8 @@ def uncertain_points(logits: Tensor, num_points: int, oversample_ratio: float, i
     num_uncertain = int(importance_ratio * num_points)
     candidates = random_points(rows, int(oversample_ratio * num_points), device)
     certainty = sample_points(logits[:, None], candidates)[:, 0].abs()
-    kept = _smallest(certainty, num_uncertain)
+    kept = smallest(certainty, num_uncertain)
     points = candidates.gather(1, kept[..., None].expand(-1, -1, 2))
     if num_uncertain < num_points:
         points = torch.cat([points, random_points(rows, num_points - num_uncertain, device)], 1)
     return points
-
-
-def _smallest(values: Tensor, n: int) -> Tensor:
-    """Where the ``n`` smallest values of each row are, int64 ``[R, n]``, in no order: a mean over points needs none.
-
-    Selecting is cheaper than sorting, and NumPy's vectorised selection takes a third of the time of torch's on a CPU.
-    """
-    if values.device.type == 'cpu' and not torch.compiler.is_compiling():
-        return torch.from_numpy(np.argpartition(values.numpy(), n - 1, axis=1)[:, :n])
-    return values.topk(n, dim=1, largest=False, sorted=False).indices
