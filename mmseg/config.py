@@ -59,6 +59,7 @@ class TopLevel:
     """The keys at the top level that are no section; other names there are the user's own.
 
     Attributes:
+        custom_imports: modules of your own, which register components: ``dict(imports=['my_dataset'])``.
         train_cfg: accepted empty, as in mmsegmentation.
         test_cfg: another place for ``model.test_cfg``.
         custom_hooks: hooks of the training loop, each with ``type``, its arguments and maybe ``priority``.
@@ -77,6 +78,7 @@ class TopLevel:
         gpu_ids: as ``tools/train.py --gpu-ids``, which goes before it.
     """
 
+    custom_imports: Mapping[str, Any] | None = None
     train_cfg: Mapping[str, Any] | None = None
     test_cfg: Mapping[str, Any] | None = None
     custom_hooks: Sequence[HookConfig] | None = None
@@ -308,16 +310,17 @@ def override(cfg: Config, options: Mapping[str, Any]) -> None:
             merged into one that is there, unless it holds ``_delete_=True``.
 
     Raises:
-        ConfigError: a key at the top level that is neither there nor known, one that stands inside a plain value, or a
-            variable that is not there.
+        ConfigError: a key that is neither there nor known at its place, or stands inside a plain value; a variable that
+            is not there.
     """
-    known = cfg.keys() | SECTIONS.keys() | keys_of(TopLevel)
+    ours = SECTIONS.keys() | keys_of(TopLevel)
+    known = cfg.keys() | ours
     touched = {key: key.split('.')[0] for key in options}
     for variables in (True, False):  # the others may reach into what a variable gives
         for key, first in touched.items():
             if first not in known:
                 raise ConfigError(f"--options {key}: unknown key '{first}' at the top level{nearest(first, known)}")
-            if (first not in SECTIONS) == variables:
+            if (first not in ours) == variables:
                 cfg[first] = _changed(cfg.get(first, {}), key.split('.')[1:], options[key], first)
         for key in list(cfg):
             cfg[key] = _filled(cfg[key], cfg, key)
@@ -325,8 +328,9 @@ def override(cfg: Config, options: Mapping[str, Any]) -> None:
         for key in keys if isinstance(section, (Config, dict)) else ():
             if section.get(key, key) is None:  # None in place of a section or a data set means that there is none
                 section.pop(key)
-    for first in set(touched.values()) & cfg.keys():
-        _check_key(first, cfg[first])
+    for first in dict.fromkeys(touched.values()):
+        if first in cfg:
+            _check_key(first, cfg[first])
 
 
 def _changed(place: Any, parts: Sequence[str], value: Any, where: str) -> Any:

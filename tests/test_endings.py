@@ -260,9 +260,9 @@ def test_the_best_score_of_another_run_does_not_count(tmp_path):
 def test_a_run_keeps_its_id_where_it_goes_on_and_gets_a_new_one_where_it_turns_back(tmp_path, later, keeps):
     for run_id in later:
         torch.save({'meta': {RUN: run_id}, 'state_dict': {}}, tmp_path / 'iter_9.pth')
-    found = train_api._run_id((tmp_path / 'iter_4.pth', {'meta': {RUN: 'mine', 'iter': 4}}), tmp_path)
+    found = train_api._run_id({'meta': {RUN: 'mine', 'iter': 4}}, tmp_path)
     assert (found == 'mine') is keeps
-    assert train_api._run_id((tmp_path / 'iter_4.pth', {'meta': {'iter': 4}}), tmp_path) is None
+    assert train_api._run_id({'meta': {'iter': 4}}, tmp_path) is None
     assert train_api._run_id(None, tmp_path) != train_api._run_id(None, tmp_path)
 
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'mmseg'
 _METHOD = ('mmseg.models', 'mmseg.datasets', 'mmseg.core')
-_TOP = ('mmseg.apis', 'mmseg.apps')
+_TOP = ('mmseg.apis', 'mmseg.apps', 'mmseg.config')
 FORBIDDEN = {
     'mmseg.utils': (*_TOP, *_METHOD, 'mmseg.kernels', 'mmseg.registry'),
     'mmseg.kernels': (*_TOP, *_METHOD, 'mmseg.registry'),

@@ -132,23 +132,20 @@ def load_optimizer_state(
     states = {name: saved['state'][index] for name, index in zip(names, indices) if index in saved['state']}
 
     current = optimizer.state_dict()
-    own = {n: i for group in current['param_groups'] for n, i in zip(group['param_names'], group['params'])}
-    shapes = {
-        name: parameter.shape
-        for group in optimizer.param_groups
-        for name, parameter in zip(group['param_names'], group['params'])
+    own: dict[str, tuple[int, nn.Parameter]] = {
+        name: (index, parameter)
+        for indexed, group in zip(current['param_groups'], optimizer.param_groups)
+        for name, index, parameter in zip(group['param_names'], indexed['params'], group['params'])
     }
     missing = [name for name in own if name not in states] if states else []
     wrong = [
-        name
-        for name in own
-        for value in states.get(name, {}).values()
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape != shapes[name]
+        name for name, (_, parameter) in own.items() for value in states.get(name, {}).values()
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape
     ]
     if missing or wrong:
         raise CheckpointError(
             f'the optimizer state does not fit: {len(missing)} parameters have none, {len(wrong)} have another shape '
             f'(such as {(missing + wrong)[0]}); use --load-from to take the weights only'
         )
-    current['state'] = {index: states[name] for name, index in own.items() if name in states}
+    current['state'] = {index: states[name] for name, (index, _) in own.items() if name in states}
     optimizer.load_state_dict(current)

@@ -19,8 +19,7 @@ from mmseg.core.precision import Precision, set_backends
 from mmseg.core.runner import UpdateConfig
 from mmseg.datasets import build_dataset, build_test_loader, build_train_loader
 from mmseg.models import build_segmentor
-from mmseg.registry import HOOKS, build
-from mmseg.registry import check as check_section
+from mmseg.registry import HOOKS, build, check
 from mmseg.utils.errors import ConfigError, DataError
 from tests.fuzz import random_overrides
 from tests.tiny_config import write_tiny_config
@@ -58,7 +57,7 @@ def build_everything(path, options):
         model = build_segmentor(cfg.model, top.train_cfg, top.test_cfg)
     build_optimizer(model, required(cfg, 'optimizer'))
     build(CheckpointHook, cfg.get('checkpoint_config'), 'checkpoint_config')
-    EvalHook(dict, **check_section(cfg.get('evaluation') or {}, 'evaluation', *readers_of('evaluation'))[0][1])
+    EvalHook(dict, **check(cfg.get('evaluation') or {}, 'evaluation', *readers_of('evaluation'))[0][1])
     for hook in build(LogConfig, cfg.get('log_config'), 'log_config').hooks or ():
         build(HOOKS, hook, 'log_config.hooks', interval=10)
     for hook in top.custom_hooks or ():
@@ -71,7 +70,7 @@ def build_everything(path, options):
             build_test_loader(build_dataset(part, where='data'))
 
 
-def check(config, seed):
+def build_at_random(config, seed):
     base = load_config(config)
     options = random_overrides(base, random.Random(seed))
     with warnings.catch_warnings():
@@ -86,10 +85,10 @@ def check(config, seed):
 
 def test_random_overrides_work_or_are_refused(config):
     for seed in range(8):
-        check(config, seed)
+        build_at_random(config, seed)
 
 
 @pytest.mark.slow
 def test_thousands_of_random_overrides_work_or_are_refused(config):
     for seed in range(100, 100 + int(os.environ.get('THEMASK_FUZZ', '2500'))):
-        check(config, seed)
+        build_at_random(config, seed)
