@@ -107,8 +107,10 @@ def table(reader: Callable[..., Any], place: str, title: str) -> Iterator[str]:
                 yield from table(inner, path, f'#### `{path.lstrip(".")}`')
 
 
-def owner_of_arguments(component: type) -> type:
-    """The base class whose ``__init__`` this is; the class itself where it takes no argument."""
+def owner_of_arguments(component: Any) -> Any:
+    """The base class whose ``__init__`` this is; a function, or a class that takes no argument, itself."""
+    if not inspect.isclass(component):
+        return component
     return next((base for base in component.__mro__[:-1] if '__init__' in vars(base)), component)
 
 

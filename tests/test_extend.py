@@ -22,7 +22,7 @@ model['backbone'] = dict(_delete_=True, type='Pyramid', channels=16)
 model['decode_head']['num_classes'] = 3
 rounds[0]['losses']['focal'] = 2.0
 rounds[1]['start'] = rounds[2]['start'] = 0
-model['decode_head']['loss_cfg'] = dict(train_num_points=64, rounds=rounds)
+model['decode_head']['loss_cfg'] = dict(_delete_=True, train_num_points=64, rounds=rounds)
 custom_hooks = [dict(type='WeightNormHook')]
 log_config = dict(interval=1, hooks=[dict(type='TextLoggerHook'), dict(type='CsvLoggerHook')])
 runner = dict(max_iters=10)
@@ -39,14 +39,14 @@ def test_they_train_and_are_tested(tmp_path):
         (tmp_path / name).write_text(block.replace("'./local_configs", f"'{ROOT}/local_configs"))
     write_videos(tmp_path, 'frames/{video}', 'labels/{video}')
     three = (tmp_path / 'three_rounds.py').read_text().replace('model =', 'rounds =', 1)
-    three = re.sub(r'dict\(decode_head=dict\(loss_cfg=dict\(rounds=(\[.*\])\)\)\)', r'\1', three, flags=re.DOTALL)
+    three = re.sub(r'dict\(decode_head=dict\(loss_cfg=dict\(_delete_=True, rounds=(\[.*\])\)\)\)', r'\1', three, flags=re.DOTALL)
     config = tmp_path / 'mine.py'
     config.write_text(three + TINY_MODEL + CONFIG.format(root=tmp_path))
     done = run_tool('train', config, '--work-dir', tmp_path / 'work', path=tmp_path)
     assert done.returncode == 0, done.stderr
     (log,) = (tmp_path / 'work').glob('*.log.json')
     last = [json.loads(line) for line in log.read_text().splitlines()][-1]
-    wanted = {'weight_norm', 'decode.r0_loss_focal', 'decode.r2_loss_mask', 'matched_2'}
+    wanted = {'weight_norm', 'decode.r0_loss_focal', 'decode.r2_loss_mask_unmatched', 'matched_2'}
     assert wanted <= last.keys(), sorted(last)
     assert len((tmp_path / 'work' / 'loss.csv').read_text().splitlines()) == 10
     done = run_tool('test', config, tmp_path / 'work', '--work-dir', tmp_path / 'scores', path=tmp_path)

@@ -148,7 +148,7 @@ def test_an_override_changes_no_other_place_that_shares_a_value():
 
 @pytest.mark.parametrize('options, said', [
     ({'model.decode_head.num_classes': '5'}, "model.decode_head.num_classes: expected int, at least 1, got '5' (str)"),
-    ({'model.decode_head.loss_cfg.round_weight': 1.0}, 'loss_cfg.round_weight: expected list of float, at least 0'),
+    ({'model.decode_head.loss_cfg.round_weight': 1.0}, 'loss_cfg.round_weight: expected list of 2 (float, at least 0'),
     ({'model.decode_head.loss_cfg.matcher_cfg.mask_weight': float('nan')}, 'matcher_cfg.mask_weight: expected float'),
     ({'model.backbone.num_heads': (1, 3, 5, 8)}, 'model.backbone: mit_b1: 128 channels cannot be split into 3 heads'),
     ({'model.backbone.depths': 3}, 'model.backbone.depths: expected list of int, at least 1, got 3 (int)'),

@@ -164,7 +164,9 @@ class THEMaskCriterion(nn.Module):
         else:
             given = dict(matcher_cfg=matcher_cfg, round_weight=round_weight, round2_cost=round2_cost)
             for key in (key for key, value in given.items() if value is not None):
-                raise ConfigError(f'loss_cfg.{key}: not together with rounds, which say it for each round; remove one')
+                raise ConfigError(
+                    f'loss_cfg.{key}: not together with rounds, which say it for each round; remove it, or write '
+                    'loss_cfg=dict(_delete_=True, rounds=...) where a base config has it')
             weights = CostWeights(**check_arguments(CostWeights, cost_weights or {}, 'cost_weights'))
             self.rounds = dict.fromkeys((1, 2), _rounds_of(rounds))
         self.class_weight = weights.class_weight

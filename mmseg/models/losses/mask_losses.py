@@ -14,13 +14,13 @@ from mmseg.registry import LOSSES
 
 
 @LOSSES.register_module(name='mask')
-def bce_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def bce_loss(logits: Tensor, targets: Tensor, /) -> Tensor:
     """Binary cross-entropy, mean over the last axis: ``[..., N]`` logits and targets in [0, 1] -> ``[...]``."""
     return F.binary_cross_entropy_with_logits(logits, targets, reduction='none').mean(-1)
 
 
 @LOSSES.register_module(name='dice')
-def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def dice_loss(logits: Tensor, targets: Tensor, /) -> Tensor:
     """Dice loss with 1 added to numerator and denominator over the last axis: ``[..., N]`` -> ``[...]``, in [0, 1]."""
     probability = logits.sigmoid()
     overlap = (probability * targets).sum(-1)
