@@ -284,7 +284,7 @@ def step(
     args: argparse.Namespace, model: EncoderDecoder, optimizer: torch.optim.Optimizer, live: LiveTensors, low: bool
 ) -> Count:
     """One training step, counted part by part."""
-    head = model.decode_head
+    head: Any = model.decode_head
     saved = SavedTensors(iter(model.parameters()))
     peaks: dict[str, int] = {}
     at_peak: dict[str, Counter[str]] = {}

@@ -88,7 +88,7 @@ def count(cfg: Any, frames: int, size: tuple[int, int]) -> dict[str, dict[str, i
         model = build_segmentor(required(cfg, 'model'), cfg.get('train_cfg'), cfg.get('test_cfg'))
         model.eval().requires_grad_(False)
         clip = torch.empty(1, frames, 3, *size)
-    head = model.decode_head
+    head: Any = model.decode_head
     parts = {'backbone': model.backbone, 'pixel decoder': head.pixel_decoder, 'mask decoder': head.predictor}
     counter = PartCounter(parts)
     with torch.no_grad(), counter.counting():
