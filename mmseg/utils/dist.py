@@ -9,16 +9,17 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from mmseg.utils.errors import ConfigError, OtherRankError
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError, OtherRankError
 from mmseg.utils.launcher import PATIENCE, RANK_VARIABLES, detect_launcher, is_first_of_machine, whole_number
 from mmseg.utils.signals import Interrupted
 
@@ -33,6 +34,9 @@ _control_group: dist.ProcessGroup | None = None
 """A gloo group beside nccl: words among the hosts (stop, failed, objects) need no GPU and no stream to be idle."""
 
 _kept_groups: set[int] = set()
+
+_FAILED = 1000  # among ranks, above every signal number
+_Result = TypeVar('_Result')
 
 
 
@@ -254,23 +258,46 @@ def fail_together(interrupted_too: bool = False) -> Iterator[None]:
     Args:
         interrupted_too: an interruption of one rank interrupts all at the end of the block; else it leaves at once.
     """
-    failed, interrupted = 1, 2
+    own: BaseException | None = None
+    code = 0
     try:
         yield
-    except Exception:
-        with contextlib.suppress(OtherRankError):
-            largest(failed)
-        raise
-    except KeyboardInterrupt:
-        if interrupted_too:
-            with contextlib.suppress(OtherRankError):
-                largest(interrupted)
-        raise
-    end = largest(0)
-    if end == interrupted:
-        raise Interrupted
-    if end:
-        raise OtherRankError('another rank has failed')
+    except Exception as error:
+        own, code = error, _FAILED
+    except KeyboardInterrupt as error:
+        if not interrupted_too:
+            raise
+        own, code = error, getattr(error, 'number', signal.SIGINT)
+    try:
+        worst = largest(code)
+        if code < worst:
+            own = OtherRankError('another rank has failed') if worst == _FAILED else Interrupted(worst)
+        if own is not None:
+            own.on_all_ranks = True  # type: ignore[attr-defined]
+    except OtherRankError as error:  # one is gone
+        own = own or error
+    if own is not None:
+        raise own
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Whether every rank ends in an error now: this one has left :func:`fail_together`, or there is one rank only."""
+    return get_dist_info()[1] == 1 or getattr(error, 'on_all_ranks', False)
+
+
+def on_first_rank(make: Callable[..., _Result], *args: Any) -> _Result:
+    """What ``make(*args)`` returns on rank 0, on every rank; an error of the user's there is raised on every rank."""
+    result: Any = None
+    failure: Exception | None = None
+    if is_main_process():
+        try:
+            result = make(*args)
+        except (CheckpointError, ConfigError, DataError) as error:
+            failure = error
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        raise failure
+    return result
 
 
 def gather_objects(value: Any) -> list[Any]:

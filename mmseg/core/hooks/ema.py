@@ -42,7 +42,6 @@ class EMAHook(Hook):
         self.interval = interval
         self.warm_up = warm_up
         self.updates = 0
-        self._due = False
         self._average: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
 
@@ -56,9 +55,7 @@ class EMAHook(Hook):
     @torch.no_grad()
     def after_train_iter(self, runner: IterBasedRunner) -> None:
         """Updates the average."""
-        self._due = self._due or self.every_n_iters(runner, self.interval)
-        if self._due and runner.resumable:
-            self._due = False
+        if self.has_updated(runner, self.interval):
             decay = min(1 - self.momentum, (1 + self.updates) / (self.warm_up + self.updates))
             torch._foreach_lerp_(self._average, [p.detach() for p in self._weights], 1 - decay)
             self.updates += 1
