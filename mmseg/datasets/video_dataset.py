@@ -134,11 +134,11 @@ class VideoDataset(Dataset):
         short: list[Video] = []
         missing: list[str] = []
         for name in self.files.videos():
-            try:
-                video = Video(name, self.files.files('frames', name))
-            except (FileNotFoundError, NotADirectoryError):
+            frames = self.files.files('frames', name)
+            if frames is None:
                 missing.append(name)
                 continue
+            video = Video(name, frames)
             (videos if len(video.frames) >= needed else short).append(video)
         if missing:
             raise DataError(
@@ -245,8 +245,6 @@ class VideoDataset(Dataset):
         table = label_table(self.reduce_zero_label, self.num_classes)
         labels = []
         for mask, path in zip(raw, paths):
-            try:
+            with located(video, Path(path).stem):
                 labels.append(to_training_labels(mask, table, self.num_classes, path))
-            except DataError as error:
-                raise located(error, video, Path(path).stem) from None
         return labels
