@@ -9,8 +9,8 @@ from mmseg.utils.arguments import Factor
 from mmseg.utils.errors import ConfigError
 
 from .compose import Compose
-from .geometry import Scales, scale_list
-from .transform import FLIP_DIRECTIONS, Results, Transform, last_frame
+from .geometry import Scales, scale_list, scaled
+from .transform import FLIP_DIRECTIONS, Results, Transform
 
 
 @PIPELINES.register_module()
@@ -47,9 +47,7 @@ class MultiScaleFlipAug(Transform):
     def _view_scales(self, results: Results) -> list[tuple[int, int]]:
         if self.img_ratios is None:
             return self.img_scales
-        height, width = last_frame(results['img']).shape[:2]
-        base = self.img_scales[0] if self.img_scales else (width, height)
-        return [(int(base[0] * ratio), int(base[1] * ratio)) for ratio in self.img_ratios]
+        return [scaled(self.img_scales, ratio, results) for ratio in self.img_ratios]
 
     def apply(self, results: Results) -> Results:
         """A dict of lists, one entry a view: for every scale the clip as it is, then its flips."""

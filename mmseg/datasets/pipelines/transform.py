@@ -100,6 +100,13 @@ def map_frames(value: Any, function: Callable[[Any], Any]) -> Any:
     return [function(frame) for frame in value] if is_clip(value) else function(value)
 
 
+def map_clip(results: Results, image: Callable[[np.ndarray], Any], label: Callable[[LabelView], Any]) -> None:
+    """Replaces each frame of a clip by ``image(frame)``, and each label map by ``label(view of it)``."""
+    results['img'] = map_frames(results['img'], image)
+    for key in results.get('seg_fields', ()):
+        results[key] = map_frames(results[key], lambda value: label(LabelView.of(value)))
+
+
 def is_clip(value: Any) -> bool:
     """Whether ``value`` is a sequence of frames and not a bare frame."""
     return isinstance(value, Sequence)
