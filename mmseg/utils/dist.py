@@ -33,8 +33,6 @@ _SIGNS_OF_LOSS = ('Connection closed by peer', 'Connection reset by peer', 'Brok
 _control_group: dist.ProcessGroup | None = None
 """A gloo group beside nccl: words among the hosts (stop, failed, objects) need no GPU and no stream to be idle."""
 
-_kept_groups: set[int] = set()
-
 _FAILED = 1000  # among ranks, above every signal number
 _Result = TypeVar('_Result')
 
@@ -172,8 +170,7 @@ def _keep_groups() -> None:
     :func:`close_dist` or when Python itself ends.  An object that is never freed has no destructor to hang in.
     """
     for group in (dist.group.WORLD, _control_group):
-        if group is not None and id(group) not in _kept_groups:
-            _kept_groups.add(id(group))
+        if group is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
@@ -223,9 +220,7 @@ def with_others() -> Iterator[None]:
 
 def barrier() -> None:
     """Waits for every rank."""
-    if get_dist_info()[1] > 1:
-        with with_others():
-            dist.barrier(group=_control_group)
+    gather_objects(None)
 
 
 def reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
@@ -313,9 +308,4 @@ def gather_objects(value: Any) -> list[Any]:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's ``value`` (any picklable object) on every rank."""
-    if get_dist_info()[1] == 1:
-        return value
-    box = [value]
-    with with_others():
-        dist.broadcast_object_list(box, src=0, group=_control_group)
-    return box[0]
+    return gather_objects(value)[0]
