@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mmseg.core.hooks.hook import Hook
 from mmseg.registry import HOOKS, retired
+from mmseg.utils.arguments import Count
 from mmseg.utils.checkpoint import prune_checkpoints
-from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mmseg.core.runner import IterBasedRunner
@@ -33,15 +34,11 @@ class CheckpointHook(Hook):
 
     def __init__(
         self,
-        interval: int,
-        max_keep_ckpts: int = -1,
+        interval: Count,
+        max_keep_ckpts: Literal[-1] | Count = -1,
         save_last: bool = True,
         save_optimizer: bool = True,
     ) -> None:
-        if interval < 1:
-            raise ConfigError(f'checkpoint_config.interval: expected at least 1, got {interval}')
-        if max_keep_ckpts == 0 or max_keep_ckpts < -1:
-            raise ConfigError(f'checkpoint_config.max_keep_ckpts: expected -1 or at least 1, got {max_keep_ckpts}')
         self.interval = interval
         self.max_keep_ckpts = max_keep_ckpts
         self.save_last = save_last

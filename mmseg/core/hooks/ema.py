@@ -10,6 +10,7 @@ import torch
 
 from mmseg.core.hooks.hook import Hook
 from mmseg.registry import HOOKS, retired
+from mmseg.utils.arguments import Count, Factor
 from mmseg.utils.checkpoint import load_weights
 from mmseg.utils.errors import ConfigError
 
@@ -35,9 +36,9 @@ class EMAHook(Hook):
 
     priority = 'ABOVE_NORMAL'
 
-    def __init__(self, momentum: float = 0.0002, interval: int = 1, warm_up: int = 100) -> None:
-        if not 0 < momentum < 1 or interval < 1 or warm_up < 1:
-            raise ConfigError(f'EMAHook: expected 0 < momentum < 1 and interval, warm_up >= 1, got {momentum=}')
+    def __init__(self, momentum: Factor = 0.0002, interval: Count = 1, warm_up: Count = 100) -> None:
+        if momentum >= 1:
+            raise ConfigError(f'EMAHook: expected momentum < 1, got {momentum}')
         self.momentum = momentum
         self.interval = interval
         self.warm_up = warm_up

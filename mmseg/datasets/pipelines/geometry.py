@@ -10,21 +10,22 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from operator import methodcaller
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
 from mmseg.registry import PIPELINES, retired
-from mmseg.utils.arguments import Count, Label, Ratio, Weight
+from mmseg.utils.arguments import Count, Label, Ratio, Share, Weight
 from mmseg.utils.errors import ConfigError
 
 from .loading import VOID
-from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_clip
+from .transform import Direction, LabelView, Results, Transform, last_frame, map_clip
 
 _CROP_REDRAWS = 10
 Scale = tuple[Ratio, Ratio]
 Scales = Scale | Sequence[Scale] | None
+Mode = Literal['range', 'value']
 
 
 def _align(side: int, divisor: int) -> int:
@@ -67,7 +68,7 @@ class Resize(Transform):
     """
 
     def __init__(
-            self, img_scale: Scales = None, multiscale_mode: str = 'range',
+            self, img_scale: Scales = None, multiscale_mode: Mode = 'range',
             ratio_range: tuple[Weight, Weight] | None = None,
             keep_ratio: bool = True, size_divisor: Count | None = None):
         self.img_scales = scale_list(img_scale)
@@ -75,8 +76,6 @@ class Resize(Transform):
         self.ratio_range = ratio_range
         self.keep_ratio = keep_ratio
         self.size_divisor = size_divisor
-        if multiscale_mode not in ('range', 'value'):
-            raise ConfigError(f"Resize: multiscale_mode is 'range' or 'value', got {multiscale_mode!r}")
         if ratio_range is not None and len(self.img_scales) > 1:
             raise ConfigError('Resize: ratio_range goes with one img_scale, not with several')
         if multiscale_mode == 'range' and len(self.img_scales) > 2:
@@ -129,7 +128,7 @@ class AlignedResize(Resize):
     """:class:`Resize` to a multiple of ``size_divisor`` 32, the backbone's last stride (SegFormer's test resize)."""
 
     def __init__(
-            self, img_scale: Scales = None, multiscale_mode: str = 'range',
+            self, img_scale: Scales = None, multiscale_mode: Mode = 'range',
             ratio_range: tuple[Weight, Weight] | None = None,
             keep_ratio: bool = True, size_divisor: Count = 32):
         super().__init__(img_scale, multiscale_mode, ratio_range, keep_ratio, size_divisor)
@@ -190,13 +189,9 @@ class RandomFlip(Transform):
         direction: ``'horizontal'`` or ``'vertical'``.
     """
 
-    def __init__(self, prob: float | None = None, direction: str = 'horizontal'):
+    def __init__(self, prob: Share | None = None, direction: Direction = 'horizontal'):
         self.prob = prob
         self.direction = direction
-        if prob is not None and not 0 <= prob <= 1:
-            raise ConfigError(f'RandomFlip: prob is between 0 and 1, got {prob}')
-        if direction not in FLIP_DIRECTIONS:
-            raise ConfigError(f'RandomFlip: direction is one of {FLIP_DIRECTIONS}, got {direction!r}')
 
     def apply(self, results: Results) -> Results:
         """Flips; writes ``flip`` and ``flip_direction``."""

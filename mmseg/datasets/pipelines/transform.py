@@ -13,13 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
 Results = dict[str, Any]
-FLIP_DIRECTIONS = ('horizontal', 'vertical')
+Direction = Literal['horizontal', 'vertical']
 
 
 @lru_cache(maxsize=64)
