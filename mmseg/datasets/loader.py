@@ -16,6 +16,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -182,18 +183,16 @@ def _share(value: Any) -> None:
             _share(part)
 
 
-def collate(items: Sequence[dict[str, Any] | DataError | ConfigError]) -> dict[str, Any] | DataError | ConfigError:
+def collate(clips: Sequence[Any]) -> dict[str, Any] | DataError | ConfigError:
     """Joins training items to a batch.
 
     Returns:
         ``img`` [B,T,3,H,W] float32, ``gt_semantic_seg`` [B,T,H,W] int64, ``img_metas`` (list of B dicts), ``skipped``
         (errors of all items); or the first error among the items.
     """
-    clips = []
-    for item in items:
-        if isinstance(item, _AS_VALUES):
-            return item
-        clips.append(item)
+    for clip in clips:
+        if isinstance(clip, _AS_VALUES):
+            return clip
     shapes = {tuple(clip['img'].shape) for clip in clips}
     if len(shapes) > 1:
         return DataError(f'a batch needs clips of one size, got {sorted(shapes)}; end the pipeline with Pad(size=...)')
@@ -222,19 +221,23 @@ class Pass(Iterator[Any]):
         self._stall_seconds = stall_seconds
         self._items: Iterator[Any] | None = None
         self._end: Finalize | None = None
+        self._waiting: float | None = None  # since when
+        self._reported = 0.0
 
     def __next__(self) -> Any:
         """The next item; an error in its place is raised, and so is the end of a worker."""
         if self._items is None:
             self._start()
         assert self._items is not None
+        self._waiting = time.monotonic()
         try:
-            with _stalls_reported(self._loader.dataset, self._stall_seconds):
-                item = next(self._items)
+            item = next(self._items)
         except RuntimeError as error:
             if (reason := _ended_worker(self._items)) is not None:
                 raise DataError(reason) from error
             raise
+        finally:
+            self._waiting = None
         if isinstance(item, _AS_VALUES):
             raise item
         return item
@@ -245,6 +248,18 @@ class Pass(Iterator[Any]):
         if self._loader.num_workers:
             self._end = Finalize(
                 self, _end_workers, (self._items, self._loader.dataset), exitpriority=_BEFORE_QUEUES)
+        threading.Thread(target=_watch, args=(weakref.ref(self),), name='loader', daemon=True).start()
+
+    def report_stall(self) -> float:
+        """Warns where the wait for an item has taken ``stall_seconds``; returns when to look again, in seconds."""
+        now, since = time.monotonic(), self._waiting
+        if since is not None and now - max(since, self._reported) >= self._stall_seconds:
+            self._reported = now
+            reading = self._loader.dataset.open_files().values()  # type: ignore[attr-defined]
+            files = ', '.join(f'{path} (for {seconds:.0f} s)' for path, seconds in reading)
+            logger.warning('the loader has delivered nothing for %.0f s; %s', self._stall_seconds,
+                           f'it is reading {files}' if files else 'no file is being read')
+        return min(1.0, self._stall_seconds / 4)
 
     def close(self) -> None:
         """Ends the worker processes; what they have prepared is lost."""
@@ -280,22 +295,12 @@ def _starting_workers() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def _stalls_reported(items: Any, seconds: float) -> Iterator[None]:
-    """Inside, the log says which files are being read whenever another ``seconds`` have passed."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(seconds):
-            files = ', '.join(f'{path} (for {since:.0f} s)' for path, since in items.open_files().values())
-            what = f'it is reading {files}' if files else 'no file is being read'
-            logger.warning(f'the loader has delivered nothing for {seconds:.0f} s; {what}')
-
-    try:
-        threading.Thread(target=watch, name='loader', daemon=True).start()
-        yield
-    finally:
-        ended.set()
+def _watch(reference: weakref.ref[Pass]) -> None:
+    """Runs in a thread as long as the pass lives."""
+    while (watched := reference()) is not None:
+        pause = watched.report_stall()
+        del watched
+        time.sleep(pause)
 
 
 def _ended_worker(items: Any) -> str | None:
