@@ -1,4 +1,4 @@
-"""Data sets made of data sets."""
+"""Repeated and joined data sets."""
 
 from __future__ import annotations
 
@@ -35,8 +35,6 @@ class RepeatDataset(Dataset):
         self.PALETTE = self.dataset.PALETTE
         self.ignore_index = self.dataset.ignore_index
         self.is_training = self.dataset.is_training
-        if times < 1:
-            raise ConfigError(f'RepeatDataset: times is at least 1, got {times}')
 
     def __len__(self) -> int:
         return self.times * len(self.dataset)

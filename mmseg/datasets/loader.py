@@ -60,7 +60,7 @@ def build_dataset(
 
     Args:
         cfg: dict with ``type``, or a list of such dicts.
-        where: the key under which ``cfg`` stands in the config, for errors.
+        where: the key of ``cfg`` in the config, for errors.
         **defaults: arguments that the caller supplies where ``cfg`` has none.
     """
     if isinstance(cfg, Mapping):
@@ -314,7 +314,7 @@ def _ended_worker(items: Any) -> str | None:
 
 
 def _end_workers(iterator: Any, items: _Items) -> None:
-    """Ends the workers of a pass in good order, and those that are stuck all the same."""
+    """Tells the workers of a pass to end, and kills those that do not."""
     for process, (_, seconds) in items.open_files().items():
         if seconds > _STUCK_SECONDS:
             iterator._workers[process].kill()

@@ -20,7 +20,7 @@ _SUFFIXES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of a data set lie under its root; ``{split}`` and ``{video}`` stand for names.
+    """Where the files of a data set lie under its root; ``{split}`` and ``{video}`` become names.
 
     Attributes:
         split_file: text file with one video a line.
@@ -193,7 +193,7 @@ def _check_own_names(component: Any, classes: Sequence[str] | None, palette: Any
         raise ConfigError(f'{where}: has no class names; set CLASSES or give classes=[...]')
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise ConfigError(f'{where}.classes: {twice} stand there more than once')
+        raise ConfigError(f'{where}.classes: {twice} are there more than once')
     if len(names) > MAX_CLASSES:
         raise ConfigError(f'{where}.classes: 8-bit masks hold at most {MAX_CLASSES} classes, got {len(names)}')
     own = tuple(component.CLASSES)

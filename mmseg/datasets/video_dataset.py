@@ -58,7 +58,7 @@ class VideoDataset(Dataset):
 
     A test item is a dict with ``img`` and ``img_metas`` (lists, one entry a view; each ``img`` [T,3,h,w] float32),
     ``label`` ([T,H0,W0] uint8 training labels, ``None`` where the split has no masks), ``raw_label`` (the same as it
-    stands in the files: the official VC compares these), ``video`` and ``frames`` (names), and ``skipped``; if that is
+    is in the files: the official VC compares these), ``video`` and ``frames`` (names), and ``skipped``; if that is
     not empty the clip could not be read and ``img``, ``img_metas``, ``label`` and ``raw_label`` are ``None``.
 
     Args:

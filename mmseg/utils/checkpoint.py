@@ -64,7 +64,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             torch.save(dict(checkpoint), file)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch reports a failed write by the position it lost; the operating system's reason stands behind it
+        # torch names the position at which a write failed; the reason is in the error of the operating system before it
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         if isinstance(error, RuntimeError) and reason is error and 'inline_container' not in str(error):
             raise
@@ -87,7 +87,7 @@ def _sync_folder(folder: Path) -> None:
 def point_latest(path: Path, run_id: str | None = None) -> None:
     """Makes ``latest.pth`` beside ``path`` a link to it; where the file system has no links, there is none.
 
-    The id of its run stands in a file of its own, so that it is known where the checkpoint is damaged.
+    A file of its own holds the id of its run, which is thus known where the checkpoint is damaged.
     """
     link = path.with_name(LATEST)
     temporary = path.with_name(f'.{LATEST}.{os.getpid()}.part')
@@ -239,7 +239,7 @@ def without_wrappers(weights: Mapping[str, Any], source: str | Path) -> dict[str
 def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
     """Each name -> the name without what DDP, ``torch.compile`` and Lightning put before it, in any order.
 
-    A prefix goes where most names have it and no two become equal; that of ``torch.compile`` also stands inside names.
+    A prefix goes where most names have it and no two become equal; that of ``torch.compile`` is found inside names, too.
     """
     own = {name: name for name in names}
     compiled = {name: _COMPILED.sub('', name) for name in own}

@@ -95,7 +95,7 @@ def _open(path: str) -> tuple[bytes, ImageFile]:
     data, exif = read_file(path), b''
     if data.startswith(_JPEG_START) and not jpeg_is_whole(data):
         raise DataError(f'{path}: truncated JPEG ({len(data)} bytes, no end marker)')
-    if data.startswith(_PNG_START):  # Pillow finds only what stands before the pixels
+    if data.startswith(_PNG_START):  # Pillow finds only what is before the pixels
         exif = bytes(_png_chunks(data, path).get(b'eXIf', b''))
     reader = next((reader for start, reader in _READERS.items() if data.startswith(start)), None)
     if reader is None:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first asks a program to leave in good order, the second ends it at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks a program to finish what it must, the second ends it at once.
 
 Python runs a signal handler between two of its own instructions, so a program that waits inside a library (for another
 rank, for a device) would seem deaf.  A thread reads the numbers of signals as they come (``signal.set_wakeup_fd``): it

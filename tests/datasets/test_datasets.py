@@ -308,7 +308,7 @@ def test_a_folder_without_permission_is_named(damaged, monkeypatch):
     (dict(classes=['car', 3]), r'data.test.classes(: expected a list of class names|\[1\]: expected str, got 3)'),
     (dict(classes=['car', 'road']), r'numbered by the 124 classes.*Leave classes out; .*and a palette'),
     (dict(classes=list(reversed(VSPWDataset.CLASSES))), 'in another order'),
-    (dict(classes=['a', 'b', 'a'], palette=[[0, 0, 0]] * 3), r"classes: \['a'\] stand there more than once"),
+    (dict(classes=['a', 'b', 'a'], palette=[[0, 0, 0]] * 3), r"classes: \['a'\] are there more than once"),
     (dict(classes=[f'c{i}' for i in range(254)]), 'at most 253 classes, got 254'),
     (dict(classes=['a', 'b'], palette=[[0, 0, 0]]), '2 classes but 1 colours'),
     (dict(classes=['a', 'b'], palette=[[0, 0, 0], [0, 0]]), r'data.test.palette: expected \[R, G, B\]'),

@@ -31,7 +31,7 @@ class EMAHook(Hook):
         momentum: share of the new weights in each update, in (0, 1).
         interval: iterations between two updates of the average; inside a group of accumulated gradients one waits for
             the update of the weights.
-        warm_up: how slowly the average starts to remember.
+        warm_up: the larger, the longer the average follows the weights closely at the start.
     """
 
     priority = 'ABOVE_NORMAL'

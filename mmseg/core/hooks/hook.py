@@ -1,4 +1,4 @@
-"""Named points of the training loop, and what may hang there (names and order of mmcv 1.x)."""
+"""Hooks: the training loop calls them at named points, whose names and order are those of mmcv 1.x."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRIORITIES = {
 
 
 class Hook:
-    """Base of everything that hangs at the training loop; override the points you need.
+    """Base class of hooks; override the methods of the points that you need.
 
     In ``after_train_iter`` the runner's ``iter`` is still the index of the iteration that has just run, as in mmcv 1.x:
     ``every_n_iters`` counts from one.  A run is one epoch.  ``runner.outputs`` holds the losses of the iteration on the
