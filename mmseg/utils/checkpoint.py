@@ -239,7 +239,7 @@ def without_wrappers(weights: Mapping[str, Any], source: str | Path) -> dict[str
 def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
     """Each name -> the name without what DDP, ``torch.compile`` and Lightning put before it, in any order.
 
-    A prefix goes where most names have it and no two become equal; that of ``torch.compile`` is found inside names, too.
+    A prefix goes where most names have it and no two become equal; that of ``torch.compile`` may be inside names.
     """
     own = {name: name for name in names}
     compiled = {name: _COMPILED.sub('', name) for name in own}

@@ -3,7 +3,7 @@
 A pipeline passes one dict from step to step, with the keys of mmsegmentation 0.x: ``img``, ``gt_semantic_seg``,
 ``filename``, ``ori_shape``, ``img_shape``, ``pad_shape``, ``scale_factor``, ``flip``, ``img_norm_cfg``.  ``img`` is a
 list of frames [H,W,3] and ``gt_semantic_seg`` the list of their label maps [H,W]; a bare array in their place is a clip
-of one and comes back as a bare array.  So one class does for images and clips: geometry is drawn once a clip, colour once
+of one and comes back as a bare array.  So one class takes both: geometry is drawn once a clip, colour once
 a frame (the idea of sam2's clip transforms).
 """
 
