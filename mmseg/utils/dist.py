@@ -30,12 +30,8 @@ _LOCAL_SIZE = {
 
 _SIGNS_OF_LOSS = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe')  # of gloo
 
-_control_group: dist.ProcessGroup | None = None
-"""A gloo group beside nccl: words among the hosts (stop, failed, objects) need no GPU and no stream to be idle."""
-
 _FAILED = 1000  # among ranks, above every signal number
 _Result = TypeVar('_Result')
-
 
 
 def init_dist(
@@ -73,14 +69,12 @@ def init_dist(
     if backend not in (None, 'nccl', 'gloo'):
         raise ConfigError(f"dist_params.backend: expected 'nccl' or 'gloo', got '{backend}'")
     if launcher != 'none' and not dist.is_initialized():
-        global _control_group
         timeout = timedelta(minutes=timeout_minutes)
         if device.type == 'cpu' or backend == 'gloo':
             dist.init_process_group('gloo', timeout=timeout)
-        else:
-            dist.init_process_group('nccl', timeout=timeout, device_id=device)
-            _control_group = dist.new_group(backend='gloo', timeout=timeout)
-    _keep_groups()
+        else:  # what the hosts say to each other (stop, failed, objects) needs no GPU and no stream that is idle
+            dist.init_process_group('cpu:gloo,cuda:nccl', timeout=timeout, device_id=device)
+    _keep_group()
     return device
 
 
@@ -155,23 +149,20 @@ def _first_host() -> str:
 
 def close_dist() -> None:
     """Leaves the process group, if there is one; models that it served may be dropped before or after."""
-    global _control_group
     if dist.is_available() and dist.is_initialized():
-        _keep_groups()  # that of a program which made it itself
+        _keep_group()  # that of a program which made it itself
         dist.destroy_process_group()
-    _control_group = None
 
 
-def _keep_groups() -> None:
-    """Keeps the process groups in memory until the process ends.
+def _keep_group() -> None:
+    """Keeps the process group in memory until the process ends.
 
     The destructor of gloo's group joins its threads while it holds the interpreter's lock, and a thread that frees its
     last tensors waits for this lock: the process would hang, when the model that used the group is dropped after
     :func:`close_dist` or when Python itself ends.  An object that is never freed has no destructor to hang in.
     """
-    for group in (dist.group.WORLD, _control_group):
-        if group is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    if dist.group.WORLD is not None:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
 
 
 def get_dist_info() -> tuple[int, int]:
@@ -239,7 +230,7 @@ def largest(value: int) -> int:
         return value
     box = torch.tensor(value)
     with with_others():
-        dist.all_reduce(box, dist.ReduceOp.MAX, group=_control_group)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
     return int(box)
 
 
@@ -302,7 +293,7 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * world_size
     with with_others():
-        dist.all_gather_object(values, value, group=_control_group)
+        dist.all_gather_object(values, value)
     return values
 
 
