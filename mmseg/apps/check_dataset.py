@@ -13,7 +13,7 @@ import numpy as np
 
 from mmseg.datasets.clip_sampler import check_clips, frames_needed
 from mmseg.datasets.split import Split
-from mmseg.registry import DATASETS, check_arguments, find, standing_at
+from mmseg.registry import DATASETS, find, standing_at
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.images import VOID, label_table, read_frame, read_mask, to_training_labels
 from mmseg.utils.names import natural_key
@@ -111,7 +111,6 @@ class SplitToCheck:
                 dilation, _ = check_clips(dilation, test_size)
             options = ('data_root', 'split', 'classes', 'palette', 'layout', 'reduce_zero_label')
             given: dict[str, Any] = {key: cfg.get(key) for key in options}
-            check_arguments(component, {key: value for key, value in given.items() if value is not None}, where)
             files = Split.of(component, **given)
         return [cls(files, frames_needed(dilation) if dilation else 1, masks_needed=dilation is not None)]
 
@@ -157,6 +156,8 @@ def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> tuple[int,
     def names_of(kind: str) -> list[str] | None:
         try:
             return files.files(kind, video)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except DataError as error:
             report(UNREADABLE_FOLDER, files.folder(kind, video), str(error))
             return []

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmseg.registry import check_arguments, config_path, standing_at
+from mmseg.utils.arguments import annotations_of, check_value
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import decoded
 from mmseg.utils.images import MAX_CLASSES, read_file
@@ -92,6 +93,11 @@ class Split:
             raise ConfigError(f'{where}.data_root: expected the folder of the data set, got {data_root!r}')
         if not split:
             raise ConfigError(f"{where}.split: expected the name of a split, as 'train', got {split!r}")
+        given = dict(data_root=data_root, split=split, classes=classes, palette=palette, layout=layout,
+                     reduce_zero_label=reduce_zero_label)
+        annotations = annotations_of(cls.of)
+        for key, value in given.items():
+            check_value(value, annotations[key], f'{where}.{key}')
         _check_own_names(component, classes, palette, where)
         colours = component.PALETTE if palette is None else palette
         names = tuple(component.CLASSES if classes is None else classes)
