@@ -238,9 +238,9 @@ def words(rank):
     assert dist_utils.largest(rank + 3) == 4
     assert dist_utils.gather_objects({'rank': rank}) == [{'rank': 0}, {'rank': 1}]
     assert dist_utils.broadcast_object(f'from {rank}') == 'from 0'
-    assert dist_utils.on_first_rank(lambda: f'of {rank}') == 'of 0'
+    assert dist_utils.on_rank_0(lambda: f'of {rank}') == 'of 0'
     with pytest.raises(CheckpointError, match='of 0'):
-        dist_utils.on_first_rank(fails_on_rank_0, f'of {rank}')
+        dist_utils.on_rank_0(fails_on_rank_0, f'of {rank}')
     mean = dist_utils.reduce_mean(torch.tensor([float(rank), 4.0]))
     assert mean.tolist() == [0.5, 4.0]
     dist_utils.barrier()

@@ -27,7 +27,7 @@ from mmseg.utils.dist import (
     gather_objects,
     get_dist_info,
     is_on_all_ranks,
-    on_first_rank,
+    on_rank_0,
     reduce_mean,
     with_others,
 )
@@ -373,7 +373,7 @@ class IterBasedRunner:
         """
         own = get_rng_state() if self._generators is None else self._generators
         if not alone:
-            on_first_rank(self._write, path, save_optimizer, gather_objects(own))
+            on_rank_0(self._write, path, save_optimizer, gather_objects(own))
         elif self.rank == 0:
             self._write(path, save_optimizer, [own])
 

@@ -271,19 +271,18 @@ def is_on_all_ranks(error: BaseException) -> bool:
     return get_dist_info()[1] == 1 or getattr(error, 'on_all_ranks', False)
 
 
-def on_first_rank(make: Callable[..., _Result], *args: Any) -> _Result:
-    """What ``make(*args)`` returns on rank 0, on every rank; an error of the user's there is raised on every rank."""
-    result: Any = None
-    failure: Exception | None = None
+def on_rank_0(work: Callable[..., _Result], *args: Any) -> _Result:
+    """What ``work(*args)`` returns on rank 0, or the user's error that it raises there, on every rank."""
+    outcome: Any = None
     if is_main_process():
         try:
-            result = make(*args)
+            outcome = work(*args)
         except (CheckpointError, ConfigError, DataError) as error:
-            failure = error
-    result, failure = broadcast_object((result, failure))
-    if failure is not None:
-        raise failure
-    return result
+            outcome = error
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -59,8 +59,7 @@ class LoadImageFromFile(Transform):
         images: list[np.ndarray] = []
         paths: list[str | None] = []
         for index, frame in enumerate(frames):
-            in_memory = isinstance(frame, np.ndarray)
-            path = None if in_memory else str(frame)
+            path = None if isinstance(frame, np.ndarray) else str(frame)
             name = f'#{index}' if path is None else Path(path).stem
             with located(video, name):
                 image = _checked_array(frame) if path is None else read_frame(path, turn)
