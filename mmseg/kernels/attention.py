@@ -6,19 +6,17 @@ one uniform number for each weight; torch's draws coins, which come slower.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmseg.kernels.torch_ops import native_attention
 from mmseg.utils.seed import uniform
-
-from . import cpu_native
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """``softmax(query @ key.T / sqrt(d)) @ value``, without averaged weights and without the matrix of scores.
 
-    Without gradients, float32 and bfloat16 on an x86 processor go to :mod:`.cpu_native`: the same sums, with
+    Without gradients, float32 and bfloat16 on an x86 processor go to the native op: the same sums, with
     AVX-512 about twice as fast in float32 and two to three and a half times in bfloat16
     (``python -m benchmarks.speed --part attention``).  Everything else goes to
     ``torch.nn.functional.scaled_dot_product_attention``, which picks the fastest kernel of the device.
@@ -34,14 +32,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     Returns:
         ``[N, heads, L, d]``.
     """
-    if (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and dropout == 0
-        and cpu_native.serves_attention(query, key, value, mask)
-        and cpu_native.usable()
-    ):
-        return cpu_native.attention(query, key, value, mask)
+    if dropout == 0 and (out := native_attention(query, key, value, mask)) is not None:
+        return out
     if 0 < dropout < 1 and mask is None and query.device.type == 'cpu':
         weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
         return weights.masked_fill(uniform(*weights.shape) < dropout, 0) @ (value / (1 - dropout))

@@ -32,12 +32,12 @@ bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.c
 
 struct Inputs {
   Tensor value, points, weights, reference;
-  Attention attention;
+  DeformAttn attention;
   bool fused;
 
-  Inputs(const Tensor& value_, const Shapes& shapes, const Tensor* reference_, const Tensor& points_,
+  Inputs(const Tensor& value_, const Sizes& shapes, const Reference& reference_, const Tensor& points_,
          const Tensor& weights_)
-      : attention(checked(value_, shapes, reference_, points_, weights_)), fused(reference_) {
+      : attention(checked(value_, shapes, reference_, points_, weights_)), fused(reference_.has_value()) {
     STD_TORCH_CHECK(attention.levels <= max_levels, "ms_deform_attn: spatial_shapes holds more than ",
                     max_levels, " levels");
     const ScalarType type = arithmetic(value_.scalar_type());
@@ -48,7 +48,7 @@ struct Inputs {
 
   template <class T, class A>
   Problem<T, A> problem() const {
-    const Attention& a = attention;
+    const DeformAttn& a = attention;
     Problem<T, A> p{};
     p.value = static_cast<const T*>(value.const_data_ptr());
     p.points = static_cast<const A*>(points.const_data_ptr());
@@ -92,13 +92,11 @@ void with_types(ScalarType type, const F& f) {
   }
 }
 
-}  // namespace
-
-Tensor forward(const Tensor& value, const Shapes& shapes, const Tensor* reference, const Tensor& points,
-               const Tensor& weights) {
+Tensor ms_deform_attn(const Tensor& value, Sizes shapes, const Reference& reference, const Tensor& points,
+                      const Tensor& weights) {
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const Inputs in(value, shapes, reference, points, weights);
-  const Attention& a = in.attention;
+  const DeformAttn& a = in.attention;
   Tensor out = torch::stable::new_empty(in.value, {a.n, a.queries, a.heads * a.width});
   if (out.numel() == 0) return out;
   with_types(value.scalar_type(), [&](auto t, auto arithmetic_type) {
@@ -116,11 +114,13 @@ Tensor forward(const Tensor& value, const Shapes& shapes, const Tensor* referenc
   return out;
 }
 
-Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& shapes, const Tensor* reference,
-                   const Tensor& points, const Tensor& weights, bool deterministic) {
+Gradients ms_deform_attn_backward(const Tensor& grad_out_, const Tensor& value, Sizes shapes,
+                                  const Reference& reference, const Tensor& points, const Tensor& weights,
+                                  bool deterministic) {
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const Inputs in(value, shapes, reference, points, weights);
-  check_grad_out(grad_out_, in.attention, value);
+  const DeformAttn& a = in.attention;
+  check_tensor("grad_out", grad_out_, value, {a.n, a.queries, a.heads * a.width});
   const Tensor grad_out = prepared(grad_out_, value.scalar_type());
   const ScalarType type = arithmetic(value.scalar_type());
   Tensor grad_value = torch::stable::new_zeros(in.value, in.value.sizes(), type);
@@ -160,13 +160,17 @@ Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& s
     });
     check_launch();
   }
-  return {restored(grad_value, value.scalar_type()), restored(grad_points, points.scalar_type()),
-          restored(grad_weights, weights.scalar_type())};
+  return {cast(grad_value, value.scalar_type()), cast(grad_points, points.scalar_type()),
+          cast(grad_weights, weights.scalar_type())};
 }
 
+}  // namespace
 }  // namespace themask
 
-THEMASK_REGISTER(CUDA);
+STABLE_TORCH_LIBRARY_IMPL(themask, CUDA, m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&themask::ms_deform_attn));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&themask::ms_deform_attn_backward));
+}
 
 // Why the kernels cannot run on the current GPU; empty if they can.
 THEMASK_EXPORT const char* themask_cuda_problem() {

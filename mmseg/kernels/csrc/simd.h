@@ -20,6 +20,8 @@
 #define THEMASK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
 #endif
 
+#define INLINE __attribute__((always_inline)) inline
+
 namespace {
 
 template <class T>
@@ -36,6 +38,22 @@ struct IntOf<double> {
 struct BFloat16 {
   uint16_t bits;  // the upper half of a float's
 };
+struct Float16 {
+  uint16_t bits;
+};
+
+INLINE float of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(BFloat16 x) { return of_bits(uint32_t(x.bits) << 16); }
+INLINE float to_float(Float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const float value = magnitude < 0x7c00 << 13 ? of_bits(magnitude) * 0x1p112f : of_bits(magnitude | 0x7f800000);
+  return x.bits & 0x8000 ? -value : value;  // subnormal numbers too
+}
 
 template <class T, int W>
 struct Simd {
@@ -63,6 +81,12 @@ struct Simd {
     memcpy(&s, p, sizeof s);
     return __builtin_convertvector((Floats)(__builtin_convertvector(s, Words) << 16), F);
   }
+  // In two steps: GCC makes one by one what is four times as wide at once.
+  static I load(const uint8_t* p) {
+    Bytes s;
+    memcpy(&s, p, sizeof s);
+    return __builtin_convertvector(__builtin_convertvector(s, Shorts), I);
+  }
   static void store(T* p, F v) { memcpy(p, &v, sizeof v); }
   static void store(Int* p, I v) { memcpy(p, &v, sizeof v); }
   // Rounds to nearest, ties to even. NaN stays NaN, where rounding might carry its bits into another number.
@@ -80,6 +104,14 @@ struct Simd {
       const auto [low, high] = halves(v);
       Half::store(p, low, n);
       Half::store(p + W / 2, high, n - W / 2);
+    }
+  }
+  static void store(uint8_t* p, I v, int64_t n) {
+    const Bytes s = __builtin_convertvector(v, Bytes);
+    if (n >= W) {
+      memcpy(p, &s, W);  // of a size that is known: no call
+    } else {
+      memcpy(p, &s, n);
     }
   }
   static F set(T x) { return F{} + x; }
@@ -159,6 +191,7 @@ struct Simd {
   using Floats = typename Vector<float>::type;
   using Words = typename Vector<uint32_t>::type;
   using Shorts = typename Vector<uint16_t>::type;
+  using Bytes = typename Vector<uint8_t>::type;
 
   struct Halves {
     typename Half::F low, high;

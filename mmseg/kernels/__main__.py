@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backend, build, ms_deform_attn_fused
-from .pytorch import ms_deform_attn_fused_pytorch
+from mmseg.kernels import library
+from mmseg.kernels.library import BackendError
+from mmseg.kernels.ms_deform_attn import ms_deform_attn_fused, ms_deform_attn_fused_pytorch
+from mmseg.kernels.torch_ops import uses_native
 
 SHAPES = ((15, 27), (30, 54), (60, 108))  # a 480x864 image at strides 32, 16, 8
 TOLERANCE = 1e-4
@@ -77,11 +79,10 @@ def check(device: str, shapes: Sequence[tuple[int, int]] = SHAPES) -> bool:
 def main() -> int:
     """Print the report; the exit status."""
     print(f'torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.get_num_threads()} threads')
-    for variable, value in (('THEMASK_OPS_BACKEND', backend.requested()), ('THEMASK_OPS_CACHE', build.cache_dir())):
-        print(f'{variable}: {value}')
-    kinds: tuple[build.Kind, ...] = ('cpu', 'cuda')
+    print(f'THEMASK_OPS_BACKEND: {library.requested()}\nTHEMASK_OPS_CACHE: {library.cache_dir()}')
+    kinds: tuple[library.Kind, ...] = ('cpu', 'cuda')
     for kind in kinds:
-        compiler = build.find_compiler(kind)
+        compiler = library.find_compiler(kind)
         print(f'compiler for {kind}: {shlex.join(compiler) if compiler else "none"}')
     good = True
     for kind in kinds:
@@ -89,15 +90,14 @@ def main() -> int:
             print('cuda: no GPU that this torch can use')
             continue
         try:
-            uses_native = backend.uses_native(kind)
-        except backend.BackendError as error:
+            native = uses_native(kind)
+        except BackendError as error:
             print(f'{kind}: {error}')
             good = False
             continue
-        library = backend.native(kind) if uses_native else None
-        if isinstance(library, backend.Native):
-            detail = f', {backend.instruction_set(library)}' if kind == 'cpu' else f', {torch.cuda.get_device_name()}'
-            print(f'{kind}: native op{detail}, {library.path}')
+        if native:
+            detail = library.instruction_set() if kind == 'cpu' else torch.cuda.get_device_name()
+            print(f'{kind}: native op, {detail}, {library.library(kind)}')
         else:
             print(f'{kind}: PyTorch form')
         good &= check(kind)
