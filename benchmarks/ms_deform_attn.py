@@ -175,7 +175,7 @@ def runners(arguments: Arguments, device: str, folder: str) -> dict[str, Runner]
     low = (value.bfloat16(), *arguments[1:])
     if device == 'cpu':
         found['plain C++ loop'] = loop_runner(arguments, grad_out, folder)
-        for name in [name for name in library.instruction_sets() if name != 'avx512_bf16']:  # the op's are avx512's
+        for name in library.instruction_sets():
             found[f'native {name}'] = native_runner(arguments, grad_out, name)
             found[f'native {name}, bf16'] = native_runner(low, grad_out.bfloat16(), name)
     elif not isinstance(library.native('cuda'), library.BuildError):

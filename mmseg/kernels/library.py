@@ -11,8 +11,7 @@ loaded.
 * ``THEMASK_OPS_BUILD=0``: never compile, use what was built ahead of time;
 * ``THEMASK_OPS_CACHE``: folder of the libraries (default ``$XDG_CACHE_HOME/themask/ops`` or ``~/.cache/themask/ops``,
   or the folder of temporary files for a user without a home);
-* ``THEMASK_OPS_INSTRUCTION_SET``: ``avx512_bf16``, ``avx512``, ``avx2`` or ``portable`` instead of the best that the
-  processor has;
+* ``THEMASK_OPS_INSTRUCTION_SET``: ``avx512``, ``avx2`` or ``portable`` instead of the best that the processor has;
 * ``CXX``, ``CUDACXX``: the compilers; ``TORCH_CUDA_ARCH_LIST``: GPU targets, such as ``8.0;9.0+PTX``.
 
 torch is imported when a library is needed, so that the metrics start without it.
@@ -57,10 +56,8 @@ KERNELS = {
     'label_map': (*CXX, '-O3', '-fno-trapping-math', '-ffp-contract=fast'),
     'run_lengths': (*CXX, '-O3'),
 }
-AVX512 = ('-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512', '-DWIDTH=64')
 X86_SETS = {
-    'avx512_bf16': (*AVX512, '-mavx512bf16'),
-    'avx512': AVX512,
+    'avx512': ('-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512', '-DWIDTH=64'),
     'avx2': ('-mavx2', '-mfma', '-DWIDTH=32'),
 }
 ARCHITECTURES = ('8.0', '9.0', '10.0', '12.0+PTX')
@@ -111,9 +108,8 @@ def cpu_units(sets: Mapping[str, Sequence[str]] | None = None) -> list[Unit]:
     units = [Unit('cpu', SOURCES / 'cpu.cpp', (*CXX, '-O2'))]
     for name, own in {**sets, 'portable': ('-DWIDTH=16',)}.items():
         for kernel, flags in KERNELS.items():
-            if kernel == 'attention' or name != 'avx512_bf16':  # the others have no products of bfloat16
-                source = SOURCES / f'{kernel}_kernel.cpp'
-                units.append(Unit(f'{kernel}_{name}', source, (*flags, f'-DSET={name}', *own)))
+            source = SOURCES / f'{kernel}_kernel.cpp'
+            units.append(Unit(f'{kernel}_{name}', source, (*flags, f'-DSET={name}', *own)))
     return units
 
 

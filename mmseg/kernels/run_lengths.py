@@ -39,25 +39,34 @@ class RunLengths:
         self._planes = longest_run(lengths).bit_length()
         if isinstance(error := native('cpu'), BuildError):
             raise BuildError(str(error))  # a new one: an exception that is raised twice keeps the frames of both
+        import torch  # here, so that the metrics start without it
+
+        from mmseg.kernels.torch_ops import ops
+
+        self._tensor, self._extend_runs = torch.from_numpy, ops.extend_runs.default
         self._runs = np.zeros((0, 0), np.uint8)
         self._previous: tuple[np.ndarray, np.ndarray] | None = None
         self._counts: dict[int, tuple[int, int]] = {}
 
     def push(self, gt: np.ndarray, pred: np.ndarray) -> None:
-        """Takes the next frame of the video; both maps are uint8 [H, W] and are kept, not copied.
+        """Takes the next frame of the video; both maps are uint8 [H, W] and are kept.
 
         Raises:
             ValueError: the maps are of another size than each other or the frame before.
         """
-        gt, pred = as_label_map(gt, 'ground truth'), as_label_map(pred, 'prediction')
+        gt, pred = (
+            labels if labels.flags.writeable else labels.copy()  # torch warns of arrays that nobody may write
+            for labels in (as_label_map(gt, 'ground truth'), as_label_map(pred, 'prediction'))
+        )
         before = self._previous or (gt, pred)
         if not gt.shape == pred.shape == before[0].shape:
             raise ValueError(f'expected maps of one size, got {gt.shape} and {pred.shape} after {before[0].shape}')
         if self._previous is None:
             self._runs = np.zeros((-(-gt.size // 512), 128 * self._planes), np.uint8)
         else:
-            counts = _extend_runs((gt, before[0], pred, before[1]), self._runs, [n - 1 for n in self.lengths])
-            self._counts = dict(zip(self.lengths, counts))
+            tensors = map(self._tensor, (gt, before[0], pred, before[1], self._runs))
+            counts = self._extend_runs(*tensors, [n - 1 for n in self.lengths])
+            self._counts = dict(zip(self.lengths, map(tuple, counts.tolist())))
         self._previous = gt, pred
         self.frames += 1
 
@@ -68,12 +77,3 @@ class RunLengths:
         """
         return self._counts[n] if self.frames >= n else None
 
-
-def _extend_runs(maps: Sequence[np.ndarray], runs: np.ndarray, lengths: list[int]) -> list[tuple[int, int]]:
-    import torch  # not above: the metrics start without it
-
-    from mmseg.kernels.torch_ops import ops
-
-    # torch warns of arrays that nobody may write.
-    tensors = [torch.from_numpy(x if x.flags.writeable else x.copy()) for x in (*maps, runs)]
-    return [(both, constant) for both, constant in ops.extend_runs(*tensors, lengths).tolist()]

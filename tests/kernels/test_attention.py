@@ -74,9 +74,8 @@ def test_chunks_of_keys(dtype):
 
 def test_bfloat16_is_summed_in_float32_and_rounded_once():
     tensors = inputs(torch.bfloat16, keys=600)
-    for name in instruction_sets():
-        if not name.endswith('bf16'):  # there weights are bfloat16, too
-            assert torch.equal(native(*tensors), native(*(x.float() for x in tensors)).bfloat16())
+    for _ in instruction_sets():
+        assert torch.equal(native(*tensors), native(*(x.float() for x in tensors)).bfloat16())
 
 
 def test_any_strides():
@@ -144,10 +143,11 @@ def calls(monkeypatch):
     return made
 
 
-def test_which_form_is_used(calls):
+def test_which_form_is_used(calls, monkeypatch):
     if library.instruction_sets()[:1] in ([], ['portable']):
         pytest.skip('no native attention on this machine')
     mask = some(2, 1, 37, 17)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
     with torch.no_grad():
         for dtype in TOLERANCE:
             assert attention(*inputs(dtype), mask).dtype == dtype
@@ -164,8 +164,11 @@ def test_which_form_is_used(calls):
         attention(*(x.to('meta') for x in inputs()))
         for _ in instruction_sets('portable'):
             attention(*inputs())
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: True)
+        attention(*inputs(torch.bfloat16))
+        assert native_attention(*inputs()) is not None and native_attention(*inputs(torch.bfloat16), mask) is not None
     attention(*inputs())
-    assert len(calls) == 9
+    assert len(calls) == 10
 
 
 @torch.no_grad()

@@ -1,13 +1,9 @@
 // Attention of one head without its matrix of scores: a few queries meet a chunk of keys at a time, with a running
 // maximum and sum (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
 //
-// Everything is summed in float32. With AVX512_BF16 bfloat16 numbers are multiplied as they are, two at a time in each
-// lane; else they are made float32 when they are packed.
+// Everything is summed in float32: bfloat16 numbers are made float32 when they are packed.
 #include "kernels.h"
 #include "simd.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -20,48 +16,6 @@ using V = Simd<float, lanes>;
 using One = Simd<float, 1>;
 typedef V::F Floats;
 typedef V::I Ints;
-
-// How numbers are packed. Step i of a product takes the numbers i * Steps::size.. of both sides.
-struct Single {
-  typedef float Packed;  // one number
-  static constexpr int64_t size = 1;
-  template <typename Number>
-  static INLINE Packed pack(const Number* from) {
-    return to_float(*from);
-  }
-  template <typename Number>
-  static INLINE Packed pack(const Number* from, int64_t, int64_t) {
-    return pack(from);
-  }
-  static INLINE Floats multiply_add(Floats sum, Packed number, const Packed* numbers) {
-    return sum + number * V::load(numbers);
-  }
-  static INLINE void pack_weights(Floats weights, int64_t i, Packed* to) { V::store(to + i, weights); }
-};
-
-#ifdef __AVX512BF16__
-struct Double {
-  typedef uint32_t Packed;  // two numbers in bfloat16
-  static constexpr int64_t size = 2;
-  static INLINE Packed pack(const BFloat16* from) {
-    Packed pair;
-    memcpy(&pair, from, sizeof pair);
-    return pair;
-  }
-  static INLINE Packed pack(const BFloat16* from, int64_t stride, int64_t count) {
-    return from[0].bits | (count > 1 ? uint32_t(from[stride].bits) << 16 : 0);
-  }
-  static INLINE Floats multiply_add(Floats sum, Packed pair, const Packed* pairs) {
-    __m512bh right;
-    memcpy(&right, pairs, sizeof right);
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), right);
-  }
-  static INLINE void pack_weights(Floats weights, int64_t i, Packed* to) {
-    const __m256bh low = _mm512_cvtneps_pbh((__m512)weights);
-    memcpy((BFloat16*)to + i, &low, sizeof low);
-  }
-};
-#endif
 
 // 2^x for x <= 0, from its Taylor series around the nearest integer (relative error 2e-7); 0 below -125, NaN for NaN.
 INLINE Floats exp2(Floats x) {
@@ -79,14 +33,13 @@ INLINE Floats exp2(Floats x) {
   return tiny ? Floats{} : (Floats)((Ints)p + power);
 }
 
-template <typename Number, typename Steps>
+template <typename Number>
 class Head {
-  typedef typename Steps::Packed Packed;
   static constexpr int64_t n = rows_at_once;
 
  public:
   Head(const Attention& job, int64_t sample, int64_t head, int64_t rows, float* memory)
-      : job_(job), wide_((job.channels + pad - 1) / pad * pad), steps_((job.channels + Steps::size - 1) / Steps::size) {
+      : job_(job), wide_((job.channels + pad - 1) / pad * pad) {
     query_ = job.query.at<Number>(sample, head);
     key_ = job.key.at<Number>(sample, head);
     value_ = job.value.at<Number>(sample, head);
@@ -94,10 +47,10 @@ class Head {
     out_ = (Number*)job.out + (sample * job.queries * job.heads + head) * job.channels;
     const int64_t padded = (rows + n - 1) / n * n;
     scores_ = memory, memory += n * chunk;
-    weights_ = (Packed*)memory, memory += n * chunk;
-    keys_ = (Packed*)memory, memory += chunk * wide_;
-    values_ = (Packed*)memory, memory += chunk * wide_;
-    queries_ = (Packed*)memory, memory += padded * wide_;
+    weights_ = memory, memory += n * chunk;
+    keys_ = memory, memory += chunk * wide_;
+    values_ = memory, memory += chunk * wide_;
+    queries_ = memory, memory += padded * wide_;
     result_ = memory, memory += padded * wide_;
     most_ = memory, sum_ = memory + padded;
   }
@@ -129,63 +82,59 @@ class Head {
 
  private:
   const Attention& job_;
-  const int64_t wide_, steps_;  // channels of a packed row; steps of a product over channels
+  const int64_t wide_;  // channels of a packed row
   const Number *query_, *key_, *value_;
   const uint8_t* mask_;
   Number* out_;
-  float *scores_, *result_, *most_, *sum_;        // [n, chunk], [rows, wide], [rows], [rows]
-  Packed *queries_, *keys_, *values_, *weights_;  // [rows, steps], [keys / pad, steps, pad], [keys, wide], [n, keys]
+  float *scores_, *result_, *most_, *sum_;       // [n, chunk], [rows, wide], [rows], [rows]
+  float *queries_, *keys_, *values_, *weights_;  // [rows, channels], [keys / pad, channels, pad], [keys, wide], [n, keys]
 
-  void pack_channels(const Number* token, Packed* to, int64_t stride) const {
-    const int64_t whole = job_.channels / Steps::size;
-    for (int64_t step = 0; step < whole; ++step) to[step * stride] = Steps::pack(token + step * Steps::size);
-    if (whole < steps_) to[whole * stride] = Steps::pack(token + whole * Steps::size, 1, 1);
+  INLINE void pack_channels(const Number* token, float* to, int64_t stride) const {
+    for (int64_t c = 0; c < job_.channels; ++c) to[c * stride] = to_float(token[c]);
   }
 
   void pack_queries(int64_t first, int64_t rows, int64_t padded) {
     for (int64_t row = 0; row < padded; ++row) {
       const Number* token = query_ + (first + (row < rows ? row : rows - 1)) * job_.query.stride[2];
-      pack_channels(token, queries_ + row * steps_, 1);
+      pack_channels(token, queries_ + row * job_.channels, 1);
     }
   }
 
-  // Blocks of pad keys; in a block, step by step, the numbers of all its keys side by side.
+  // Blocks of pad keys; in a block, channel by channel, the numbers of all its keys side by side.
   void pack_keys(int64_t first, int64_t count) {
     for (int64_t block = 0; block < count; block += pad) {
-      Packed* to = keys_ + block * steps_;
+      float* to = keys_ + block * job_.channels;
       const int64_t here = count - block < pad ? count - block : pad;
-      if (here < pad) memset((void*)to, 0, pad * steps_ * sizeof(Packed));
-      for (int64_t i = 0; i < here; ++i)
-        pack_channels(key_ + (first + block + i) * job_.key.stride[2], to + i, pad);
+      if (here < pad) memset(to, 0, pad * job_.channels * sizeof(float));
+      for (int64_t i = 0; i < here; ++i) pack_channels(key_ + (first + block + i) * job_.key.stride[2], to + i, pad);
     }
   }
 
-  // Rows of channels; a step holds Steps::size values.
   void pack_values(int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; i += Steps::size) {
-      const Number* token = value_ + (first + i) * job_.value.stride[2];
-      Packed* to = values_ + i / Steps::size * wide_;
-      for (int64_t c = 0; c < job_.channels; ++c) to[c] = Steps::pack(token + c, job_.value.stride[2], count - i);
+    for (int64_t i = 0; i < count; ++i) {
+      float* to = values_ + i * wide_;
+      pack_channels(value_ + (first + i) * job_.value.stride[2], to, 1);
       for (int64_t c = job_.channels; c < wide_; ++c) to[c] = 0;
     }
   }
 
   // n rows by two vectors of sums over `steps` steps.
-  static INLINE void multiply(const Packed* left, int64_t left_stride, const Packed* right, int64_t right_stride,
+  static INLINE void multiply(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
                               int64_t steps, Floats (&sum)[n][2]) {
     for (int64_t step = 0; step < steps; ++step, right += right_stride) {
 #pragma GCC unroll 8
       for (int64_t i = 0; i < n; ++i) {
-        sum[i][0] = Steps::multiply_add(sum[i][0], left[i * left_stride + step], right);
-        sum[i][1] = Steps::multiply_add(sum[i][1], left[i * left_stride + step], right + lanes);
+        sum[i][0] += left[i * left_stride + step] * V::load(right);
+        sum[i][1] += left[i * left_stride + step] * V::load(right + lanes);
       }
     }
   }
 
   void score(int64_t row, int64_t count) {
+    const int64_t channels = job_.channels;
     for (int64_t key = 0; key < count; key += 2 * lanes) {
       Floats sum[n][2] = {};
-      multiply(queries_ + row * steps_, steps_, keys_ + key / pad * pad * steps_ + key % pad, pad, steps_, sum);
+      multiply(queries_ + row * channels, channels, keys_ + key / pad * pad * channels + key % pad, pad, channels, sum);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t v = 0; v < 2; ++v) V::store(scores_ + i * chunk + key + v * lanes, sum[i][v]);
     }
@@ -218,7 +167,7 @@ class Head {
     for (int64_t key = 0; key < end; key += lanes) {
       const Floats weight = exp2((V::load(scores + key) - highest) * to_power);
       sum += weight;
-      Steps::pack_weights(weight, key, weights_ + i * chunk);
+      V::store(weights_ + i * chunk + key, weight);
     }
     if (highest > before) {
       const float factor = exp2(Floats{} + (before - highest) * to_power)[0];
@@ -231,12 +180,11 @@ class Head {
   }
 
   void add_values(int64_t row, int64_t count) {
-    const int64_t steps = (count + Steps::size - 1) / Steps::size;
     for (int64_t c = 0; c < wide_; c += 2 * lanes) {
       Floats sum[n][2];
       for (int64_t i = 0; i < n; ++i)
         for (int64_t v = 0; v < 2; ++v) sum[i][v] = V::load(result_ + (row + i) * wide_ + c + v * lanes);
-      multiply(weights_, chunk, values_ + c, wide_, steps, sum);
+      multiply(weights_, chunk, values_ + c, wide_, count, sum);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t v = 0; v < 2; ++v) V::store(result_ + (row + i) * wide_ + c + v * lanes, sum[i][v]);
     }
@@ -247,14 +195,9 @@ class Head {
 
 void themask::SET::attend(const Attention& job, int64_t sample, int64_t head, int64_t first, int64_t last,
                           float* memory) {
-#ifdef __AVX512BF16__
-  using Low = Double;
-#else
-  using Low = Single;
-#endif
   if (job.type == Type::bfloat16) {
-    Head<BFloat16, Low>(job, sample, head, last - first, memory).attend(first, last);
+    Head<BFloat16>(job, sample, head, last - first, memory).attend(first, last);
   } else {
-    Head<float, Single>(job, sample, head, last - first, memory).attend(first, last);
+    Head<float>(job, sample, head, last - first, memory).attend(first, last);
   }
 }

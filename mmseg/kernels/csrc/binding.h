@@ -90,6 +90,41 @@ inline Tensor cast(const Tensor& tensor, ScalarType type) {
 
 inline Tensor prepared(const Tensor& tensor, ScalarType type) { return torch::stable::contiguous(cast(tensor, type)); }
 
+// The type that the library's kernels read a tensor in; `type` is that of arithmetic.
+static ScalarType readable(ScalarType given, ScalarType type, bool is_value);
+
+inline Type type_of(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::BFloat16 ? Type::bfloat16 : type == ScalarType::Half ? Type::float16 : Type::full;
+}
+
+// The tensors of a call as kernels read them.
+struct DeformInputs {
+  DeformAttn attention;
+  ScalarType type;  // of arithmetic and of gradients
+  Tensor value, points, weights, reference;
+
+  DeformInputs(const Tensor& value_, const Sizes& shapes, const Reference& reference_, const Tensor& points_,
+               const Tensor& weights_)
+      : attention(checked(value_, shapes, reference_, points_, weights_)), type(arithmetic(value_.scalar_type())),
+        value(prepared(value_, readable(value_.scalar_type(), type, true))),
+        points(prepared(points_, readable(points_.scalar_type(), type, false))),
+        weights(prepared(weights_, readable(weights_.scalar_type(), type, false))) {
+    if (reference_) reference = prepared(*reference_, type);
+    attention.value = value.const_data_ptr(), attention.points = points.const_data_ptr();
+    attention.weights = weights.const_data_ptr();
+    attention.reference = reference_ ? reference.const_data_ptr() : nullptr;
+    attention.value_type = type_of(value), attention.points_type = type_of(points);
+    attention.weights_type = type_of(weights);
+  }
+};
+
+inline Gradients cast(const Gradients& gradients, const Tensor& value, const Tensor& points, const Tensor& weights) {
+  const auto& [of_value, of_points, of_weights] = gradients;
+  return {cast(of_value, value.scalar_type()), cast(of_points, points.scalar_type()),
+          cast(of_weights, weights.scalar_type())};
+}
+
 }  // namespace themask
 
 // A function for Python's ctypes.

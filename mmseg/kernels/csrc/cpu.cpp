@@ -8,6 +8,12 @@
 #include "label_tiles.h"
 
 namespace themask {
+
+// bfloat16 as it is where sums are made in float32.
+ScalarType readable(ScalarType given, ScalarType type, bool) {
+  return given == ScalarType::BFloat16 && type == ScalarType::Float ? given : type;
+}
+
 namespace {
 
 struct InstructionSet {
@@ -20,25 +26,23 @@ struct InstructionSet {
   ExtendRuns* extend_runs;
 };
 
-#ifdef __x86_64__
 #ifdef THEMASK_AVX512_EMULATED  // tests: the wide code, compiled to narrower steps
-const bool has_avx512 = true, has_bf16 = false;
+#define HAS_AVX512 true
 #else
-const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#define HAS_AVX512                                                                  \
+  (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&       \
+   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
 #endif
-const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
+#define SET(name, lanes, supported) \
+  {#name, supported, lanes, name::deform, name::attend, name::label_tile, name::extend_runs}
 
 // The fastest first.
 const InstructionSet instruction_sets[] = {
 #ifdef __x86_64__
-    {"avx512_bf16", has_bf16, 16, avx512::deform, avx512_bf16::attend, avx512::label_tile, avx512::extend_runs},
-    {"avx512", has_avx512, 16, avx512::deform, avx512::attend, avx512::label_tile, avx512::extend_runs},
-    {"avx2", has_avx2, 8, avx2::deform, avx2::attend, avx2::label_tile, avx2::extend_runs},
+    SET(avx512, 16, HAS_AVX512),
+    SET(avx2, 8, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
 #endif
-    {"portable", true, 4, portable::deform, portable::attend, portable::label_tile, portable::extend_runs},
+    SET(portable, 4, true),
 };
 
 // The number `number` of those that this processor has; null behind the last.
@@ -77,39 +81,9 @@ float* memory(int64_t floats) {
   return (float*)(((uintptr_t)kept.get() + 63) / 64 * 64);
 }
 
-Type type_of(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  return type == ScalarType::BFloat16 ? Type::bfloat16 : type == ScalarType::Half ? Type::float16 : Type::full;
+const DeformKernels& kernels_of(const DeformInputs& in) {
+  return in.type == ScalarType::Double ? portable::deform_double : chosen->deform;
 }
-
-struct DeformInputs {
-  Tensor value, points, weights, reference;
-  DeformAttn attention;
-  ScalarType type;  // of arithmetic and of gradients
-  const DeformKernels& kernels;
-
-  DeformInputs(const Tensor& value_, const Sizes& shapes, const Reference& reference_, const Tensor& points_,
-               const Tensor& weights_)
-      : attention(checked(value_, shapes, reference_, points_, weights_)), type(arithmetic(value_.scalar_type())),
-        kernels(type == ScalarType::Double ? portable::deform_double : chosen->deform) {
-    value = readable(value_), points = readable(points_), weights = readable(weights_);
-    attention.value = value.const_data_ptr();
-    attention.points = points.const_data_ptr();
-    attention.weights = weights.const_data_ptr();
-    attention.value_type = type_of(value), attention.points_type = type_of(points);
-    attention.weights_type = type_of(weights);
-    if (reference_) {
-      reference = prepared(*reference_, type);
-      attention.reference = reference.const_data_ptr();
-    }
-  }
-
-  // What a kernel reads: bfloat16 as it is where sums are made in float32.
-  Tensor readable(const Tensor& tensor) const {
-    const bool direct = tensor.scalar_type() == ScalarType::BFloat16 && type == ScalarType::Float;
-    return prepared(tensor, direct ? ScalarType::BFloat16 : type);
-  }
-};
 
 Tensor ms_deform_attn(const Tensor& value, Sizes shapes, const Reference& reference, const Tensor& points,
                       const Tensor& weights) {
@@ -118,7 +92,7 @@ Tensor ms_deform_attn(const Tensor& value, Sizes shapes, const Reference& refere
   Tensor out = torch::stable::new_empty(in.value, {att.n, att.queries, att.heads * att.width});
   void* to = out.mutable_data_ptr();
   parallel(att.n * att.heads * att.queries, 512, [&](int64_t begin, int64_t end) {
-    in.kernels.forward(att, to, begin, end);
+    kernels_of(in).forward(att, to, begin, end);
   });
   return cast(out, value.scalar_type());
 }
@@ -137,10 +111,9 @@ Gradients ms_deform_attn_backward(const Tensor& grad_out_, const Tensor& value, 
   void *to_value = grad_value.mutable_data_ptr(), *to_points = grad_points.mutable_data_ptr(),
        *to_weights = grad_weights.mutable_data_ptr();
   parallel(att.n * att.heads, 1, [&](int64_t begin, int64_t end) {
-    in.kernels.backward(att, from, to_value, to_points, to_weights, begin, end);
+    kernels_of(in).backward(att, from, to_value, to_points, to_weights, begin, end);
   });
-  return {cast(grad_value, value.scalar_type()), cast(grad_points, points.scalar_type()),
-          cast(grad_weights, weights.scalar_type())};
+  return cast({grad_value, grad_points, grad_weights}, value, points, weights);
 }
 
 // The tensor [samples, heads, tokens, channels], copied where its channels do not lie side by side.

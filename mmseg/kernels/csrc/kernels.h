@@ -127,8 +127,5 @@ THEMASK_KERNELS(avx512)
 namespace portable {
 extern const DeformKernels deform_double;
 }
-namespace avx512_bf16 {
-Attend attend;
-}
 
 }  // namespace themask
