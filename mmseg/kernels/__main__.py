@@ -6,13 +6,14 @@ if the backend asked for cannot be had. ``benchmarks/ms_deform_attn.py`` measure
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from mmseg.kernels import library
 from mmseg.kernels.library import BackendError
@@ -44,20 +45,13 @@ def evaluate(function, arguments: Arguments) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum() / 2, leaves)]
 
 
-def milliseconds(function, device: str, repeats: int = 5) -> float:
-    """The fastest of some calls."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        if device == 'cuda':
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times) * 1e3
+def milliseconds(function: Callable[[], object]) -> float:
+    """The mean of some calls."""
+    return Timer('run()', globals={'run': function}, num_threads=torch.get_num_threads()).timeit(5).mean * 1e3
 
 
 def check(device: str, shapes: Sequence[tuple[int, int]] = SHAPES) -> bool:
-    """Compare the op that serves the device with the PyTorch form and time both; False if they differ."""
+    """Compare the op of a device with the PyTorch form and time both; False if they differ."""
     arguments = example(device, shapes)
     good = True
     names = ('output', 'gradient of value', 'gradient of offsets', 'gradient of logits')
@@ -70,8 +64,8 @@ def check(device: str, shapes: Sequence[tuple[int, int]] = SHAPES) -> bool:
         print(f'  {name} differs by {difference:.1e} ({"ok" if difference < TOLERANCE else "WRONG"})')
     for label, function in (('op', ms_deform_attn_fused), ('PyTorch form', ms_deform_attn_fused_pytorch)):
         with torch.no_grad():
-            forward = milliseconds(lambda f=function: f(*arguments), device)
-        both = milliseconds(lambda f=function: evaluate(f, arguments), device)
+            forward = milliseconds(functools.partial(function, *arguments))
+        both = milliseconds(functools.partial(evaluate, function, arguments))
         print(f'  {label}: forward {forward:.1f} ms, with backward {both:.1f} ms')
     return good
 

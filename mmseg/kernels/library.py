@@ -57,7 +57,8 @@ KERNELS = {
     'run_lengths': (*CXX, '-O3'),
 }
 X86_SETS = {
-    'avx512': ('-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512', '-DWIDTH=64'),
+    'avx512': (
+        '-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512', '-DWIDTH=64'),
     'avx2': ('-mavx2', '-mfma', '-DWIDTH=32'),
 }
 ARCHITECTURES = ('8.0', '9.0', '10.0', '12.0+PTX')
@@ -411,6 +412,18 @@ def requested() -> str:
     return choice
 
 
+def cpu_library() -> ctypes.CDLL:
+    """The loaded library for the CPU.
+
+    Raises:
+        BuildError: there is none.
+    """
+    loaded = native('cpu')
+    if isinstance(loaded, BuildError):
+        raise BuildError(str(loaded))  # a new one: an exception that is raised twice keeps the frames of both
+    return loaded
+
+
 def instruction_sets() -> list[str]:
     """The instruction sets that this processor has, the fastest first; empty without a native library."""
     loaded = native('cpu')
@@ -422,9 +435,7 @@ def instruction_sets() -> list[str]:
 
 def instruction_set() -> str:
     """The instruction set that the CPU library uses."""
-    loaded = native('cpu')
-    assert not isinstance(loaded, BuildError)
-    return loaded.themask_instruction_set(-1).decode()
+    return cpu_library().themask_instruction_set(-1).decode()
 
 
 def choose_instruction_set(name: str, functions: ctypes.CDLL | None = None) -> None:
@@ -433,9 +444,7 @@ def choose_instruction_set(name: str, functions: ctypes.CDLL | None = None) -> N
     Raises:
         BackendError: the processor lacks it, or the name is none.
     """
-    loaded = functions or native('cpu')
-    assert not isinstance(loaded, BuildError)
-    if not loaded.themask_choose_instruction_set(name.encode()):
+    if not (functions or cpu_library()).themask_choose_instruction_set(name.encode()):
         raise BackendError(f'the CPU library has no instruction set {name!r} that this processor can run')
 
 

@@ -143,7 +143,7 @@ def clip_order(frames, length):
 @pytest.mark.parametrize('form', [run_lengths.RunLengths, ConstantRuns])
 def test_memory_does_not_grow_with_the_video(form, monkeypatch):
     if form is ConstantRuns:
-        monkeypatch.setattr(run_lengths, 'native', lambda kind: library.BuildError('not wanted'))
+        monkeypatch.setattr(library, 'native', lambda kind: library.BuildError('not wanted'))
     else:
         need_native()
     frames, length = 400, 4

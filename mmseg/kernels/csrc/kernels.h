@@ -114,18 +114,16 @@ typedef void LabelTile(const LabelMap&, const Tile&, float* memory, Row* rows);
 typedef void ExtendRuns(const uint8_t* const frames[4], int64_t size, uint8_t* runs, int64_t planes,
                         const int64_t* lengths, int64_t number, int64_t* counts);
 
-#define THEMASK_KERNELS(set)         \
-  namespace set {                    \
-  extern const DeformKernels deform; \
-  Attend attend;                     \
-  LabelTile label_tile;              \
-  ExtendRuns extend_runs;            \
+// `deform_double`, for checks, is there in portable code alone.
+#define THEMASK_KERNELS(set)                        \
+  namespace set {                                   \
+  extern const DeformKernels deform, deform_double; \
+  Attend attend;                                    \
+  LabelTile label_tile;                             \
+  ExtendRuns extend_runs;                           \
   }
 THEMASK_KERNELS(portable)
 THEMASK_KERNELS(avx2)
 THEMASK_KERNELS(avx512)
-namespace portable {
-extern const DeformKernels deform_double;
-}
 
 }  // namespace themask

@@ -73,8 +73,8 @@ class Samples {
  public:
   // What a block of any query has: the levels of its lanes (-1: no sample).
   struct alignas(64) Lanes {
-    T level[W], width[W], height[W], scale_x[W], scale_y[W];
-    Int columns[W], rows[W], start[W];
+    T level[W], width[W], height[W], scale_x[W], scale_y[W];  // scale: of points to pixels
+    Int start[W];
     int64_t filled, first_level, last_level;
   };
   // Corners: top left, top right, bottom left, bottom right; a row of the head.
@@ -100,8 +100,8 @@ class Samples {
         lanes.last_level = l;
         lanes.filled = i + 1;
         lanes.level[i] = l;
-        lanes.width[i] = lanes.columns[i] = w;
-        lanes.height[i] = lanes.rows[i] = h;
+        lanes.width[i] = w;
+        lanes.height[i] = h;
         lanes.scale_x[i] = fused_ ? 1 : w;
         lanes.scale_y[i] = fused_ ? 1 : h;
         lanes.start[i] = start;
@@ -227,10 +227,10 @@ class Samples {
     const I inside = (level >= 0) & (x > T(-1)) & (x < width) & (y > T(-1)) & (y < height);
     x = inside ? x : F{};  // NaN and far positions: no conversion to an integer is defined for them
     y = inside ? y : F{};
-    const I x0 = V::floor(x), y0 = V::floor(y), columns = V::load(lanes.columns);
+    const I x0 = V::floor(x), y0 = V::floor(y), columns = __builtin_convertvector(width, I);
     const I zeros = I{} + Int(att_.pixels);
     const I left = inside & (x0 >= 0), right = inside & (x0 + 1 < columns);
-    const I top = y0 >= 0, bottom = y0 + 1 < V::load(lanes.rows);
+    const I top = y0 >= 0, bottom = y0 + 1 < __builtin_convertvector(height, I);
     const I row = V::load(lanes.start) + y0 * columns + x0;
     V::store(to.corner_row[0], (left & top) ? row : zeros);
     V::store(to.corner_row[1], (right & top) ? row + 1 : zeros);

@@ -11,19 +11,13 @@ namespace {
 typedef uint8_t Bits __attribute__((vector_size(WIDTH)));
 constexpr int64_t pixels = 8 * WIDTH;
 
-INLINE Bits load(const uint8_t* from) {
-  Bits bits;
-  memcpy(&bits, from, WIDTH);
-  return bits;
-}
-
 // Bit j of byte i tells whether pixel j * WIDTH + i is the same in both frames.
 INLINE Bits same(const uint8_t* now, const uint8_t* before) {
   Bits bits = {};
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) {
     const uint8_t bit = uint8_t(1 << j);
-    bits |= (Bits)(load(now + j * WIDTH) == load(before + j * WIDTH)) & bit;
+    bits |= (Bits)(read<Bits>(now + j * WIDTH) == read<Bits>(before + j * WIDTH)) & bit;
   }
   return bits;
 }
@@ -31,10 +25,10 @@ INLINE Bits same(const uint8_t* now, const uint8_t* before) {
 // Runs where `grow` is set become longer by one, the others zero.
 INLINE void extend(uint8_t* runs, int64_t planes, Bits grow) {
   Bits full = ~Bits{};
-  for (int64_t p = 0; p < planes; ++p) full &= load(runs + p * WIDTH);
+  for (int64_t p = 0; p < planes; ++p) full &= read<Bits>(runs + p * WIDTH);
   Bits carry = ~full;
   for (int64_t p = 0; p < planes; ++p) {
-    const Bits bit = load(runs + p * WIDTH), sum = (bit ^ carry) & grow;
+    const Bits bit = read<Bits>(runs + p * WIDTH), sum = (bit ^ carry) & grow;
     memcpy(runs + p * WIDTH, &sum, WIDTH);
     carry &= bit;
   }
@@ -43,7 +37,7 @@ INLINE void extend(uint8_t* runs, int64_t planes, Bits grow) {
 INLINE int64_t count_at_least(const uint8_t* runs, int64_t planes, int64_t length) {
   Bits enough = ~Bits{};
   for (int64_t p = 0; p < planes; ++p) {
-    const Bits bit = load(runs + p * WIDTH);
+    const Bits bit = read<Bits>(runs + p * WIDTH);
     enough = length >> p & 1 ? enough & bit : enough | bit;
   }
   uint64_t words[WIDTH / 8];

@@ -9,7 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <utility>  // integer_sequence, a type only
+#include <type_traits>
+#include <utility>  // of both only types
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -24,16 +25,12 @@
 
 namespace {
 
-template <class T>
-struct IntOf;
-template <>
-struct IntOf<float> {
-  using type = int32_t;
-};
-template <>
-struct IntOf<double> {
-  using type = int64_t;
-};
+template <class V>
+INLINE V read(const void* from) {
+  V value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
 
 struct BFloat16 {
   uint16_t bits;  // the upper half of a float's
@@ -42,11 +39,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-INLINE float of_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
+INLINE float of_bits(uint32_t bits) { return read<float>(&bits); }
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(BFloat16 x) { return of_bits(uint32_t(x.bits) << 16); }
 INLINE float to_float(Float16 x) {
@@ -58,7 +51,7 @@ INLINE float to_float(Float16 x) {
 template <class T, int W>
 struct Simd {
   static constexpr int width = W;
-  using Int = typename IntOf<T>::type;
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef T F __attribute__((vector_size(W * sizeof(T))));
   typedef Int I __attribute__((vector_size(W * sizeof(T))));
   struct Pair {
@@ -66,27 +59,13 @@ struct Simd {
   };
   using Half = Simd<T, (W > 1 ? W / 2 : 1)>;
 
-  static F load(const T* p) {
-    F v;
-    memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static I load(const Int* p) {
-    I v;
-    memcpy(&v, p, sizeof v);
-    return v;
-  }
+  static F load(const T* p) { return read<F>(p); }
+  static I load(const Int* p) { return read<I>(p); }
   static F load(const BFloat16* p) {
-    Shorts s;
-    memcpy(&s, p, sizeof s);
-    return __builtin_convertvector((Floats)(__builtin_convertvector(s, Words) << 16), F);
+    return __builtin_convertvector((Floats)(__builtin_convertvector(read<Shorts>(p), Words) << 16), F);
   }
   // In two steps: GCC makes one by one what is four times as wide at once.
-  static I load(const uint8_t* p) {
-    Bytes s;
-    memcpy(&s, p, sizeof s);
-    return __builtin_convertvector(__builtin_convertvector(s, Shorts), I);
-  }
+  static I load(const uint8_t* p) { return __builtin_convertvector(__builtin_convertvector(read<Bytes>(p), Shorts), I); }
   static void store(T* p, F v) { memcpy(p, &v, sizeof v); }
   static void store(Int* p, I v) { memcpy(p, &v, sizeof v); }
   // Rounds to nearest, ties to even. NaN stays NaN, where rounding might carry its bits into another number.
@@ -196,11 +175,7 @@ struct Simd {
   struct Halves {
     typename Half::F low, high;
   };
-  static Halves halves(F v) {
-    Halves h;
-    memcpy(&h, &v, sizeof h);
-    return h;
-  }
+  static Halves halves(F v) { return read<Halves>(&v); }
   static typename Half::F folded(F v) {
     const auto [low, high] = halves(v);
     return low + high;
