@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from mmseg.kernels import run_lengths
-from mmseg.kernels.native import BuildError
+from mmseg.kernels.library import BuildError
 
 
 class ConstantRuns:
@@ -135,5 +135,7 @@ class WindowCounts:
 
 def _fastest_runs(lengths: Sequence[int]) -> _Runs:
     """The native form, or where there is none the other: the counts are the same, so nobody need be told."""
-    native = not isinstance(run_lengths.native(), BuildError)
-    return run_lengths.RunLengths(lengths) if native else ConstantRuns(lengths)
+    try:
+        return run_lengths.RunLengths(lengths)
+    except BuildError:
+        return ConstantRuns(lengths)
