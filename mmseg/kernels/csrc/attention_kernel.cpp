@@ -87,7 +87,8 @@ class Head {
   const uint8_t* mask_;
   Number* out_;
   float *scores_, *result_, *most_, *sum_;       // [n, chunk], [rows, wide], [rows], [rows]
-  float *queries_, *keys_, *values_, *weights_;  // [rows, channels], [keys / pad, channels, pad], [keys, wide], [n, keys]
+  float *queries_, *keys_;                       // [rows, channels], [keys / pad, channels, pad]
+  float *values_, *weights_;                     // [keys, wide], [n, chunk]
 
   INLINE void pack_channels(const Number* token, float* to, int64_t stride) const {
     for (int64_t c = 0; c < job_.channels; ++c) to[c * stride] = to_float(token[c]);

@@ -30,7 +30,8 @@ inline std::string listed(const int64_t* sizes, size_t n) {
   return text + "]";
 }
 
-inline void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& like, const Sizes& expected) {
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                        const Sizes& expected) {
   const auto sizes = tensor.sizes();
   STD_TORCH_CHECK(Sizes(sizes.begin(), sizes.end()) == expected, op, ": ", name, " has shape ",
                   listed(sizes.data(), sizes.size()), ", expected ", listed(expected.data(), expected.size()));
@@ -94,8 +95,7 @@ inline Tensor prepared(const Tensor& tensor, ScalarType type) { return torch::st
 static ScalarType readable(ScalarType given, ScalarType type, bool is_value);
 
 inline Type type_of(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  return type == ScalarType::BFloat16 ? Type::bfloat16 : type == ScalarType::Half ? Type::float16 : Type::full;
+  return tensor.scalar_type() == ScalarType::BFloat16 ? Type::bfloat16 : Type::full;
 }
 
 // The tensors of a call as kernels read them.

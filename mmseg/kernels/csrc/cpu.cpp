@@ -168,9 +168,7 @@ Sparse sparse(const char* name, const Tensor& matrix, const Tensor& scores, int6
 
 Tensor label_map(const Tensor& scores_, const Tensor& row_matrix, const Tensor& column_matrix) {
   STD_TORCH_CHECK(scores_.dim() == 4, "label_map: scores is not [N, K, h, w]");
-  const ScalarType given = scores_.scalar_type();
-  const bool direct = given == ScalarType::BFloat16 || given == ScalarType::Half;
-  const Tensor scores = direct ? scores_ : cast(scores_, ScalarType::Float);
+  const Tensor scores = type_of(scores_) == Type::bfloat16 ? scores_ : cast(scores_, ScalarType::Float);
   const int64_t frames = scores.size(0), lanes = chosen->lanes;
   const Sparse rows = sparse("rows", row_matrix, scores, scores.size(2));
   const Sparse columns = sparse("columns", column_matrix, scores, scores.size(3));
@@ -241,8 +239,8 @@ STABLE_TORCH_LIBRARY_IMPL(themask, CPU, m) {
   m.impl("extend_runs", TORCH_BOX(&themask::extend_runs));
 }
 
-// The name of the instruction set `number` of those that this processor has, the fastest first, of the chosen one for -1;
-// null behind the last.
+// The name of the instruction set `number` of those that this processor has, the fastest first; null behind the last.
+// For -1 that of the chosen one.
 THEMASK_EXPORT const char* themask_instruction_set(int64_t number) {
   const auto* set = number < 0 ? themask::chosen : themask::supported_set(number);
   return set ? set->name : nullptr;

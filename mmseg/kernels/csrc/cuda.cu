@@ -134,7 +134,7 @@ Gradients ms_deform_attn_backward(const Tensor& grad_out_, const Tensor& value, 
       const double terms = static_cast<double>(p.queries) * p.levels * p.samples;
       largest_kernel<<<256, max_threads, 0, stream>>>(from, grad_out.numel(), bits);
       // After the softmax no weight is above 1.
-      if (!reference.has_value()) largest_kernel<<<256, max_threads, 0, stream>>>(p.weights, in.weights.numel(), bits + 1);
+      if (!reference) largest_kernel<<<256, max_threads, 0, stream>>>(p.weights, in.weights.numel(), bits + 1);
       const FixedScale scale{bits, terms, reference.has_value()};
       const Launch launch = checked_plan(p, 1);
       backward_kernel<1><<<launch.blocks, launch.threads, launch.shared, stream>>>(p, from, FixedSum{sum, scale},

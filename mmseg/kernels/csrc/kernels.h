@@ -1,16 +1,16 @@
-// What the bindings ask of the kernels. The CPU kernels are compiled once for each instruction set, with SET = its name,
-// which is their namespace, and WIDTH = the bytes of a vector.
+// What the bindings ask of the kernels. The CPU kernels are compiled once for each instruction set, with WIDTH = the
+// bytes of a vector, and SET = its name, which is their namespace.
 #pragma once
 
 #include <stdint.h>
 
 namespace themask {
 
-// What a tensor holds: numbers of the type that a kernel computes in, or narrower ones.
-enum class Type { full, bfloat16, float16 };
+// What a tensor holds: numbers of the type that a kernel computes in, or bfloat16.
+enum class Type { full, bfloat16 };
 
-// Multi-scale deformable attention of contiguous tensors. Fused: `points` are offsets in pixels, `weights` are logits and
-// `reference` is given; otherwise `points` are locations in 0..1, `weights` are used as they are, `reference` is null.
+// Multi-scale deformable attention of contiguous tensors. Fused: `points` are offsets in pixels, `weights` are logits
+// and `reference` is given; otherwise `points` are locations in 0..1, `weights` are used as they are, `reference` is null.
 struct DeformAttn {
   const void* value;      // [n, pixels, heads, width]
   const void* points;     // [n, queries, heads, levels, samples, 2]
@@ -24,8 +24,8 @@ struct DeformAttn {
 struct DeformKernels {
   // out [n, queries, heads * width]: the parts begin..end of n * heads * queries.
   void (*forward)(const DeformAttn&, void* out, int64_t begin, int64_t end);
-  // All queries of the (item, head) pairs begin..end of n * heads, so that each thread adds to rows of grad_value of its
-  // own, in the order of the queries: no race, and the same bits for any number of threads.
+  // All queries of the (item, head) pairs begin..end of n * heads, so that each thread adds to its own rows of
+  // grad_value, in the order of the queries: no race, and the same bits for any number of threads.
   void (*backward)(const DeformAttn&, const void* grad_out, void* grad_value, void* grad_points, void* grad_weights,
                    int64_t begin, int64_t end);
 };
@@ -50,7 +50,7 @@ struct Attention {
   void* out;                      // [samples, queries, heads, channels]
   int64_t samples, heads, queries, keys, channels;
   float scale;
-  Type type;  // of all but the mask: full or bfloat16
+  Type type;  // of all but the mask
 
   // Floats of memory for `rows` queries: packed queries and results, keys, values, scores, maxima and sums.
   int64_t memory(int64_t rows) const {

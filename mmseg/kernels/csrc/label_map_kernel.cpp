@@ -36,20 +36,15 @@ void read_row(const LabelMap& map, const Tile& tile, int64_t row, float* to) {
   for (int64_t k = 0; k < map.classes; ++k, from += map.class_stride, to += tile.columns) {
     if (map.column_stride == 1) {
       if (k + 8 < map.classes) {  // short pieces, far from each other: the processor does not see what comes
-        const char *ahead = (const char*)(from + 8 * map.class_stride), *end = ahead + tile.columns * sizeof(Score) + 63;
-        for (; ahead < end; ahead += 64) __builtin_prefetch(ahead);
+        const char* ahead = (const char*)(from + 8 * map.class_stride);
+        for (const char* end = ahead + tile.columns * sizeof(Score) + 63; ahead < end; ahead += 64)
+          __builtin_prefetch(ahead);
       }
       for (int64_t x = 0; x < tile.columns; ++x) to[x] = finite(from[x]);
     } else {
       for (int64_t x = 0; x < tile.columns; ++x) to[x] = finite(from[x * map.column_stride]);
     }
   }
-}
-
-void read_row(const LabelMap& map, const Tile& tile, int64_t row, float* to) {
-  if (map.type == Type::full) read_row<float>(map, tile, row, to);
-  if (map.type == Type::bfloat16) read_row<BFloat16>(map, tile, row, to);
-  if (map.type == Type::float16) read_row<Float16>(map, tile, row, to);
 }
 
 INLINE Floats pick(const float* from, Ints offsets, [[maybe_unused]] bool near) {
@@ -184,7 +179,7 @@ void themask::SET::label_tile(const LabelMap& map, const Tile& tile, float* memo
       if (row[s].fresh) {
         for (at = 0; needed(row[at].held);) ++at;
         row[at].held = source[s];
-        read_row(map, tile, source[s], narrow + s * narrow_size);
+        (map.type == Type::full ? read_row<float> : read_row<BFloat16>)(map, tile, source[s], narrow + s * narrow_size);
       }
       row[s].wide = memory + at * wide_size;
     }

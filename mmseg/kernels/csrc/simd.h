@@ -35,17 +35,11 @@ INLINE V read(const void* from) {
 struct BFloat16 {
   uint16_t bits;  // the upper half of a float's
 };
-struct Float16 {
-  uint16_t bits;
-};
 
-INLINE float of_bits(uint32_t bits) { return read<float>(&bits); }
 INLINE float to_float(float x) { return x; }
-INLINE float to_float(BFloat16 x) { return of_bits(uint32_t(x.bits) << 16); }
-INLINE float to_float(Float16 x) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const float value = magnitude < 0x7c00 << 13 ? of_bits(magnitude) * 0x1p112f : of_bits(magnitude | 0x7f800000);
-  return x.bits & 0x8000 ? -value : value;  // subnormal numbers too
+INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  return read<float>(&bits);
 }
 
 template <class T, int W>
@@ -65,7 +59,9 @@ struct Simd {
     return __builtin_convertvector((Floats)(__builtin_convertvector(read<Shorts>(p), Words) << 16), F);
   }
   // In two steps: GCC makes one by one what is four times as wide at once.
-  static I load(const uint8_t* p) { return __builtin_convertvector(__builtin_convertvector(read<Bytes>(p), Shorts), I); }
+  static I load(const uint8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(read<Bytes>(p), Shorts), I);
+  }
   static void store(T* p, F v) { memcpy(p, &v, sizeof v); }
   static void store(Int* p, I v) { memcpy(p, &v, sizeof v); }
   // Rounds to nearest, ties to even. NaN stays NaN, where rounding might carry its bits into another number.
