@@ -154,7 +154,7 @@ def test_shares_are_logged_and_shares_of_nothing_harm_no_mean(tmp_path, caplog):
     assert [(e.step, e.value) for e in events.Scalars('train/acc')] == [(2, 0.5)]
 
 
-def test_a_full_disk_neither_ends_a_run_nor_leaves_gaps_in_its_curves(tmp_path, caplog, capfd):
+def test_a_full_disk_neither_ends_a_run_nor_leaves_gaps_in_its_curves(tmp_path, caplog, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -184,7 +184,7 @@ def test_a_full_disk_neither_ends_a_run_nor_leaves_gaps_in_its_curves(tmp_path, 
     assert [event.step for event in events.Scalars('train/loss')] == [1, 2, 3, 4, 5, 6, 7, 8]
     errors = [record.getMessage() for record in caplog.records if record.levelname == 'ERROR']
     assert len(errors) == 2 and all('cannot write' in e and 'File too large' in e for e in errors), 'once a file'
-    assert 'Traceback' not in capfd.readouterr().err
+    assert 'Traceback' not in capsys.readouterr().err
 
 
 def test_curves_of_a_resumed_run_hide_what_the_broken_off_run_drew_beyond(tmp_path):
