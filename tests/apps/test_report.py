@@ -59,14 +59,20 @@ def flawed(gt, rng, share):
     return pred
 
 
-def collect(lengths, shares, shuffle=None, **options):
-    """A run over videos of ``lengths`` whose predictions are wrong in ``shares`` of the pixels."""
+def metrics_of(data):
+    return StreamingMetrics(8, videos={v.name: v.frames for v in data.videos}, class_names=NAMES, per_frame=True)
+
+
+def collect(lengths, shares, shuffle=None, keep=None, **options):
+    """A run over videos of ``lengths``, or some of them; predictions are wrong in ``shares`` of the pixels."""
     data = data_set(lengths)
-    sink = ReportSink(data, **options)
-    metrics = StreamingMetrics(8, videos={v.name: v.frames for v in data.videos}, class_names=NAMES)
+    metrics = metrics_of(data)
+    sink = ReportSink(data, metrics, **options)
     rng = np.random.default_rng(0)
     for seed, (video, share) in enumerate(zip(data.videos, shares)):
         maps = [(gt, flawed(gt, rng, share)) for gt in (scene(seed, i) for i in range(len(video.frames)))]
+        if keep is not None and seed not in keep:
+            continue
         order = list(range(len(maps)))
         if shuffle is not None:
             shuffle.shuffle(order)
@@ -75,6 +81,7 @@ def collect(lengths, shares, shuffle=None, **options):
             image = np.array(PALETTE, np.uint8)[np.minimum(gt, 7)]
             sink.add(video.name, video.frames[i], image, pred, gt)
             metrics.update(video.name, video.frames[i], pred, gt)
+        metrics.finish(video.name)
         sink.finish_video(video.name)
     return sink, metrics.results()
 
@@ -134,25 +141,12 @@ def test_pictures_are_small_and_labels_exact():
 
 
 def test_two_ranks_are_one():
-    whole, results = collect([4, 6, 5, 3], [0.1, 0.4, 0.2, 0.3], per_group=1)
-    states = []
-    for keep in ((0, 2), (1, 3)):
-        data = data_set([4, 6, 5, 3])
-        part = ReportSink(data, per_group=1)
-        for i in keep:
-            name = data.videos[i].name
-            rng = np.random.default_rng(0)
-            for j in range(4):  # bring the generator to where the whole run was
-                for f in range([4, 6, 5, 3][j]):
-                    gt = scene(j, f)
-                    pred = flawed(gt, rng, [0.1, 0.4, 0.2, 0.3][j])
-                    if j == i:
-                        image = np.array(PALETTE, np.uint8)[np.minimum(gt, 7)]
-                        part.add(name, data.videos[i].frames[f], image, pred, gt)
-            part.finish_video(name)
-        states.append(json.loads(json.dumps(part.state())))
-    merged = ReportSink(data_set([4, 6, 5, 3]), per_group=1).gathered(lambda _: states, results, 'run')
-    assert json.dumps(merged) == json.dumps(whole.run(results, 'run'))
+    lengths, shares = [4, 6, 5, 3], [0.1, 0.4, 0.2, 0.3]
+    whole, results = collect(lengths, shares, per_group=1)
+    parts = [collect(lengths, shares, per_group=1, keep=keep) for keep in ((0, 2), (1, 3))]
+    players = [json.loads(json.dumps(sink._players)) for sink, _ in parts]
+    for sink, _ in parts:
+        assert json.dumps(sink.run(results, 'run', gather=lambda _: players)) == json.dumps(whole.run(results, 'run'))
 
 
 def test_the_page_is_bounded_and_gives_its_runs_back(tmp_path):
