@@ -378,14 +378,14 @@ def test_the_page_in_chromium(pages, browser, vspw, tmp_path):
 
     # What the player draws is computed from the labels: compare with numpy.
     player = run['players'][0]
-    assert player['group'] == 'worst' and '1 of' in browser.run(POSITION)
-    browser.press('ArrowRight')
-    browser.press('ArrowRight')
-    browser.press('ArrowLeft')
-    assert '(2 of' in browser.run(POSITION)
     read = {f: p for v, f, p in read_predictions(pages / 'poor', dataset) if v == player['video']}
     items = [item for item in dataset if item['video'] == player['video']]
     gts = {f: gt for item in items for f, gt in zip(item['frames'], item['label'])}
+    errors = [((read[f] != gts[f]) & (gts[f] != 255)).sum() / (gts[f] != 255).sum() for f in player['frames']]
+    assert player['group'] == 'worst' and f'({np.argmax(errors) + 1} of' in browser.run(POSITION), 'on its worst frame'
+    for key in ('Home', 'ArrowRight', 'ArrowRight', 'ArrowLeft'):
+        browser.press(key)
+    assert '(2 of' in browser.run(POSITION)
     before, frame = player['frames'][:2]
     wrong = (read[frame] != gts[frame]) & (gts[frame] != 255)
     still = gts[frame] == gts[before]
@@ -435,6 +435,20 @@ def test_two_runs_in_chromium(pages, browser, tmp_path):
                         select, choice)
     browser.run("document.querySelector('.dot').onclick()")
     browser.screenshot(tmp_path / 'page.png')
+    assert browser.log() == []
+
+
+def test_a_narrow_page_with_isolated_points_in_chromium(browser, tmp_path):
+    sink, results = collect([2, 5], [0.1, 0.4], per_group=1)
+    browser.open(write_report([sink.run(results, 'run')], tmp_path))
+    browser.wait(READY)
+    browser.resize(500, 900)
+    browser.wait("(s => s.scrollWidth <= s.clientWidth)(document.querySelector('#summary'))")
+    points = "const s = document.querySelector('#line-video'); s.value = arguments[0]; s.onchange();" \
+        "return document.querySelectorAll('#lines .alone').length"
+    assert [browser.run(points, video) for video in ('video00', 'video01')] == [1, 0]
+    browser.screenshot(tmp_path / 'narrow.png')
+    browser.resize(1300, 900)
     assert browser.log() == []
 
 
