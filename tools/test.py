@@ -165,7 +165,7 @@ def test(args: argparse.Namespace, cfg: Config, device: torch.device, interrupti
         checkpoint, model = load_model(cfg, args.checkpoint, dataset, device)
         refuse_inputs(args, checkpoint, dataset)
         sinks = make_sinks(args, checkpoint, dataset)
-    page = ReportSink(dataset) if args.report else None
+    page = ReportSink(dataset, metrics) if args.report and metrics else None
     outcome = stream_test(
         model, dataset, loader, device=device, metrics=metrics, evaluate=metrics is not None,
         sinks=[*sinks, page] if page else sinks,
@@ -199,7 +199,7 @@ def chosen_metrics(args: argparse.Namespace, dataset: VideoDataset) -> Streaming
                               f'give --out, --format-only or --show-dir')
         return None
     options = {key.removeprefix('vc_'): value for key, value in args.eval_options.items() if key.startswith('vc_')}
-    return metrics_for(dataset, args.eval or (), **options)
+    return metrics_for(dataset, args.eval or (), per_frame=bool(args.report), **options)
 
 
 def refuse_inputs(args: argparse.Namespace, checkpoint: Path, dataset: VideoDataset) -> None:
@@ -314,7 +314,7 @@ def write_page(
     about = {'config': args.config, 'checkpoint': checkpoint, **args.options}
     if outcome.skipped:
         about['left out'] = f'{len(outcome.skipped)} clips'
-    run_of = page.gathered(gather, outcome.results, Path(args.config).stem, about)
+    run_of = page.run(outcome.results, Path(args.config).stem, about, gather)
     if is_main_process():
         get_logger().info('report written to %s', write_report([run_of], args.report))
 

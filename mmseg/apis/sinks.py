@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,11 +28,12 @@ from mmseg.utils.names import natural_key
 from mmseg.utils.visual import compare, write_label_png, write_picture
 
 
-class Sink(Protocol):
-    """What :func:`mmseg.apis.test.run_test` asks of a sink; the calls come video by video."""
+class Sink:
+    """Takes the predictions of :func:`mmseg.apis.test.stream_test`, video by video."""
 
     def write(self, item: dict[str, Any], labels: np.ndarray) -> None:
         """Takes a clip: the test item (see :class:`~mmseg.datasets.VideoDataset`), and uint8 [T, H, W]."""
+        raise NotImplementedError
 
     def finish_video(self, video: str) -> None:
         """No further clip of ``video`` will come."""
@@ -41,7 +42,7 @@ class Sink(Protocol):
         """The test is over, or has failed."""
 
 
-class PalettePNG:
+class PalettePNG(Sink):
     """``--format-only``: one palette PNG per frame, ``<folder>/<video>/<frame>.png``, with training labels."""
 
     def __init__(self, folder: str | Path, dataset: VideoDataset) -> None:
@@ -53,14 +54,8 @@ class PalettePNG:
         for frame, label in zip(item['frames'], labels):
             write_label_png(self.folder / item['video'] / f'{frame}.png', label, self.palette)
 
-    def finish_video(self, video: str) -> None:
-        """Nothing is left to do."""
 
-    def close(self) -> None:
-        """Nothing is left to do."""
-
-
-class Pictures:
+class Pictures(Sink):
     """``--show-dir`` and ``--show``: frame, prediction and ground truth side by side, with a legend.
 
     Args:
@@ -97,9 +92,6 @@ class Pictures:
                 if cv2.waitKey(0) == 27:
                     self.close()
 
-    def finish_video(self, video: str) -> None:
-        """Nothing is left to do."""
-
     def close(self) -> None:
         """Closes the window."""
         if self.window is not None:
@@ -116,7 +108,7 @@ def _open_window(name: str) -> None:
             'on a machine with a screen, or write pictures with --show-dir') from None
 
 
-class VideoFiles:
+class VideoFiles(Sink):
     """``--out FOLDER``: one ``<video>.npz`` per video, with a uint8 [H, W] array per frame under the frame's name.
 
     A file appears when its video is finished.  Frames are compressed as they come.

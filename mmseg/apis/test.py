@@ -57,7 +57,7 @@ class TestOutcome:
 
 
 def metrics_for(dataset: VideoDataset, names: str | Sequence[str] | None = (), *, last_window: bool = False,
-                min_frames: int = 0, remap_void: bool = False) -> StreamingMetrics:
+                min_frames: int = 0, remap_void: bool = False, per_frame: bool = False) -> StreamingMetrics:
     """The metrics of a test set.
 
     Args:
@@ -68,6 +68,7 @@ def metrics_for(dataset: VideoDataset, names: str | Sequence[str] | None = (), *
         last_window: see :class:`~mmseg.core.evaluation.ConsistencyOptions`.
         min_frames: likewise.
         remap_void: likewise.
+        per_frame: give the scores of every frame, too.
 
     Raises:
         ConfigError: an unknown name, or an option that is out of range.
@@ -94,7 +95,7 @@ def metrics_for(dataset: VideoDataset, names: str | Sequence[str] | None = (), *
     return StreamingMetrics(
         len(dataset.CLASSES), ignore_index=dataset.ignore_index, reduce_zero_label=dataset.reduce_zero_label,
         consistency=consistency, videos={video.name: video.frames for video in dataset.videos},
-        class_names=dataset.CLASSES, extras=extras)
+        class_names=dataset.CLASSES, extras=extras, per_frame=per_frame)
 
 
 def check_model(cfg: Config) -> None:

@@ -59,14 +59,20 @@ def flawed(gt, rng, share):
     return pred
 
 
-def collect(lengths, shares, shuffle=None, **options):
-    """A run over videos of ``lengths`` whose predictions are wrong in ``shares`` of the pixels."""
+def metrics_of(data):
+    return StreamingMetrics(8, videos={v.name: v.frames for v in data.videos}, class_names=NAMES, per_frame=True)
+
+
+def collect(lengths, shares, shuffle=None, keep=None, **options):
+    """A run over videos of ``lengths``, or some of them; predictions are wrong in ``shares`` of the pixels."""
     data = data_set(lengths)
-    sink = ReportSink(data, **options)
-    metrics = StreamingMetrics(8, videos={v.name: v.frames for v in data.videos}, class_names=NAMES)
+    metrics = metrics_of(data)
+    sink = ReportSink(data, metrics, **options)
     rng = np.random.default_rng(0)
     for seed, (video, share) in enumerate(zip(data.videos, shares)):
         maps = [(gt, flawed(gt, rng, share)) for gt in (scene(seed, i) for i in range(len(video.frames)))]
+        if keep is not None and seed not in keep:
+            continue
         order = list(range(len(maps)))
         if shuffle is not None:
             shuffle.shuffle(order)
@@ -75,6 +81,7 @@ def collect(lengths, shares, shuffle=None, **options):
             image = np.array(PALETTE, np.uint8)[np.minimum(gt, 7)]
             sink.add(video.name, video.frames[i], image, pred, gt)
             metrics.update(video.name, video.frames[i], pred, gt)
+        metrics.finish(video.name)
         sink.finish_video(video.name)
     return sink, metrics.results()
 
@@ -134,25 +141,12 @@ def test_pictures_are_small_and_labels_exact():
 
 
 def test_two_ranks_are_one():
-    whole, results = collect([4, 6, 5, 3], [0.1, 0.4, 0.2, 0.3], per_group=1)
-    states = []
-    for keep in ((0, 2), (1, 3)):
-        data = data_set([4, 6, 5, 3])
-        part = ReportSink(data, per_group=1)
-        for i in keep:
-            name = data.videos[i].name
-            rng = np.random.default_rng(0)
-            for j in range(4):  # bring the generator to where the whole run was
-                for f in range([4, 6, 5, 3][j]):
-                    gt = scene(j, f)
-                    pred = flawed(gt, rng, [0.1, 0.4, 0.2, 0.3][j])
-                    if j == i:
-                        image = np.array(PALETTE, np.uint8)[np.minimum(gt, 7)]
-                        part.add(name, data.videos[i].frames[f], image, pred, gt)
-            part.finish_video(name)
-        states.append(json.loads(json.dumps(part.state())))
-    merged = ReportSink(data_set([4, 6, 5, 3]), per_group=1).gathered(lambda _: states, results, 'run')
-    assert json.dumps(merged) == json.dumps(whole.run(results, 'run'))
+    lengths, shares = [4, 6, 5, 3], [0.1, 0.4, 0.2, 0.3]
+    whole, results = collect(lengths, shares, per_group=1)
+    parts = [collect(lengths, shares, per_group=1, keep=keep) for keep in ((0, 2), (1, 3))]
+    players = [json.loads(json.dumps(sink._players)) for sink, _ in parts]
+    for sink, _ in parts:
+        assert json.dumps(sink.run(results, 'run', gather=lambda _: players)) == json.dumps(whole.run(results, 'run'))
 
 
 def test_the_page_is_bounded_and_gives_its_runs_back(tmp_path):
@@ -384,14 +378,14 @@ def test_the_page_in_chromium(pages, browser, vspw, tmp_path):
 
     # What the player draws is computed from the labels: compare with numpy.
     player = run['players'][0]
-    assert player['group'] == 'worst' and '1 of' in browser.run(POSITION)
-    browser.press('ArrowRight')
-    browser.press('ArrowRight')
-    browser.press('ArrowLeft')
-    assert '(2 of' in browser.run(POSITION)
     read = {f: p for v, f, p in read_predictions(pages / 'poor', dataset) if v == player['video']}
     items = [item for item in dataset if item['video'] == player['video']]
     gts = {f: gt for item in items for f, gt in zip(item['frames'], item['label'])}
+    errors = [((read[f] != gts[f]) & (gts[f] != 255)).sum() / (gts[f] != 255).sum() for f in player['frames']]
+    assert player['group'] == 'worst' and f'({np.argmax(errors) + 1} of' in browser.run(POSITION), 'on its worst frame'
+    for key in ('Home', 'ArrowRight', 'ArrowRight', 'ArrowLeft'):
+        browser.press(key)
+    assert '(2 of' in browser.run(POSITION)
     before, frame = player['frames'][:2]
     wrong = (read[frame] != gts[frame]) & (gts[frame] != 255)
     still = gts[frame] == gts[before]
@@ -441,6 +435,20 @@ def test_two_runs_in_chromium(pages, browser, tmp_path):
                         select, choice)
     browser.run("document.querySelector('.dot').onclick()")
     browser.screenshot(tmp_path / 'page.png')
+    assert browser.log() == []
+
+
+def test_a_narrow_page_with_isolated_points_in_chromium(browser, tmp_path):
+    sink, results = collect([2, 5], [0.1, 0.4], per_group=1)
+    browser.open(write_report([sink.run(results, 'run')], tmp_path))
+    browser.wait(READY)
+    browser.resize(500, 900)
+    browser.wait("(s => s.scrollWidth <= s.clientWidth)(document.querySelector('#summary'))")
+    points = "const s = document.querySelector('#line-video'); s.value = arguments[0]; s.onchange();" \
+        "return document.querySelectorAll('#lines .alone').length"
+    assert [browser.run(points, video) for video in ('video00', 'video01')] == [1, 0]
+    browser.screenshot(tmp_path / 'narrow.png')
+    browser.resize(1300, 900)
     assert browser.log() == []
 
 

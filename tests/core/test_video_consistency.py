@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseg.core.evaluation import ConsistencyOptions, StreamingMetrics
-from mmseg.core.evaluation.video_consistency import ConstantRuns, WindowCounts, unpack
+from mmseg.core.evaluation.video_consistency import ConstantRuns, WindowCounts
 from mmseg.kernels import library, run_lengths
 from tests.conftest import instruction_sets, need_native
 from tests.reference import recipe
@@ -231,12 +231,11 @@ def test_constant_runs_for_any_size_and_length(seed, height, width, n):
     runs = ConstantRuns([n])
     for i in range(n + 3):
         runs.push(gt[i], pred[i])
-        bits = runs.constant(n)
-        assert (bits is None) == (i < n - 1)
-        if bits is not None:
-            for row, labels in zip(bits, (gt, pred)):
-                want = (labels[i - n + 1:i + 1] == labels[i]).all(0)
-                assert (unpack(row, (height, width)) == want).all()
+        constant = runs.constant(n)
+        assert (constant is None) == (i < n - 1)
+        if constant is not None:
+            for ours, labels in zip(constant, (gt, pred)):
+                assert (ours == (labels[i - n + 1:i + 1] == labels[i]).all(0)).all()
 
 
 def counted(gt, pred, lengths, last=False):

@@ -23,6 +23,7 @@ from .temporal import TemporalMeasure, mean_iou, temporal_measure
 from .video_consistency import WindowCounts
 
 Frame = int | str
+_PAIR = 2  # frames of the window that says how consistent a frame is with the one before
 
 
 @dataclass(frozen=True)
@@ -53,48 +54,45 @@ class ConsistencyOptions:
 
 
 @dataclass
-class _Windows:
-    """Ratios of the windows of one video, summed in the order of the windows."""
-
-    ratio: float = 0.0
-    windows: int = 0
-
-    def add(self, both: int, constant: int) -> None:
-        if constant:
-            self.ratio += both / constant
-            self.windows += 1
-
-
-@dataclass
 class _Frame:
     """A frame that waits for its turn."""
 
+    name: Frame
     compared: np.ndarray  # ground truth as VC compares it
     gt: np.ndarray
     pred: np.ndarray
     image: np.ndarray | None
+    iou: float
 
 
 @dataclass
 class _Video:
-    """What is known of one video."""
+    """What is known of a video that is not finished."""
 
-    counts: np.ndarray = field(default_factory=lambda: np.zeros((LABELS, LABELS), np.int64))
-    windows: dict[int, _Windows] = field(default_factory=dict)
+    confusion: np.ndarray
+    stream: WindowCounts | None
+    extras: dict[str, TemporalMeasure]
+    windows: dict[int, tuple[float, int]]  # n -> sum of ratios, in the order of the windows, and their number
     frames: int = 0
+    per_frame: list[tuple[Frame, float, float]] = field(default_factory=list)
     seen: set[Frame] = field(default_factory=set)
     waiting: dict[Frame, _Frame | None] = field(default_factory=dict)
     next: int = 0
-    stream: WindowCounts | None = None
-    extras: dict[str, TemporalMeasure] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
+
+    def add(self, windows: Iterable[tuple[int, int, int]]) -> None:
+        """Counts windows: (n, pixels constant in both, pixels constant in the ground truth)."""
+        for n, both, constant in windows:
+            if constant:
+                ratio, number = self.windows[n]
+                self.windows[n] = ratio + both / constant, number + 1
 
 
 class StreamingMetrics:
     """mIoU, mIoU_vspw, fwIoU, aAcc, mAcc, mDice and VC_n from frames in any order.
 
-    Memory: one label pair and some bit maps per open video, plus the frames that came before their turn; after a video
-    is finished, its counts.  A video is finished when all its frames have come (if ``videos`` gives them) or by
+    Memory: one label pair and its run lengths per open video, and the frames that came before their turn; of a finished
+    video its counts.  A video is finished when all its frames have come (if ``videos`` gives them) or by
     :meth:`finish`; :meth:`compute` may be called at any time and looks at what has come so far.
 
     Args:
@@ -107,6 +105,7 @@ class StreamingMetrics:
             (:func:`~mmseg.utils.names.natural_key`).  Integer frames are positions, taken in ascending order.
         class_names: names for the per-class results.
         extras: optional measures over time: ``VEC<n>`` and ``TC`` (:mod:`mmseg.core.evaluation.temporal`).
+        per_frame: give the scores of every frame, too (:attr:`Results.frames`).
 
     Example:
         >>> metrics = StreamingMetrics(num_classes=2, consistency=None)
@@ -125,6 +124,7 @@ class StreamingMetrics:
         videos: Mapping[str, Sequence[Frame]] | None = None,
         class_names: Sequence[str] | None = None,
         extras: Sequence[str] = (),
+        per_frame: bool = False,
     ) -> None:
         if not 0 < num_classes < LABELS or not 0 <= ignore_index < LABELS:
             raise ValueError(f'labels are 8-bit: expected 1..255 classes and ignore_index 0..255, '
@@ -133,7 +133,7 @@ class StreamingMetrics:
             raise ValueError(f'expected {num_classes} class names, got {len(class_names)}')
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.consistency = consistency
+        self.consistency = consistency or ConsistencyOptions(lengths=())
         self.class_names = tuple(class_names) if class_names else tuple(map(str, range(num_classes)))
         self._reduce = _reduce_table(ignore_index) if reduce_zero_label else None
         self._extras: dict[str, Callable[[], TemporalMeasure]] = {}
@@ -142,7 +142,9 @@ class StreamingMetrics:
             if measure is None:
                 raise ValueError(f"'{name}' is no measure over time; expected VEC<n> (n >= 2) or TC")
             self._extras[name] = measure
-        self._in_order = bool(self._extras) or bool(consistency and consistency.lengths)
+        self._per_frame = per_frame
+        self._lengths = {*self.consistency.lengths, *([_PAIR] if per_frame else [])}
+        self._in_order = bool(self._extras or self._lengths)
         self._positions = {name: {f: i for i, f in enumerate(frames)} for name, frames in (videos or {}).items()}
         self._open: dict[str, _Video] = {}
         self._done: dict[str, dict[str, Any]] = {}
@@ -170,29 +172,27 @@ class StreamingMetrics:
         raw, pred = as_label_map(gt, f'{where}: ground truth'), as_label_map(pred, f'{where}: prediction')
         if raw.shape != pred.shape:
             raise ValueError(f'{where}: the prediction is {_size(pred)}, the ground truth {_size(raw)}')
-        reduced = raw if self._reduce is None else self._reduce[raw]
-        counts = joint_histogram(reduced, pred)
-        self._check_labels(counts, where)
-        state = self._arrive(video, frame)
-        state.counts += counts
+        labels = raw if self._reduce is None else self._reduce[raw]
+        confusion = self._scored(joint_histogram(labels, pred), where)
+        state, position = self._arrive(video, frame)
+        state.confusion += confusion
         state.frames += 1
         if self._in_order:
             if state.shape not in (None, raw.shape):
                 raise ValueError(f'{where}: {_size(raw)}, but the frames before are {state.shape[1]}x{state.shape[0]}; '
                                  f'video consistency needs one size per video')
             state.shape = raw.shape
-            remap = self.consistency is not None and self.consistency.remap_void
-            compared = (reduced if remap else raw).copy()
-            labels = reduced.copy() if self._extras else compared
-            kept = image.copy() if image is not None and self.needs_images else None
-            state.waiting[self._position(video, frame)] = _Frame(compared, labels, pred.copy(), kept)
+            compared = (labels if self.consistency.remap_void else raw).copy()
+            state.waiting[position] = _Frame(
+                frame, compared, labels.copy() if self._extras else compared, pred.copy(),
+                image.copy() if image is not None and self.needs_images else None,
+                mean_scores(confusion)['mIoU'] if self._per_frame else math.nan)
         self._advance(video, state)
 
     def skip(self, video: str, frame: Frame) -> None:
-        """Says that ``frame`` will not come; its neighbours then follow each other, as if it were not in the video."""
-        state = self._arrive(video, frame)
-        if self._in_order:
-            state.waiting[self._position(video, frame)] = None
+        """Says that ``frame`` will not come; its neighbours are compared as if it were not in the video."""
+        state, position = self._arrive(video, frame)
+        state.waiting[position] = None
         self._advance(video, state)
 
     def finish(self, video: str) -> None:
@@ -209,21 +209,23 @@ class StreamingMetrics:
         return self.results().summary
 
     def results(self) -> Results:
-        """Summary, and scores per class and per video."""
+        """Summary, and scores per class, per video and, with ``per_frame``, per frame."""
         records = self._records()
-        confusion = sum((_confusion(r, self.num_classes, self.ignore_index) for r in records.values()),
-                        np.zeros((self.num_classes, self.num_classes), np.int64))
-        summary = {**mean_scores(confusion), **self._over_time(records.values())}
+        confusion = self._confusion(records.values())
         scores = class_scores(confusion)
-        classes = [
-            {'class': name, 'IoU': float(scores['IoU'][i]), 'Acc': float(scores['Acc'][i]),
-             'Dice': float(scores['Dice'][i]), 'pixels': int(scores['pixels'][i])}
-            for i, name in enumerate(self.class_names)]
-        videos = [
-            {'video': name, 'frames': record['frames'],
-             **mean_scores(_confusion(record, self.num_classes, self.ignore_index)), **self._over_time([record])}
-            for name, record in records.items()]
-        return Results(summary=summary, classes=classes, videos=videos, confusion=confusion)
+        return Results(
+            summary=self._scores(records.values()),
+            classes=[{'class': name, **{key: of_classes[i].item() for key, of_classes in scores.items()}}
+                     for i, name in enumerate(self.class_names)],
+            videos=[{'video': name, 'frames': record['frames'], **self._scores([record])}
+                    for name, record in records.items()],
+            confusion=confusion,
+            frames={name: [dict(zip(('frame', 'mIoU', 'consistency'), row)) for row in record['per_frame']]
+                    for name, record in records.items() if self._per_frame})
+
+    def video_scores(self, video: str) -> dict[str, float]:
+        """The scores of a finished video, with the keys of :meth:`compute`."""
+        return self._scores([self._done[video]])
 
     def state(self) -> dict[str, Any]:
         """All counts so far as plain Python numbers, lists and dicts (JSON), for :meth:`merge` on another rank."""
@@ -243,23 +245,27 @@ class StreamingMetrics:
             raise ValueError(f'video {twice[0]} was evaluated on two ranks; give whole videos to a rank')
         self._done.update(copy.deepcopy(dict(state)))
 
-    def _arrive(self, video: str, frame: Frame) -> _Video:
+    def _arrive(self, video: str, frame: Frame) -> tuple[_Video, Frame]:
+        """The state of the video, and the position of the frame (its name where the video has no list of frames)."""
         if video in self._done:
             raise ValueError(f'{video}/{frame}: the video is finished, no further frame can be counted')
-        state = self._open.setdefault(video, _Video())
+        state = self._open.get(video) or self._new_video()
         if frame in state.seen:
             raise ValueError(f'{video}/{frame}: the frame has come before')
-        self._position(video, frame)
-        state.seen.add(frame)
-        return state
-
-    def _position(self, video: str, frame: Frame) -> Frame:
-        positions = self._positions.get(video)
-        if positions is None:
-            return frame
-        if frame not in positions:
+        position = self._positions.get(video, {frame: frame}).get(frame)
+        if position is None:
             raise ValueError(f'{video}/{frame}: not among the frames given for this video')
-        return positions[frame]
+        self._open[video] = state
+        state.seen.add(frame)
+        return state, position
+
+    def _new_video(self) -> _Video:
+        lengths = sorted(self._lengths)
+        return _Video(
+            confusion=np.zeros((self.num_classes, self.num_classes), np.int64),
+            stream=WindowCounts(lengths, self.consistency.last_window) if lengths else None,
+            extras={name: make() for name, make in self._extras.items()},
+            windows=dict.fromkeys(lengths, (0.0, 0)))
 
     def _advance(self, video: str, state: _Video) -> None:
         """Counts the windows of all frames whose turn has come."""
@@ -272,31 +278,28 @@ class StreamingMetrics:
     def _count(self, state: _Video, frame: _Frame | None) -> None:
         if frame is None:
             return
-        if self.consistency is not None and self.consistency.lengths:
-            if state.stream is None:
-                state.stream = WindowCounts(self.consistency.lengths, self.consistency.last_window)
-                state.windows = {n: _Windows() for n in self.consistency.lengths}
-            for n, both, constant in state.stream.push(frame.compared, frame.pred):
-                state.windows[n].add(both, constant)
-        if not state.extras:
-            state.extras = {name: make() for name, make in self._extras.items()}
+        if state.stream is not None:
+            state.add(state.stream.push(frame.compared, frame.pred))
+            if self._per_frame:
+                both, constant = state.stream.runs.count(_PAIR) or (0, 0)
+                state.per_frame.append((frame.name, frame.iou, both / constant if constant else math.nan))
         for measure in state.extras.values():
             measure.push(frame.gt, frame.pred, frame.image)
 
     def _record(self, state: _Video) -> dict[str, Any]:
         """The counts of a finished video; ``state`` is used up."""
-        for frame in sorted(state.waiting, key=_frame_order):
-            self._count(state, state.waiting[frame])
+        for position in sorted(state.waiting, key=_frame_order):
+            self._count(state, state.waiting[position])
         if state.stream is not None:
-            for n, both, constant in state.stream.close():
-                state.windows[n].add(both, constant)
-        used = np.flatnonzero(state.counts)
+            state.add(state.stream.close())
+        used = np.flatnonzero(state.confusion)
         return {
             'frames': state.frames,
             'pairs': used.tolist(),
-            'pixels': state.counts.ravel()[used].tolist(),
-            'windows': {str(n): [w.ratio, w.windows] for n, w in state.windows.items()},
+            'pixels': state.confusion.ravel()[used].tolist(),
+            'windows': {str(n): sums for n, sums in state.windows.items()},
             'areas': {name: measure.areas.tolist() for name, measure in state.extras.items()},
+            'per_frame': state.per_frame,
         }
 
     def _records(self) -> dict[str, dict[str, Any]]:
@@ -304,35 +307,39 @@ class StreamingMetrics:
         records = {**self._done, **unfinished}
         return {name: records[name] for name in sorted(records, key=natural_key)}
 
-    def _over_time(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    def _confusion(self, records: Iterable[Mapping[str, Any]]) -> np.ndarray:
+        """The confusion matrix of some videos together, int64 [K, K]."""
+        confusion = np.zeros((self.num_classes, self.num_classes), np.int64)
+        for record in records:
+            confusion.reshape(-1)[record['pairs']] += np.array(record['pixels'], np.int64)
+        return confusion
+
+    def _scores(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+        """The scores of some videos together."""
         records = list(records)
-        options = self.consistency or ConsistencyOptions(lengths=())
-        scores = {}
-        for n in options.lengths:
-            sums = [r['windows'][str(n)] for r in records
-                    if str(n) in r['windows'] and r['frames'] >= options.min_frames]
+        scores = mean_scores(self._confusion(records))
+        for n in self.consistency.lengths:
+            sums = [r['windows'][str(n)] for r in records if r['frames'] >= self.consistency.min_frames]
             windows = sum(count for _, count in sums)
-            scores[f'VC{n}'] = math.fsum(ratio for ratio, _ in sums) / windows if windows else float('nan')
+            scores[f'VC{n}'] = math.fsum(ratio for ratio, _ in sums) / windows if windows else math.nan
         for name in self._extras:
-            areas = [np.array(r['areas'][name]) for r in records if name in r['areas']]
+            areas = [np.array(r['areas'][name]) for r in records]
             scores[name] = mean_iou(sum(areas, np.zeros((2, self.num_classes), np.int64)))
         return scores
 
-    def _check_labels(self, counts: np.ndarray, where: str) -> None:
-        valid = np.zeros(LABELS, bool)
-        valid[:self.num_classes] = True
-        valid[self.ignore_index] = False
-        others = np.flatnonzero(counts.any(1) & ~valid)
-        others = others[others != self.ignore_index]
-        if others.size:
-            shift = int(self._reduce is not None)
-            raise ValueError(f'{where}: the ground truth holds label {int(others[0]) + shift}; expected '
-                             f'{shift}..{self.num_classes - 1 + shift} and {self.ignore_index}')
-        others = np.flatnonzero(counts[valid].any(0))
-        others = others[others >= self.num_classes]
-        if others.size:
-            raise ValueError(f'{where}: the prediction holds label {int(others[0])}; '
-                             f'expected 0..{self.num_classes - 1}')
+    def _scored(self, counts: np.ndarray, where: str) -> np.ndarray:
+        """The scored part [K, K] of joint counts [256, 256]; a label outside it is an error."""
+        counts[self.ignore_index] = 0
+        classes, shift = self.num_classes, int(self._reduce is not None)
+        outside = np.flatnonzero(counts[classes:].any(1))
+        if outside.size:
+            raise ValueError(f'{where}: the ground truth holds label {classes + int(outside[0]) + shift}; expected '
+                             f'{shift}..{classes - 1 + shift} and {self.ignore_index}')
+        outside = np.flatnonzero(counts[:, classes:].any(0))
+        if outside.size:
+            raise ValueError(f'{where}: the prediction holds label {classes + int(outside[0])}; '
+                             f'expected 0..{classes - 1}')
+        return counts[:classes, :classes]
 
 
 def _frame_order(frame: Frame) -> tuple[bool, Any]:
@@ -345,14 +352,6 @@ def _reduce_table(ignore_index: int) -> np.ndarray:
     table = np.arange(LABELS, dtype=np.int64) - 1
     table[[0, LABELS - 1]] = ignore_index
     return table.astype(np.uint8)
-
-
-def _confusion(record: Mapping[str, Any], num_classes: int, ignore_index: int) -> np.ndarray:
-    """The scored part of a video's counts, int64 [K, K]."""
-    counts = np.zeros((LABELS, LABELS), np.int64)
-    counts.reshape(-1)[record['pairs']] = record['pixels']
-    counts[ignore_index] = 0
-    return counts[:num_classes, :num_classes]
 
 
 def _size(labels: np.ndarray) -> str:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ class Results:
         classes: one row a class: ``class``, ``IoU``, ``Acc``, ``Dice``, ``pixels`` (of the ground truth).
         videos: one row a video: ``video``, ``frames`` and the keys of ``summary``.
         confusion: int64 [K, K], rows = ground truth.
+        frames: video -> one row a frame, in order: ``frame``, ``mIoU``, and ``consistency`` with the frame before.
     """
 
     summary: dict[str, float]
     classes: list[dict[str, Any]]
     videos: list[dict[str, Any]]
     confusion: np.ndarray
+    frames: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def check_scored(self) -> None:
         """Raises :class:`DataError` where no pixel was scored: scores that do not exist are no result."""
@@ -42,7 +44,7 @@ class Results:
                             'ground truth is a class')
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the confusion matrix, ready for JSON: nan becomes None."""
+        """Everything but the confusion matrix and the frames, ready for JSON: nan becomes None."""
         return {**_plain(self.summary), 'per_class': [_plain(r) for r in self.classes],
                 'per_video': [_plain(r) for r in self.videos]}
 

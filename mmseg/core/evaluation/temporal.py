@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from .confusion import LABELS, joint_histogram
-from .video_consistency import ConstantRuns, unpack
+from .video_consistency import ConstantRuns
 
 
 class TemporalMeasure(Protocol):
@@ -59,14 +59,13 @@ class PersistentRegions:
         """Takes the next frame; the window that ends here counts once another frame has come (as in VC_n)."""
         self._runs.push(gt, pred)
         self.areas += self._held
-        bits = self._runs.constant(self.n)
-        if bits is None:
+        constant = self._runs.constant(self.n)
+        if constant is None:
             return
         changing, void = self.num_classes, self.num_classes + 1
-        stays, stays_pred = (unpack(row, gt.shape) for row in bits)
-        region = np.where(stays, gt, np.uint8(changing))
+        region, region_pred = np.where(constant, [gt, pred], np.uint8(changing))
         region[gt == self.ignore_index] = void
-        counts = joint_histogram(region, np.where(stays_pred, pred, np.uint8(changing)))
+        counts = joint_histogram(region, region_pred)
         counts[void] = 0
         self._held = _areas(counts, self.num_classes)
 
@@ -74,7 +73,7 @@ class PersistentRegions:
 class FlowConsistency:
     """TC: IoU between a prediction and the one before it, moved along the optical flow (Liu et al., ECCV 2020).
 
-    The flow is OpenCV's DIS (Kroeger et al., ECCV 2016) between the frames as they stand on disk, not FlowNet2 as in
+    The flow is OpenCV's DIS (Kroeger et al., ECCV 2016) between the frames at their size on disk, not FlowNet2 as in
     the paper, so the figures compare only with each other.  Occlusions are not masked, as in the paper.  The ground
     truth plays no part.
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmseg.apps.evaluate import main
 from mmseg.core.evaluation import StreamingMetrics
-from mmseg.core.evaluation.__main__ import main
 from tests.reference import recipe
 
 KEYS = ['mIoU', 'mIoU_vspw', 'fwIoU', 'aAcc', 'mAcc', 'VC8', 'VC16']
