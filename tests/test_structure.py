@@ -62,6 +62,13 @@ def test_imports_go_one_way(package):
             assert allowed, f'{path.relative_to(ROOT)} imports {name}'
 
 
+def test_models_ask_for_no_processor():
+    words = ('device.type', 'is_compiling', 'ctypes', 'avx', 'get_cpu_capability', 'mkldnn')
+    for path in (PACKAGE / 'models').rglob('*.py'):
+        found = [word for word in words if word in path.read_text()]
+        assert not found, f'{path.relative_to(ROOT)} holds {found}: that belongs into mmseg/kernels'
+
+
 def test_no_circular_import():
     graph = {name: imports_of(path, everywhere=False) - {name} for name, path in MODULES.items()}
     assert sum(map(len, graph.values())) > 100

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +31,23 @@ def product_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     cast = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+def without_autocast(of: Tensor | str) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off for the device of a tensor, or a type of devices, where it is on; none need have it."""
+    device = of if isinstance(of, str) else of.device.type
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether the device has autocast and it is on."""
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    """A constant for the compiler, which could not trace the question in torch 2.11."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 class _Copy(NamedTuple):
@@ -55,7 +72,7 @@ class ProductLayer(nn.Module):
             return weights
         held = _copies.get(self, {})
         device = x.device.type
-        if not held or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if not held or not autocasts(device):
             return weights
         dtype = torch.get_autocast_dtype(device)
         if dtype not in held or product_dtype(x) != dtype:

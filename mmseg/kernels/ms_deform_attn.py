@@ -6,15 +6,19 @@ location * size - 0.5)``, with zeros outside the map. The PyTorch forms are thos
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmseg.kernels.half import autocasts, without_autocast
 from mmseg.kernels.torch_ops import ops, uses_native
+
+__all__ = [
+    'ms_deform_attn', 'ms_deform_attn_fused', 'ms_deform_attn_fused_pytorch', 'ms_deform_attn_pytorch',
+    'without_autocast',
+]
 
 SpatialShapes = Tensor | Sequence[Sequence[int]]
 
@@ -69,27 +73,12 @@ def _check_value(
     return shapes, sizes
 
 
-@torch.compiler.assume_constant_result
-def _knows_autocast(device_type: str) -> bool:
-    """Whether a device has autocast; a constant for the compiler, which could not trace the question in torch 2.11."""
-    return torch.amp.is_autocast_available(device_type)
-
-
-def _autocasts(device_type: str) -> bool:
-    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Switches autocast off where it is on; a device need not have it."""
-    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else contextlib.nullcontext()
-
-
 def _call(
     value: Tensor, shapes: list[tuple[int, int]], reference: Tensor | None, points: Tensor, weights: Tensor
 ) -> Tensor:
     if uses_native(value.device.type):
         return ops.ms_deform_attn(value, [size for shape in shapes for size in shape], reference, points, weights)
-    if _autocasts(value.device.type):  # the native op's autocast rule
+    if autocasts(value.device.type):  # the native op's autocast rule
         value, points, weights = (x if x.dtype == torch.float64 else x.float() for x in (value, points, weights))
         reference = reference if reference is None or reference.dtype == torch.float64 else reference.float()
     if reference is None:

@@ -108,7 +108,7 @@ def test_attention_under_autocast_gives_the_numbers_of_float32_inputs(backend, m
         return out
 
     monkeypatch.setattr(msdeformattn, 'ms_deform_attn_fused', noted)
-    for context in (msdeformattn.without_autocast, lambda device_type: contextlib.nullcontext()):
+    for context in (msdeformattn.without_autocast, lambda x: contextlib.nullcontext()):
         monkeypatch.setattr(msdeformattn, 'without_autocast', context)
         module.zero_grad()
         with torch.autocast('cpu', torch.bfloat16):

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmseg.kernels.half import without_autocast
 from mmseg.kernels.layers import Conv2d, LayerNorm, Linear, chunked
-from mmseg.kernels.ms_deform_attn import ms_deform_attn_fused, without_autocast
+from mmseg.kernels.ms_deform_attn import ms_deform_attn_fused
 from mmseg.models.decode_heads.position_encoding import pixel_centres, sine_position_2d
 from mmseg.models.init import init_kaiming_, init_xavier_, zero_bias_
 from mmseg.registry import PIXEL_DECODERS, retired
@@ -99,7 +100,7 @@ class MSDeformAttn(nn.Module):
         logits = self.attention_weights(query).view(n, queries, self.num_heads, -1)
         # Autocast would cast all of this to float32 first. The sums are made in float32 anyway, so this gives the same
         # numbers without the copies; only the result is rounded here and not at the door of output_proj.
-        with without_autocast(value.device.type):
+        with without_autocast(value):
             attended = ms_deform_attn_fused(value, spatial_shapes, reference_points, offsets, logits)
         return self.output_proj(attended)
 

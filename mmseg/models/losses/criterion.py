@@ -7,7 +7,6 @@ of all queries -> for each round mask losses, at points against the target or on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,77 +14,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmseg.kernels.half import without_autocast
 from mmseg.models.losses import mask_losses, point_sampling
 from mmseg.models.losses.match_table import MatchTable
 from mmseg.models.losses.matching import Cost, Matcher
+from mmseg.models.losses.rounds import CostWeights, LossWeights, Round, papers_rounds, refuse, rounds_of
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
-from mmseg.registry import LOSSES, check_arguments, config_key, find, retired
+from mmseg.registry import LOSSES, check_arguments, find, retired
 from mmseg.utils.arguments import Count, Index, Ratio, Share, Weight
-from mmseg.utils.errors import ConfigError
 
 _ROUND_NAMES = ('primary', 'secondary')
-
-
-@retired(class_weight_unmatched=())
-@dataclass(frozen=True)
-class LossWeights:
-    """Weights of cost terms and losses (``matcher_cfg`` of the reference, which gave both the same ones).
-
-    Attributes:
-        class_weight: class cost, and ``loss_ce``.
-        mask_weight: BCE cost, and BCE of primary masks.
-        dice_weight: dice cost, and dice of primary masks.
-        mask_weight_unmatched: BCE of secondary masks.
-        dice_weight_unmatched: dice of secondary masks.
-    """
-
-    class_weight: Weight = 2.0
-    mask_weight: Weight = 5.0
-    dice_weight: Weight = 5.0
-    mask_weight_unmatched: Weight = 0.5
-    dice_weight_unmatched: Weight = 0.5
-
-
-@dataclass(frozen=True)
-class CostWeights:
-    """Weights of the full cost, where ``rounds`` say what the losses weigh.
-
-    Attributes:
-        class_weight: class cost, and ``loss_ce``.
-        mask_weight: BCE cost.
-        dice_weight: dice cost.
-    """
-
-    class_weight: Weight = 2.0
-    mask_weight: Weight = 5.0
-    dice_weight: Weight = 5.0
-
-
-@dataclass(frozen=True)
-class Round:
-    """A round of matching, and what the masks that it matches learn.
-
-    Attributes:
-        name: how the names of its losses begin.
-        cost: what the assignment minimises: the ``'full'`` cost, or the unweighted ``'mask'`` BCE alone.
-        losses: name of a mask loss -> its weight.  ``mask`` (BCE) and ``dice``, and for ``labels='target'`` any
-            function in the registry ``LOSSES``.
-        weight: factor on all of them.
-        labels: ``'target'``: at random points against the target.  ``'self'``: on every pixel against the target where
-            the mask itself is above 0.5, and 0 elsewhere.
-        start: iteration from which the round takes part; ``None``: never.
-    """
-
-    name: str
-    cost: Cost = 'full'
-    losses: Mapping[str, Weight] | None = None
-    weight: Weight = 1.0
-    labels: Literal['target', 'self'] = 'target'
-    start: Index | None = 0
-
-    def begins(self, iteration: int) -> bool:
-        """Whether the round takes part in this iteration."""
-        return self.start is not None and iteration >= self.start
 
 
 @retired(deep_supervision=(True,), dec_layers=())
@@ -110,7 +48,7 @@ class THEMaskCriterion(nn.Module):
         num_classes: K.
         matcher_cfg: weights of costs and losses; not with ``rounds``.
         warmup_iters: one-frame stage: iterations before round 2 starts; ``None``: it never does (as in the released
-            code, whose counter did not advance).
+            code, whose counter did not advance).  ``rounds`` have their own ``start``.
         round_weight: factors on the mask losses of primary and secondary queries, by default 1 and 0.5; not with
             ``rounds``.
         aux_weight: factor on all losses of the frame level.
@@ -154,21 +92,18 @@ class THEMaskCriterion(nn.Module):
         self.match_masks = match_masks
         weights: LossWeights | CostWeights
         if rounds is None:
-            if cost_weights is not None:
-                raise ConfigError('loss_cfg.cost_weights: goes with rounds; without them see matcher_cfg')
+            refuse('cost_weights', cost_weights, 'goes with rounds; without them see matcher_cfg')
             weights = LossWeights(**check_arguments(LossWeights, matcher_cfg or {}, 'matcher_cfg'))
             self.rounds = {
-                levels: _papers_rounds(weights, round_weight or (1.0, 0.5), cost, start)
+                levels: papers_rounds(weights, round_weight or (1.0, 0.5), cost, start)
                 for levels, cost, start in ((1, round2_cost or 'mask', warmup_iters), (2, round2_cost or 'full', 0))
             }
         else:
-            given = dict(matcher_cfg=matcher_cfg, round_weight=round_weight, round2_cost=round2_cost)
-            for key in (key for key, value in given.items() if value is not None):
-                raise ConfigError(
-                    f'loss_cfg.{key}: not together with rounds, which say it for each round; remove it, or write '
-                    'loss_cfg=dict(_delete_=True, rounds=...) where a base config has it')
+            for key, value in dict(matcher_cfg=matcher_cfg, round_weight=round_weight, round2_cost=round2_cost).items():
+                refuse(key, value, 'not together with rounds, which say it for each round; remove it, or write '
+                       'loss_cfg=dict(_delete_=True, rounds=...) where a base config has it')
             weights = CostWeights(**check_arguments(CostWeights, cost_weights or {}, 'cost_weights'))
-            self.rounds = dict.fromkeys((1, 2), _rounds_of(rounds))
+            self.rounds = dict.fromkeys((1, 2), rounds_of(rounds))
         self.class_weight = weights.class_weight
         self.matcher = Matcher(weights.class_weight, weights.mask_weight, weights.dice_weight, train_num_points)
         self.last_statistics: dict[str, Tensor] = {}
@@ -197,7 +132,7 @@ class THEMaskCriterion(nn.Module):
                 f'predictions for {len(clip.logits)} clips of {clip.num_frames} frames need as many label maps of '
                 f'one size [{clip.num_frames}, H, W]; got {len(targets)} of {sizes}'
             )
-        with torch.autocast(clip.logits.device.type, enabled=False):
+        with without_autocast(clip.logits):
             return self._losses(output, targets, iteration)
 
     def _losses(self, output: DecoderOutput, targets: list[ClipTarget], iteration: int) -> dict[str, Tensor]:
@@ -297,35 +232,6 @@ class THEMaskCriterion(nn.Module):
         sampled = point_sampling.sample_points(targets[:, None], by_target.flatten(1, 2))
         wanted = sampled.view(by_target.shape[:3])[rows, sets]
         return logits.view(*masks.shape[:3], -1), wanted.view(*masks.shape[:3], -1)
-
-
-def _papers_rounds(weights: LossWeights, factors: Sequence[float], cost: Cost, start: int | None) -> list[Round]:
-    """The two rounds of THE-Mask; the second minimises ``cost`` from iteration ``start`` on."""
-    primary = {'mask': weights.mask_weight, 'dice': weights.dice_weight}
-    secondary = {'mask': weights.mask_weight_unmatched, 'dice': weights.dice_weight_unmatched}
-    return [Round('r0_', 'full', primary, factors[0]), Round('r1_', cost, secondary, factors[1], 'self', start)]
-
-
-def _rounds_of(entries: Sequence[Mapping[str, Any]]) -> list[Round]:
-    """The rounds of a config.
-
-    Raises:
-        ConfigError: no round, two of one name, the first one starts later, or a loss that nobody knows.
-    """
-    rounds: list[Round] = []
-    for i, entry in enumerate(entries):
-        with config_key(f'rounds[{i}]') as where:
-            own = Round(**check_arguments(Round, entry, where))
-            for name in own.losses or {}:
-                if own.labels == 'self' and name not in ('mask', 'dice'):
-                    raise ConfigError(f"{where}.losses.{name}: labels='self' knows mask and dice alone")
-                find(LOSSES, name, f'{where}.losses')
-            if own.name in {other.name for other in rounds}:
-                raise ConfigError(f"{where}.name: '{own.name}' is the name of an earlier round; take another")
-            rounds.append(own)
-    if not rounds or rounds[0].start != 0:
-        raise ConfigError('rounds: expected at least one round, the first with start=0')
-    return rounds
 
 
 def _loss(name: str) -> Any:
