@@ -52,7 +52,7 @@ from benchmarks.scaling import grid_labels
 from mmseg.config import load_config
 from mmseg.core import build_optimizer
 from mmseg.core.finetune import FinetuneConfig, freeze
-from mmseg.kernels.ms_deform_attn.backend import uses_native
+from mmseg.kernels.torch_ops import uses_native
 from mmseg.models import EncoderDecoder
 from mmseg.models.decode_heads.layers import MultiHeadAttention
 from mmseg.models.structures import ClipTarget
@@ -284,7 +284,7 @@ def step(
     args: argparse.Namespace, model: EncoderDecoder, optimizer: torch.optim.Optimizer, live: LiveTensors, low: bool
 ) -> Count:
     """One training step, counted part by part."""
-    head = model.decode_head
+    head: Any = model.decode_head
     saved = SavedTensors(iter(model.parameters()))
     peaks: dict[str, int] = {}
     at_peak: dict[str, Counter[str]] = {}

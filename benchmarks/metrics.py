@@ -29,8 +29,7 @@ import numpy as np
 
 from mmseg.core.evaluation.confusion import joint_histogram
 from mmseg.core.evaluation.video_consistency import WindowCounts
-from mmseg.kernels import run_lengths
-from mmseg.kernels.native import BuildError
+from mmseg.kernels.library import BuildError, native
 
 CLASSES = 124
 LENGTHS = (8, 16)
@@ -151,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     cv2.setNumThreads(1)
     gt, pred = video(args.frames)
-    library = run_lengths.native()
+    library = native('cpu')
     if isinstance(library, BuildError):
         print(f'the native form is left out: {library}')
 

@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python 
 import torch
 from torch import Tensor
 
-from mmseg.kernels.ms_deform_attn import backend, build
-from mmseg.kernels.ms_deform_attn.library import ops
-from mmseg.kernels.ms_deform_attn.pytorch import ms_deform_attn_fused_pytorch
+from mmseg.kernels import library
+from mmseg.kernels.ms_deform_attn import ms_deform_attn_fused_pytorch
+from mmseg.kernels.torch_ops import ops
 
 HEADS, WIDTH, POINTS, STRIDES = 8, 32, 4, (32, 16, 8)
 SIZES = {'480x864 N=1': (1, 480, 864), '480x864 N=2': (2, 480, 864), '480x480 N=4': (4, 480, 480)}
@@ -99,12 +99,10 @@ def autograd_runner(function: Callable[..., Tensor], arguments: Arguments, grad_
 def native_runner(arguments: Arguments, grad_out: Tensor, instruction_set: str | None) -> Runner:
     """Runs the native op, on the CPU with one instruction set."""
     flat = [size for shape in arguments[1] for size in shape]
-    run = autograd_runner(lambda value, _, *others: ops.ms_deform_attn_fused(value, flat, *others), arguments, grad_out)
-    library = backend.native('cpu')
+    run = autograd_runner(lambda value, _, *others: ops.ms_deform_attn(value, flat, *others), arguments, grad_out)
 
     def chosen(backward: bool) -> None:
-        assert isinstance(library, backend.Native) and instruction_set
-        backend.choose_instruction_set(library, instruction_set)
+        library.choose_instruction_set(instruction_set or '')
         run(backward)
 
     return chosen if instruction_set else run
@@ -112,7 +110,7 @@ def native_runner(arguments: Arguments, grad_out: Tensor, instruction_set: str |
 
 def loop_runner(arguments: Arguments, grad_out: Tensor, folder: str) -> Runner | None:
     """Compiles and runs the plain C++ loop; None without a compiler or OpenMP."""
-    compiler = build.find_compiler('cpu')
+    compiler = library.find_compiler('cpu')
     path = Path(folder) / 'loop.so'
     if compiler is None:
         return None
@@ -167,22 +165,6 @@ def package_runner(arguments: Arguments, grad_out: Tensor) -> Runner | None:
     return run
 
 
-def instruction_sets() -> list[str]:
-    """The CPU kernels that this machine runs, best first."""
-    library = backend.native('cpu')
-    if not isinstance(library, backend.Native):
-        return []
-    names = []
-    for name in ('avx512', 'avx2', 'portable'):
-        try:
-            backend.choose_instruction_set(library, name)
-        except backend.BackendError:
-            continue
-        names.append(name)
-    backend.choose_instruction_set(library, names[0])
-    return names
-
-
 def runners(arguments: Arguments, device: str, folder: str) -> dict[str, Runner]:
     """All forms that this machine has, by name; the PyTorch form first."""
     value = arguments[0]
@@ -193,10 +175,10 @@ def runners(arguments: Arguments, device: str, folder: str) -> dict[str, Runner]
     low = (value.bfloat16(), *arguments[1:])
     if device == 'cpu':
         found['plain C++ loop'] = loop_runner(arguments, grad_out, folder)
-        for name in instruction_sets():
+        for name in library.instruction_sets():
             found[f'native {name}'] = native_runner(arguments, grad_out, name)
             found[f'native {name}, bf16'] = native_runner(low, grad_out.bfloat16(), name)
-    elif isinstance(backend.native('cuda'), backend.Native):
+    elif not isinstance(library.native('cuda'), library.BuildError):
         found['native cuda'] = native_runner(arguments, grad_out, None)
         found['native cuda, bf16'] = native_runner(low, grad_out.bfloat16(), None)
     found['torch-ms-deform-attn'] = package_runner(arguments, grad_out)

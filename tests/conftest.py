@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 if not os.environ.get('THEMASK_TEST_GPU'):
@@ -17,12 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmseg.kernels.ms_deform_attn import backend as backends
-from mmseg.kernels.ms_deform_attn.backend import Native, native
+from mmseg.kernels import library
 
 REFERENCE = Path(__file__).parent / 'reference'
 CAMVID = Path(__file__).parents[2] / 'shared' / 'camvid_vspw'
-INSTRUCTION_SETS = ('avx512', 'avx2', 'portable')
 
 
 @pytest.fixture(scope='session')
@@ -49,26 +48,47 @@ def _no_settings_of_tools_left(monkeypatch):
     monkeypatch.delenv('THP_MEM_ALLOC_ENABLE')
 
 
-def cpu_library() -> Native:
-    loaded = native('cpu')
-    if not isinstance(loaded, Native):
-        pytest.skip(f'no native op here: {loaded}')
-    return loaded
+def need_native() -> None:
+    """Skips a test where there is no native library for the CPU."""
+    loaded = library.native('cpu')
+    if isinstance(loaded, library.BuildError):
+        pytest.skip(f'no native library here: {loaded}')
 
 
-@pytest.fixture(params=['pytorch', *INSTRUCTION_SETS])
+def instruction_sets(wanted: str = '') -> Iterator[str]:
+    """Makes the CPU library use each instruction set of this processor, or the wanted one; puts back what was there."""
+    need_native()
+    before = library.instruction_set()
+    try:
+        for name in library.instruction_sets():
+            if wanted in ('', name):
+                library.choose_instruction_set(name)
+                yield name
+    finally:
+        library.choose_instruction_set(before)
+
+
+@pytest.fixture
+def fresh_library(monkeypatch, tmp_path):
+    """An empty cache, and no library loaded or warned of yet."""
+    monkeypatch.setenv('THEMASK_OPS_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.delenv('THEMASK_OPS_BACKEND', raising=False)
+    for cached in (library.native, library.usable):
+        cached.cache_clear()
+    yield
+    for cached in (library.native, library.usable):
+        cached.cache_clear()
+
+
+@pytest.fixture(params=['pytorch', 'avx512', 'avx2', 'portable'])
 def backend(request, monkeypatch):
     """Runs a test with the PyTorch form and with each instruction set that this processor has."""
     if request.param == 'pytorch':
         monkeypatch.setenv('THEMASK_OPS_BACKEND', 'pytorch')
         yield request.param
         return
-    library = cpu_library()
-    before = backends.instruction_set(library)
     monkeypatch.setenv('THEMASK_OPS_BACKEND', 'cpu')
-    try:
-        backends.choose_instruction_set(library, request.param)
-    except backends.BackendError as error:
-        pytest.skip(str(error))
-    yield request.param
-    backends.choose_instruction_set(library, before)
+    need_native()
+    if request.param not in library.instruction_sets():
+        pytest.skip(f'this processor has no {request.param}')
+    yield from instruction_sets(request.param)

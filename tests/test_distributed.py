@@ -12,12 +12,12 @@ from mmengine.config import Config
 from torch.nn.parallel import DistributedDataParallel
 
 from mmseg.core import NonFiniteLossError, OtherRankError, read_checkpoint
-from mmseg.core.hooks import Hook
+from mmseg.core.hooks import EvalHook, Hook
 from mmseg.models import build_segmentor
 from mmseg.models.losses import point_sampling
 from mmseg.utils import dist as dist_utils
 from mmseg.utils.cli import ArgumentParser, run_tool
-from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError
 from tests.engine import Model, batch, make_runner
 from tests.processes import free_port, start
 from tests.reference import recipe
@@ -179,9 +179,14 @@ def bad_file_in_one_rank(rank, work_dir):
         runner_of(rank, work_dir).run(data())
 
 
-def test_bad_data_of_one_rank_ends_all_with_a_checkpoint(tmp_path):
-    in_two_ranks(bad_file_in_one_rank, tmp_path)
-    assert read_checkpoint(tmp_path / 'iter_2.pth')['meta']['iter'] == 2
+def evaluation_of_one_rank(rank, work_dir):
+    def evaluate(model):
+        if rank == 1:
+            raise DataError('val/3.jpg: truncated')
+        return {'mIoU': 0.5}
+
+    with pytest.raises(DataError if rank else OtherRankError):
+        runner_of(rank, work_dir, [EvalHook(evaluate, interval=2)]).run(endless(rank))
 
 
 class NanOnOneRank(Model):
@@ -197,9 +202,12 @@ def nan_in_one_rank(rank, work_dir):
         runner_of(rank, work_dir, model=NanOnOneRank()).run(endless(rank))
 
 
-def test_a_nan_of_one_rank_stops_all(tmp_path):
-    in_two_ranks(nan_in_one_rank, tmp_path)
-    assert all(torch.isfinite(value).all() for value in read_checkpoint(tmp_path / 'iter_2.pth')['state_dict'].values())
+@pytest.mark.parametrize('failing', [bad_file_in_one_rank, evaluation_of_one_rank, nan_in_one_rank])
+def test_an_error_that_all_ranks_know_of_ends_all_with_a_checkpoint_of_all(tmp_path, failing):
+    in_two_ranks(failing, tmp_path)
+    checkpoint = read_checkpoint(tmp_path / 'iter_2.pth')
+    assert checkpoint['meta']['iter'] == 2 and len(checkpoint['rng']) == 2
+    assert all(torch.isfinite(value).all() for value in checkpoint['state_dict'].values())
 
 
 def resumed_bit_for_bit(rank, work_dir):
@@ -220,11 +228,18 @@ def test_two_ranks_resume_bit_for_bit(tmp_path):
     in_two_ranks(resumed_bit_for_bit, tmp_path)
 
 
+def fails_on_rank_0(message):
+    raise CheckpointError(message)
+
+
 def words(rank):
     assert dist_utils.get_dist_info() == (rank, 2)
     assert dist_utils.largest(rank + 3) == 4
     assert dist_utils.gather_objects({'rank': rank}) == [{'rank': 0}, {'rank': 1}]
     assert dist_utils.broadcast_object(f'from {rank}') == 'from 0'
+    assert dist_utils.on_rank_0(lambda: f'of {rank}') == 'of 0'
+    with pytest.raises(CheckpointError, match='of 0'):
+        dist_utils.on_rank_0(fails_on_rank_0, f'of {rank}')
     mean = dist_utils.reduce_mean(torch.tensor([float(rank), 4.0]))
     assert mean.tolist() == [0.5, 4.0]
     dist_utils.barrier()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg.config import OptionsAction, clip_length, config_inputs, load_config, required
-from mmseg.kernels.ms_deform_attn.library import ops
+from mmseg.kernels.torch_ops import ops
 from mmseg.models import build_segmentor
 from mmseg.models.decode_heads import pixel_decoder as msdeformattn
 from mmseg.utils.arguments import Count, Range, check_value
@@ -70,7 +70,7 @@ class PartCounter:
 
 def _registered_op(value: Tensor, spatial_shapes: Sequence[tuple[int, int]], *others: Tensor) -> Tensor:
     """The op as it is registered with torch, with a shape and a FLOP formula, whichever backend this machine has."""
-    return ops.ms_deform_attn_fused(value, [side for shape in spatial_shapes for side in shape], *others)
+    return ops.ms_deform_attn(value, [side for shape in spatial_shapes for side in shape], *others)
 
 
 def count(cfg: Any, frames: int, size: tuple[int, int]) -> dict[str, dict[str, int]]:
@@ -88,7 +88,7 @@ def count(cfg: Any, frames: int, size: tuple[int, int]) -> dict[str, dict[str, i
         model = build_segmentor(required(cfg, 'model'), cfg.get('train_cfg'), cfg.get('test_cfg'))
         model.eval().requires_grad_(False)
         clip = torch.empty(1, frames, 3, *size)
-    head = model.decode_head
+    head: Any = model.decode_head
     parts = {'backbone': model.backbone, 'pixel decoder': head.pixel_decoder, 'mask decoder': head.predictor}
     counter = PartCounter(parts)
     with torch.no_grad(), counter.counting():

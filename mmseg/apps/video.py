@@ -24,17 +24,14 @@ from torch import Tensor
 from mmseg.apis.inference import as_frame
 from mmseg.apps.video_io import DEFAULT_FPS, Frame, Source, open_source, prefetch
 from mmseg.core.precision import Precision
+from mmseg.datasets.clip_sampler import TEST_STRIDE, cut_clips
 from mmseg.datasets.pipelines import Compose
-from mmseg.kernels.label_map import ScoreView, label_map, resize_matrix
+from mmseg.models.segmentors import Encoded, Scores
 from mmseg.registry import DATASETS, find
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.visual import Palette, colourise, legend, overlay
 
-CLIP_STRIDE = 3
-"""Frames from one frame of a clip to the next, as in training (``dilation=[-3]``) and testing."""
-
 VIEWS = ('overlay', 'side-by-side', 'labels')
-_FLIP_AXIS = {'horizontal': -1, 'vertical': -2}
 _PREPARED_AHEAD = 4
 _LEGEND_ROWS = 3
 _LEGEND_CELL = 160  # width of an entry, in pixels
@@ -108,8 +105,8 @@ class _Slot:
         frame: the frame.
         views: for every view of the test pipeline the input ``[3, h, w]``, on the CPU.
         flips: how each view is flipped.
-        encoded: for every view what does not depend on other frames, tensors ``[1, ...]``; None before it is needed.
-        scores: for every view the sum of the scores over clips, ``[K, h, w]``.
+        encoded: for every view what does not depend on other frames; None before it is needed.
+        scores: for every view the sum of the scores over clips.
         clips: number of clips that were added.
         labels: uint8 ``[H, W]``, once all clips that hold the frame were added.
     """
@@ -117,8 +114,8 @@ class _Slot:
     frame: Frame
     views: list[Tensor]
     flips: list[str | None]
-    encoded: list[list[Tensor]] | None = None
-    scores: list[Tensor] = field(default_factory=list)
+    encoded: list[Encoded] | None = None
+    scores: list[Scores] = field(default_factory=list)
     clips: int = 0
     labels: np.ndarray | None = None
 
@@ -149,7 +146,7 @@ class VideoSegmenter:
     ) -> None:
         self.model = model.eval()
         self.clip_len = model.cfg.data.test.get('test_size', 1) if clip_len is None else clip_len
-        self.stride = CLIP_STRIDE if stride is None else stride
+        self.stride = TEST_STRIDE if stride is None else stride
         self.overlap = overlap
         self.online = online
         if self.clip_len < 1 or self.stride < 1:
@@ -158,12 +155,9 @@ class VideoSegmenter:
             raise ConfigError(f'overlap: expected 0..{self.clip_len - 1} (clip length - 1), got {overlap}')
         if online and overlap:
             raise ConfigError('overlap: online clips overlap as they must; leave it at 0')
-        if self.clip_len == 1:
-            self.stride = 1
         self._device = next(model.parameters()).device
         self._evaluation = functools.partial(Precision(self._device, dtype).evaluation, model)
         self._pipeline = Compose(model.cfg.data.test.pipeline)
-        self._whole = model.inference.mode == 'whole'
 
     def __call__(
         self, source: Source, stopped: Callable[[], object] = bool
@@ -185,78 +179,49 @@ class VideoSegmenter:
         return _Slot(frame, [view[0] for view in views], flips)
 
     def _offline(self, slots: Iterable[_Slot]) -> Iterator[tuple[Frame, np.ndarray]]:
-        block = self.clip_len * self.stride
-        done = (self.clip_len - self.overlap) * self.stride  # frames of a block that no later clip holds
-        waiting: list[_Slot] = []
-        for slot in slots:
-            waiting.append(slot)
-            if len(waiting) == block:
-                for phase in range(self.stride):
-                    self._add_clip(waiting[phase :: self.stride])
-                yield from self._finish(waiting[:done])
-                del waiting[:done]
-        rest = [slot for slot in waiting if not slot.clips]
-        for start in range(0, len(rest), self.clip_len):
-            self._add_clip(rest[start : start + self.clip_len])
-        yield from self._finish(waiting)
+        for clips, finished in cut_clips(slots, self.clip_len, self.stride, self.overlap):
+            for clip in clips:
+                self._add_clip(clip)
+            for slot in finished:
+                yield slot.frame, self._label(slot) if slot.labels is None else slot.labels
 
     def _online(self, slots: Iterable[_Slot]) -> Iterator[tuple[Frame, np.ndarray]]:
         recent: deque[_Slot] = deque(maxlen=(self.clip_len - 1) * self.stride + 1)
         for slot in slots:
             recent.append(slot)
-            clip = list(recent)[:: -self.stride][::-1]
-            slot.scores, slot.clips = [view[-1] for view in self._scores(clip)], 1
+            slot.scores = self._scores(list(recent)[:: -self.stride][::-1])[-1]
             yield slot.frame, self._label(slot)
 
     def _add_clip(self, clip: Sequence[_Slot]) -> None:
         """Adds the scores of one clip to its frames; a frame that no other clip holds is labelled and let go."""
-        for slot, *scores in zip(clip, *self._scores(clip)):
-            slot.scores = [a + b for a, b in zip(slot.scores, scores)] if slot.clips else scores
+        for slot, scores in zip(clip, self._scores(clip)):
+            if slot.clips:
+                scores = [a._replace(maps=a.maps + b.maps) for a, b in zip(slot.scores, scores)]
+            slot.scores = scores
             slot.clips += 1
             if not self.overlap:
                 slot.labels, slot.encoded = self._label(slot), None
 
-    def _finish(self, slots: Sequence[_Slot]) -> Iterator[tuple[Frame, np.ndarray]]:
-        """Frames all of whose clips were added, and their labels."""
-        for slot in slots:
-            yield slot.frame, self._label(slot) if slot.labels is None else slot.labels
-
     @torch.no_grad()
-    def _scores(self, clip: Sequence[_Slot]) -> list[Tensor]:
-        """For every view the scores ``[T, K, h, w]`` of a clip."""
+    def _scores(self, clip: Sequence[_Slot]) -> list[list[Scores]]:
+        """For each frame of a clip the scores ``[1, 1, K, h, w]`` of every view."""
         with self._evaluation():
-            if not self._whole:
-                views = [torch.stack(view).to(self._device)[None] for view in zip(*(slot.views for slot in clip))]
-                return [self.model.scores(view)[0] for view in views]
-            self._encode([slot for slot in clip if slot.encoded is None])
-            self.model.begin_step()
-            encoded = [[torch.cat(maps) for maps in zip(*view)] for view in zip(*(slot.encoded or [] for slot in clip))]
-            return [self.model.decode_head.encoded_scores(view[0], view[1:], len(clip))[0] for view in encoded]
+            new = [slot for slot in clip if slot.encoded is None]
+            views = [torch.stack(view).to(self._device) for view in zip(*(slot.views for slot in new))]
+            for slot, *encoded in zip(new, *map(self.model.encode, views)):
+                slot.encoded = encoded
+            scores = []
+            for view in zip(*(slot.encoded or () for slot in clip)):
+                own, _ = self.model.scores_of(Encoded.join(view), len(clip))
+                maps = own.maps.softmax(2) if self.overlap and self.model.score_kind == 'logits' else own.maps
+                scores.append([own._replace(maps=each) for each in maps.split(1, 1)])
+            return [list(views) for views in zip(*scores)]
 
-    def _encode(self, slots: Sequence[_Slot]) -> None:
-        """Computes what each frame gives alone, several frames at once."""
-        if not slots:
-            return
-        views = [torch.stack(view).to(self._device) for view in zip(*(slot.views for slot in slots))]
-        encoded = []
-        for view in views:
-            mask_features, maps = self.model.encode(view)
-            parts = [mask_features, *maps]
-            encoded.append([part.clone() for part in parts] if self.model.compiled else parts)
-        for i, slot in enumerate(slots):
-            slot.encoded = [[tensor[i : i + 1] for tensor in view] for view in encoded]
-
-    @torch.no_grad()
     def _label(self, slot: _Slot) -> np.ndarray:
         """Labels of a frame from its scores, which are given up."""
-        size = slot.frame.image.shape[:2]
-        views = []
-        for scores, view, flip in zip(slot.scores, slot.views, slot.flips):
-            rows, columns = (resize_matrix(*sizes) for sizes in zip(scores.shape[1:], view.shape[1:], size))
-            mean = scores / slot.clips if slot.clips > 1 else scores
-            views.append(ScoreView((mean if flip is None else mean.flip(_FLIP_AXIS[flip]))[None], rows, columns))
+        mean = [scores._replace(maps=scores.maps / slot.clips) if slot.clips > 1 else scores for scores in slot.scores]
         slot.scores = []
-        return label_map(views)[0].cpu().numpy()
+        return self.model.labels(mean, slot.frame.image.shape[:2], slot.flips)[0, 0].cpu().numpy()
 
 
 def classes_of(model: Any) -> tuple[Sequence[str], Palette]:

@@ -24,13 +24,19 @@ from mmseg.core.precision import Precision
 from mmseg.registry import build
 from mmseg.utils.arguments import Count, Positive
 from mmseg.utils.checkpoint import RUN, load_weights, point_latest, save_checkpoint
-from mmseg.utils.dist import broadcast_object, gather_objects, get_dist_info, largest, reduce_mean, with_others
-from mmseg.utils.errors import CheckpointError, DataError, NonFiniteLossError, OtherRankError
+from mmseg.utils.dist import (
+    fail_together,
+    gather_objects,
+    get_dist_info,
+    is_on_all_ranks,
+    on_rank_0,
+    reduce_mean,
+    with_others,
+)
+from mmseg.utils.errors import CheckpointError, NonFiniteLossError, OtherRankError
 from mmseg.utils.seed import get_rng_state, set_rng_state
 from mmseg.utils.signals import Interrupted, Interruption
 from mmseg.version import __version__
-
-_DATA_FAILED = 1000  # above every signal number
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class IterBasedRunner:
         max_iters: number of iterations of the whole training, those before a resume counted.
         work_dir: where checkpoints and logs go.
         update: clipping and accumulation.
-        precision: dtype of the forward pass; None computes in fp32.
+        precision: dtype of the forward pass.
         device: where the batches are moved to.
         nan_loss: at a NaN or infinite loss, ``stop`` with an error, or ``skip`` the update with a warning.
         frozen_eval: parts without trainable parameters run in eval mode.
@@ -95,10 +101,13 @@ class IterBasedRunner:
             own; None for a run that began before there were names.
         iter: index of the current iteration; see :class:`mmseg.core.hooks.Hook`.
         iters_run: number of iterations that have run, the current one counted once its losses are there.
+        iters_done: number of iterations whose work is in the weights: those of complete updates.
+        samples_done: clips that all ranks together have drawn for them: the place in the data.
         outputs: losses of the current iteration on the device.
         log_buffer: numbers of the current iteration that are logged.
         val_results: figures of the last evaluation.
         skipped: bad clips that the loader passed over, in order.
+        hooks: in the order in which they are called.
         stopped_by: number of the signal that ended the run, or its last evaluation, early; None where none has.
         evaluation_weights: context inside which the model holds the weights to evaluate.
     """
@@ -109,7 +118,7 @@ class IterBasedRunner:
     max_iters: int
     work_dir: str | Path
     update: UpdateConfig = field(default_factory=UpdateConfig)
-    precision: Precision | None = None
+    precision: Precision = field(default_factory=lambda: Precision(torch.device('cpu'), 'float32'))
     device: torch.device = field(default_factory=lambda: torch.device('cpu'))
     nan_loss: Literal['stop', 'skip'] = 'stop'
     frozen_eval: bool = False
@@ -120,6 +129,9 @@ class IterBasedRunner:
 
     iter: int = field(default=0, init=False)
     iters_run: int = field(default=0, init=False)
+    iters_done: int = field(default=0, init=False)
+    samples_done: int = field(default=0, init=False)
+    hooks: list[Hook] = field(default_factory=list, init=False)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
     log_buffer: dict[str, float] = field(default_factory=dict, init=False)
     val_results: dict[str, float] = field(default_factory=dict, init=False)
@@ -132,21 +144,21 @@ class IterBasedRunner:
     def __post_init__(self) -> None:
         self.rank, self.world_size = get_dist_info()
         self.module: nn.Module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        if self.precision is None:
-            self.precision = Precision(self.device, 'float32')
-        self.resumable = True  # False from the first forward pass of an update until the weights have it
-        self.iters_done = 0  # iterations whose work is in the weights
-        self.samples_done = 0  # clips that all ranks together have drawn for them: the place in the data
-        self._samples = 0
-        self.seconds_per_iter = 0.0
-        self._hooks: list[tuple[int, Hook]] = []
         self.interruption = Interruption('stopping as soon as the iteration is complete', owner=self.rank == 0)
         self.resumed_run_id = self.run_id  # of the checkpoint that the run goes on from
-        self._generators: dict[str, Any] = {}  # their state where the last update was complete
+        self.seconds_per_iter = 0.0
+        self.group = 1  # iterations of the newest update
+        self._samples = 0  # samples_done, with those of the update that is not complete
+        self._generators: dict[str, Any] | None = None  # before the first draw for the update that is not complete
         self._saved_at = -1  # iters_done of the newest checkpoint that can be resumed
-        self._rescued = False
+        self._poisoned = False  # a loss of the update that is not complete is not finite
         self._updating = False
-        self._poisoned = False
+        self._failed = False
+
+    @property
+    def resumable(self) -> bool:
+        """Whether no batch has been drawn since the last update, so that what a checkpoint holds is all there is."""
+        return self._generators is None
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
@@ -157,14 +169,9 @@ class IterBasedRunner:
             ConfigError: the hook would not be called, or the priority is unknown; ``where`` names its place.
         """
         check_hook(hook, where)
-        value = priority_value(hook.priority if priority is None else priority, where)
-        self._hooks.append((value, hook))
-        self._hooks.sort(key=lambda entry: entry[0])
-
-    @property
-    def hooks(self) -> list[Hook]:
-        """The hooks in the order in which they are called."""
-        return [hook for _, hook in self._hooks]
+        hook.priority = priority_value(hook.priority if priority is None else priority, where)
+        self.hooks.append(hook)
+        self.hooks.sort(key=lambda hook: hook.priority)
 
     def call_hook(self, point: str, *args: Any) -> None:
         """Calls the method ``point`` of every hook."""
@@ -197,25 +204,24 @@ class IterBasedRunner:
                     self._iterate(iterator)
                     self.call_hook('after_train_epoch')
                     self.call_hook('after_run')
-            except BaseException:
-                self.rescue(together=self.world_size == 1)
+            except BaseException as error:
+                self._rescue(alone=not is_on_all_ranks(error))
                 raise
 
     def _iterate(self, iterator: Iterator[dict[str, Any]]) -> None:
-        while self.iter < self.max_iters:
+        while self.iter < self.max_iters and self.stopped_by is None:
             start = time.perf_counter()
-            batch, event, error = self._draw(iterator)
-            event = largest(event)
-            if event == _DATA_FAILED:
-                self.rescue(together=True)
-                raise error or OtherRankError('another rank met bad data; its message says which')
-            if event:
-                self._stop(event)
-                return
+            try:
+                batch = self._draw(iterator)
+            except Interrupted as stop:
+                self.stopped_by = stop.number
+                break
             self._train_iter(batch, start)
             self.iter += 1
-        if self.stopped_by is not None:  # in the evaluation after the last iteration, which the run still owes
-            self._stop(self.stopped_by)
+        if self.stopped_by is not None:  # perhaps in the evaluation after the last iteration
+            self.optimizer.zero_grad()
+            name, path = signal.Signals(self.stopped_by).name, self.save_numbered()
+            self.logger.info('%s: stopped after iteration %d, saved %s', name, self.iters_done, path)
 
     def train_mode(self) -> None:
         """Puts the model in training mode, frozen parts in eval mode where so configured."""
@@ -224,22 +230,12 @@ class IterBasedRunner:
             for part in frozen_parts(self.module):
                 part.eval()
 
-    def _draw(self, iterator: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], int, DataError | None]:
-        """A batch, what ends the run (a signal's number, bad data, or 0), and the error of the data.
-
-        A signal drops the half of a group of accumulated gradients: what is saved is the state after the last update.
-        """
-        if self.resumable:
+    def _draw(self, iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch; where one rank gets an error or a signal, all do."""
+        if self._generators is None:
             self._generators = get_rng_state()
-        try:
-            with self.interruption.raising():
-                return next(iterator), 0, None
-        except Interrupted:
-            if self.resumable:  # a draw that was broken off may have left its own seeds
-                set_rng_state(self._generators)
-            return {}, self.interruption.number, None
-        except DataError as error:
-            return {}, _DATA_FAILED, error
+        with fail_together(interrupted_too=True), self.interruption.raising():
+            return next(iterator)
 
     def _train_iter(self, batch: dict[str, Any], start: float) -> None:
         data_time = time.perf_counter() - start
@@ -249,28 +245,23 @@ class IterBasedRunner:
         self.log_buffer = {}
         self.call_hook('before_train_iter')
         self.schedule.apply(self.optimizer, self.iter)
-        group = min(self.update.cumulative_iters, self.max_iters - self.iters_done)
-        updates = self.iter == self.iters_done + group - 1
+        self.group = min(self.update.cumulative_iters, self.max_iters - self.iters_done)
+        updates = self.iter == self.iters_done + self.group - 1
 
-        self.resumable = False
-        self._forward_backward(batch, group, synchronise=updates)
+        self._forward_backward(batch, synchronise=updates)
         norm = self._clip() if updates else None
         self._read_numbers(norm)
         self.iters_run = self.iter + 1
         self._samples += len(batch['img']) * self.world_size
         if updates:
-            self._updating = True
-            self._step()
-            self.iters_done, self.samples_done = self.iters_run, self._samples
-            self._updating, self.resumable = False, True
+            self._update()
         seconds = time.perf_counter() - start
         self.log_buffer |= {'time': seconds, 'data_time': data_time}
         weight = 0.02 if self.seconds_per_iter else 1.0
         self.seconds_per_iter += weight * (seconds - self.seconds_per_iter)
         self.call_hook('after_train_iter')
 
-    def _forward_backward(self, batch: dict[str, Any], group: int, synchronise: bool) -> None:
-        assert self.precision is not None
+    def _forward_backward(self, batch: dict[str, Any], synchronise: bool) -> None:
         clip = batch['img'].to(self.device, non_blocking=True)
         label = batch['gt_semantic_seg'].to(self.device, non_blocking=True)
         local = not synchronise and isinstance(self.model, DistributedDataParallel)
@@ -278,12 +269,11 @@ class IterBasedRunner:
             with self.precision.autocast():
                 losses = self.model(clip, label, self.iter)
             total = torch.stack([value for name, value in losses.items() if 'loss' in name]).sum()
-            self.precision.backward(total / group)
+            self.precision.backward(total / self.group)
         self.outputs = {name: value.detach() for name, value in losses.items()} | {'loss': total.detach()}
 
     def _clip(self) -> torch.Tensor:
         """Limits the gradient's norm; returns the norm before."""
-        assert self.precision is not None
         self.precision.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
         clip = self.update.clip
@@ -294,7 +284,6 @@ class IterBasedRunner:
 
     def _read_numbers(self, norm: torch.Tensor | None) -> None:
         """Brings losses and norm to the host, in one transfer, as means over the ranks; looks for NaN."""
-        assert self.precision is not None
         numbers = dict(self.outputs)
         if norm is not None:
             numbers['grad_norm'] = norm
@@ -306,131 +295,115 @@ class IterBasedRunner:
         self.log_buffer |= {name: part / whole for name, part, whole in zip(shares, counts[::2], counts[1::2]) if whole}
         if self.precision.scales:
             self.log_buffer['loss_scale'] = self.precision.scaler.get_scale()
-        bad = [
-            name
-            for name, value in zip(numbers, values)
-            if not math.isfinite(value) and not (name == 'grad_norm' and self.precision.scales)
-        ]
+        self._check_finite(dict(zip(numbers, values)))
+
+    def _check_finite(self, numbers: dict[str, float]) -> None:
+        bad = [f'{name} = {value}' for name, value in numbers.items() if not math.isfinite(value)
+               and not (name == 'grad_norm' and self.precision.scales)]  # fmt: skip
         if not bad:
             return
-        shown = ', '.join(f'{name} = {self.log_buffer[name]}' for name in bad[:3])
-        message = f'iteration {self.iter + 1}: {shown}' + (f' and {len(bad) - 3} more' if len(bad) > 3 else '')
-        if self.nan_loss == 'stop':
-            self.rescue(together=True)
+        more = f' and {len(bad) - 3} more' if len(bad) > 3 else ''
+        message = f'iteration {self.iter + 1}: {", ".join(bad[:3])}{more}'
+        if self.nan_loss == 'skip':
+            self.logger.warning('%s; this update is skipped', message)
+            self._poisoned = True
+            return
+        with fail_together():
             raise NonFiniteLossError(
                 f"{message}; the weights are those before it. Lower optimizer.lr, or set nan_loss='skip' to pass over "
                 'such batches'
             )
-        self.logger.warning('%s; this update is skipped', message)
-        self._poisoned = True
 
-    def _step(self) -> None:
-        assert self.precision is not None
+    def _update(self) -> None:
+        self._updating = True
         self.precision.step(self.optimizer, skip=self._poisoned)
-        self._poisoned = False
         self.optimizer.zero_grad()
+        self.iters_done, self.samples_done, self._generators = self.iters_run, self._samples, None
+        self._updating = self._poisoned = False
 
     # -------------------------------------------------------------------------------------------------------- stop
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
         """Inside, a signal raises ``KeyboardInterrupt``: for evaluations, which may take hours and can be redone.
 
         With several ranks nothing is raised, because ranks cannot leave their common calls one by one; the block may
         ask :attr:`interruption` where all can leave.
         """
-        with self.interruption.raising() if self.world_size == 1 else contextlib.nullcontext():
-            yield
+        return self.interruption.raising() if self.world_size == 1 else contextlib.nullcontext()
 
-    def _stop(self, number: int) -> None:
-        self.stopped_by = number
-        self.optimizer.zero_grad()
-        path = self._numbered()
-        if self._saved_at != self.iters_done:
-            self.save_checkpoint(path, latest=True)
-        self.logger.info('%s: stopped after iteration %d, saved %s', signal.Signals(number).name, self.iters_done, path)
-
-    def rescue(self, together: bool) -> None:
-        """Before an error ends the run: saves what has been trained so far, once.
-
-        Args:
-            together: all ranks call this at the same point; else rank 0 saves alone, without the others' generators.
-        """
-        if self._rescued:
-            return
-        self._rescued = True
+    def _rescue(self, alone: bool) -> None:
+        """Before an error ends the run: saves what has been trained so far."""
+        self._failed = True
         self.optimizer.zero_grad()
         say = self.logger.error if self.rank == 0 else self.logger.debug  # rank 0 saves
-        path = self._numbered()
         if not self.iters_done or self._updating:
             since = 'its first iteration' if not self.iters_done else 'an update of the weights was complete'
             say('the run ends before %s; nothing is saved', since)
             return
         try:
-            if self._saved_at != self.iters_done:
-                try:
-                    self.save_checkpoint(path, latest=True, alone=not together)
-                except OtherRankError:
-                    self.save_checkpoint(path, latest=True, alone=True)
+            try:
+                path = self.save_numbered(alone=alone)
+            except OtherRankError:
+                path = self.save_numbered(alone=True)
             say('the run ends after iteration %d, saved as %s', self.iters_done, path)
         except Exception as error:
             say('the run ends after iteration %d, which cannot be saved: %s', self.iters_done, error)
 
-    def _numbered(self) -> Path:
-        return Path(self.work_dir) / f'iter_{self.iters_done}.pth'
-
     # -------------------------------------------------------------------------------------------------- checkpoints
 
-    def save_checkpoint(
-        self, path: str | Path, save_optimizer: bool = True, latest: bool = False, alone: bool = False
-    ) -> None:
+    def save_numbered(self, save_optimizer: bool = True, alone: bool = False) -> Path:
+        """Saves ``iter_<n>.pth``, unless that is done, and makes ``latest.pth`` point to it; returns its path.
+
+        Arguments and errors are those of :meth:`save_checkpoint`.
+        """
+        path = Path(self.work_dir) / f'iter_{self.iters_done}.pth'
+        if self._saved_at != self.iters_done:
+            self.save_checkpoint(path, save_optimizer, alone)
+            if self.rank == 0:
+                point_latest(path, self.run_id)
+            if save_optimizer:
+                self._saved_at = self.iters_done
+        return path
+
+    def save_checkpoint(self, path: str | Path, save_optimizer: bool = True, alone: bool = False) -> None:
         """Saves the state of the run after its last update; every rank must call it, rank 0 writes.
 
         Args:
             path: the file.
             save_optimizer: without, the file can be tested and fine-tuned from, but not resumed.
-            latest: whether ``latest.pth`` shall point to it.
             alone: rank 0 does not talk to the others, which may be gone; their random generators are not saved.
 
         Raises:
             CheckpointError: on every rank, where rank 0 cannot write.
         """
-        assert self.precision is not None
-        own = get_rng_state() if self.resumable else self._generators
-        rng = [own] if alone else gather_objects(own)
-        failure = None
-        if self.rank == 0:
-            place = {'iter': self.iters_done, 'epoch': 0, 'samples': self.samples_done, 'world_size': self.world_size}
-            run = {RUN: self.run_id} if self.run_id else {}
-            checkpoint: dict[str, Any] = {
-                'meta': {**self.meta, **place, **run, 'mmseg_version': __version__, 'time': time.asctime()},
-                'state_dict': {name: value.cpu() for name, value in self.module.state_dict().items()},
+        own = get_rng_state() if self._generators is None else self._generators
+        if not alone:
+            on_rank_0(self._write, path, save_optimizer, gather_objects(own))
+        elif self.rank == 0:
+            self._write(path, save_optimizer, [own])
+
+    def _write(self, path: str | Path, save_optimizer: bool, generators: list[dict[str, Any]]) -> None:
+        place = {'iter': self.iters_done, 'epoch': 0, 'samples': self.samples_done, 'world_size': self.world_size}
+        run = {RUN: self.run_id} if self.run_id else {}
+        checkpoint: dict[str, Any] = {
+            'meta': {**self.meta, **place, **run, 'mmseg_version': __version__, 'time': time.asctime()},
+            'state_dict': {name: value.cpu() for name, value in self.module.state_dict().items()},
+        }
+        if save_optimizer:
+            checkpoint |= {
+                'optimizer': self.optimizer.state_dict(),
+                'scaler': self.precision.scaler.state_dict(),
+                'rng': generators,
             }
-            if save_optimizer:
-                checkpoint |= {
-                    'optimizer': self.optimizer.state_dict(),
-                    'scaler': self.precision.scaler.state_dict(),
-                    'rng': rng,
-                }
-            self._let_hooks_add(checkpoint)
-            try:
-                save_checkpoint(checkpoint, path)
-                if latest:
-                    point_latest(Path(path), self.run_id)
-            except CheckpointError as error:
-                failure = str(error)
-        failure = failure if alone else broadcast_object(failure)
-        if failure:
-            raise CheckpointError(failure)
-        if latest and save_optimizer:
-            self._saved_at = self.iters_done
+        self._let_hooks_add(checkpoint)
+        save_checkpoint(checkpoint, path)
 
     def _let_hooks_add(self, checkpoint: dict[str, Any]) -> None:
         for hook in self.hooks:
             try:
                 hook.before_save_checkpoint(self, checkpoint)
             except Exception as error:
-                if not self._rescued:
+                if not self._failed:
                     raise
                 self.logger.error('%s adds nothing to the checkpoint: %s', type(hook).__name__, error)
 
@@ -440,7 +413,6 @@ class IterBasedRunner:
         Raises:
             CheckpointError: the file holds weights only, or is of another model.
         """
-        assert self.precision is not None
         if 'optimizer' not in checkpoint or 'iter' not in checkpoint['meta']:
             raise CheckpointError(f"'{source}' holds weights only; use --load-from to start a new training from them")
         checkpoint = dict(checkpoint)

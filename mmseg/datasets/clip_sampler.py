@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mmseg.utils.errors import ConfigError
 
-_TEST_STRIDE = 3  # frames between neighbours of a test clip; also the number of clips a block gives
+Frame = TypeVar('Frame')
+
+TEST_STRIDE = 3  # frames between neighbours of a test clip; also the number of clips a block gives
 
 
 def check_clips(dilation: Any, test_size: Any) -> tuple[tuple[int, ...] | None, int | None]:
@@ -56,28 +58,36 @@ def sample_training_clip(num_frames: int, dilation: Sequence[int]) -> tuple[int,
     return tuple(positions[current + offset] for offset in offsets)
 
 
-def cut_test_clips(num_frames: int, size: int) -> list[tuple[int, ...]]:
-    """Cuts a video into clips that hold every frame exactly once.
+def cut_clips(
+    frames: Iterable[Frame], size: int, stride: int = TEST_STRIDE, overlap: int = 0
+) -> Iterator[tuple[list[list[Frame]], list[Frame]]]:
+    """Cuts a stream of frames into clips, which hold every frame exactly once where they do not overlap.
 
-    Blocks of 3 * ``size`` frames give three clips of stride 3; what is left gives consecutive clips, the last of which
-    may be shorter.  ``size`` 1 gives single frames in order.
+    Blocks of ``stride * size`` frames give ``stride`` clips whose frames are ``stride`` apart; what is left at the end
+    gives consecutive clips, the last of which may be shorter.  ``size`` 1 gives single frames in order.
 
     Args:
-        num_frames: length of the video, any.
+        frames: of any kind.
         size: frames of a clip, at least 1.
+        stride: frames from one frame of a clip to the next.
+        overlap: how many of its frames a clip shares with the next, less than ``size``.
 
-    Returns:
-        Positions of every clip.
+    Yields:
+        Clips, and the frames that no later clip holds.
     """
-    if size == 1:
-        return [(position,) for position in range(num_frames)]
-    block = _TEST_STRIDE * size
-    left_over = num_frames - num_frames % block
-    clips = [
-        tuple(range(start + phase, start + block, _TEST_STRIDE))
-        for start in range(0, left_over, block) for phase in range(_TEST_STRIDE)
-    ]
-    clips += [
-        tuple(range(start, min(start + size, num_frames))) for start in range(left_over, num_frames, size)
-    ]
-    return clips
+    stride = stride if size > 1 else 1
+    waiting: list[Frame] = []
+    held = 0  # of the waiting frames, those that an earlier clip holds
+    for frame in frames:
+        waiting.append(frame)
+        if len(waiting) == size * stride:
+            held = overlap * stride
+            done = len(waiting) - held
+            yield [waiting[phase::stride] for phase in range(stride)], waiting[:done]
+            del waiting[:done]
+    yield [waiting[start : start + size] for start in range(held, len(waiting), size)], waiting
+
+
+def cut_test_clips(num_frames: int, size: int) -> list[tuple[int, ...]]:
+    """Positions of the frames of every test clip of a video; see :func:`cut_clips`."""
+    return [tuple(clip) for clips, _ in cut_clips(range(num_frames), size) for clip in clips]

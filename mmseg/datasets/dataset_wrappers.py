@@ -1,12 +1,11 @@
-"""Data sets made of data sets."""
+"""Repeated and joined data sets."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
 from typing import Annotated, Any
 
+import torch.utils.data
 from torch.utils.data import Dataset
 
 from mmseg.registry import DATASETS, build
@@ -36,8 +35,6 @@ class RepeatDataset(Dataset):
         self.PALETTE = self.dataset.PALETTE
         self.ignore_index = self.dataset.ignore_index
         self.is_training = self.dataset.is_training
-        if times < 1:
-            raise ConfigError(f'RepeatDataset: times is at least 1, got {times}')
 
     def __len__(self) -> int:
         return self.times * len(self.dataset)
@@ -47,7 +44,7 @@ class RepeatDataset(Dataset):
 
 
 @DATASETS.register_module()
-class ConcatDataset(Dataset):
+class ConcatDataset(torch.utils.data.ConcatDataset):
     """Training sets with the same classes, one after the other.
 
     Args:
@@ -55,29 +52,20 @@ class ConcatDataset(Dataset):
     """
 
     def __init__(self, datasets: Sequence[Annotated[Mapping[str, Any], DATASETS] | Dataset]):
-        self.datasets = [_built(dataset, f'datasets[{index}]') for index, dataset in enumerate(datasets)]
-        if not self.datasets:
+        built = [_built(dataset, f'datasets[{index}]') for index, dataset in enumerate(datasets)]
+        if not built:
             raise ConfigError('ConcatDataset: needs at least one data set')
-        first = self.datasets[0]
-        for other in self.datasets:
+        first = built[0]
+        for other in built:
             if other.CLASSES != first.CLASSES:
                 raise ConfigError('ConcatDataset: the data sets have different classes')
             if not other.is_training:
                 raise ConfigError('ConcatDataset: joins training sets; test one test set at a time')
+        super().__init__(built)
         self.CLASSES = first.CLASSES
         self.PALETTE = first.PALETTE
         self.ignore_index = first.ignore_index
         self.is_training = True
-        self._ends = list(accumulate(len(dataset) for dataset in self.datasets))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Any:
-        if index < 0:
-            index += len(self)
-        which = bisect_right(self._ends, index)
-        return self.datasets[which][index - (self._ends[which - 1] if which else 0)]
 
 
 def video_datasets(dataset: Any) -> Iterator[VideoDataset]:

@@ -17,15 +17,17 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from multiprocessing.util import Finalize
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from mmseg.registry import DATASETS, build
 from mmseg.utils import images
@@ -42,6 +44,13 @@ _STUCK_SECONDS = 2.0  # a worker that reads one file for so long is ended withou
 
 _AS_VALUES = (DataError, ConfigError)  # leave a worker as values, without the worker's traceback
 
+_BEFORE_QUEUES = 100  # multiprocessing closes its queues, through which workers are told to stop, at 10
+
+_PATH_BYTES = 1016  # of the end of a path that are shown
+
+_Key = tuple[int, tuple[int, int] | None]
+"""What a worker is asked for: the index of an item, and the words that seed its draws; a test item draws nothing."""
+
 logger = logging.getLogger('mmseg')
 
 
@@ -51,7 +60,7 @@ def build_dataset(
 
     Args:
         cfg: dict with ``type``, or a list of such dicts.
-        where: the key under which ``cfg`` stands in the config, for errors.
+        where: the key of ``cfg`` in the config, for errors.
         **defaults: arguments that the caller supplies where ``cfg`` has none.
     """
     if isinstance(cfg, Mapping):
@@ -75,138 +84,68 @@ def seeded(*key: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class _Positions(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (global position, item index) for one rank.
+def _batches(length: int, batch: int, seed: int, rank: int, world_size: int, start: int) -> Iterator[list[_Key]]:
+    """Endless batches of keys for one rank.
 
-    The stream is a fresh permutation of the data set an epoch; rank r of R takes positions r, r + R, ...
+    All ranks share one stream, a new permutation of the data set for each epoch; rank r of R takes positions r, r + R,
+    and so on.
     """
-
-    def __init__(self, length: int, batch: int, seed: int, rank: int, world_size: int, start: int):
-        self.length = length
-        self.batch = batch
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, np.empty(0, np.intp)
-        drawn = self.start
-        while True:
-            batch = []
-            for _ in range(self.batch):
-                position = drawn * self.world_size + self.rank
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
-                batch.append((position, int(order[position % self.length])))
-                drawn += 1
-            yield batch
-
-
-class _Seeded(Dataset):
-    """Items of a data set, each drawn under a seed made of (seed, position); errors of the user are values."""
-
-    def __init__(self, dataset: Any, seed: int):
-        self.dataset = dataset
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        position, index = key
-        with seeded(self.seed, position):
-            return _item_or_error(self.dataset, index)
-
-
-def _item_or_error(dataset: Any, index: int) -> Any:
-    try:
-        return dataset[index]
-    except _AS_VALUES as error:
-        return error
-
-
-class _Clips(Dataset):
-    """Some items of a test set; errors of the user are values."""
-
-    def __init__(self, dataset: VideoDataset, indices: Sequence[int]):
-        self.dataset = dataset
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Any:
-        return _item_or_error(self.dataset, self.indices[position])
-
-
-class _ReadingNotes:
-    """Which file each process of a loader is reading, in memory that they share with the main process.
-
-    Args:
-        processes: number of workers; 1 where the main process reads.
-    """
-
-    def __init__(self, processes: int):
-        self._slots = multiprocessing.RawArray(_Slot, processes)
-
-    def take(self, slot: int, path: str) -> None:
-        """Process ``slot`` opens a file."""
-        self._slots[slot].path = path.encode(errors='replace')[-ctypes.sizeof(_Slot) + 9:]
-        self._slots[slot].since = time.time()
-
-    def clear(self, slot: int) -> None:
-        """Process ``slot`` has read what it needed."""
-        self._slots[slot].since = 0.0
-
-    def open(self) -> dict[int, tuple[str, float]]:
-        """Process -> the file that it is reading, and for how many seconds."""
-        now = time.time()
-        taken = ((i, bytes(slot.path).decode(errors='replace'), slot.since) for i, slot in enumerate(self._slots))
-        return {i: (path, now - since) for i, path, since in taken if since}
+    epoch, order = -1, np.empty(0, np.intp)
+    keys: list[_Key] = []
+    for position in count(start * world_size + rank, world_size):
+        if position // length != epoch:
+            epoch = position // length
+            order = np.random.default_rng([seed, epoch]).permutation(length)
+        keys.append((int(order[position % length]), (seed, position)))
+        if len(keys) == batch:
+            yield keys
+            keys = []
 
 
 class _Slot(ctypes.Structure):
-    _fields_ = [('since', ctypes.c_double), ('path', ctypes.c_char * 1016)]
+    """The file that a process is reading, and since when; 0.0 where it reads none."""
+
+    _fields_ = [('since', ctypes.c_double), ('path', ctypes.c_char * _PATH_BYTES)]
+
+    def take(self, path: str) -> None:
+        """The process opens a file."""
+        self.path = path.encode(errors='replace')[-_PATH_BYTES:]
+        self.since = time.time()
 
 
-class _Noted(Dataset):
-    """A data set whose reading is noted.
+class _Items(Dataset):
+    """Items of a data set by key; errors of the user are values.
+
+    Memory that all processes share holds which file each of them is reading.
 
     Args:
-        dataset: gives an item for whatever the sampler gives.
-        notes: where to.
+        dataset: gives an item for an index.
+        processes: number of workers; 1 where the main process reads.
     """
 
-    def __init__(self, dataset: Any, notes: _ReadingNotes):
+    def __init__(self, dataset: Any, processes: int):
         self.dataset = dataset
-        self.notes = notes
+        self._slots = multiprocessing.RawArray(_Slot, processes)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: _Key) -> Any:
+        index, seed = key
         worker = torch.utils.data.get_worker_info()
-        slot = 0 if worker is None else worker.id
-        former, images.watch = images.watch, partial(self.notes.take, slot)
+        slot = self._slots[0 if worker is None else worker.id]
+        former, images.watch = images.watch, slot.take
         try:
-            return self.dataset[key]
+            with seeded(*seed) if seed else contextlib.nullcontext():
+                return self.dataset[index]
+        except _AS_VALUES as error:
+            return error
         finally:
             images.watch = former
-            self.notes.clear(slot)
+            slot.since = 0.0
 
-
-@contextlib.contextmanager
-def _opencv_without_threads() -> Iterator[None]:
-    """Ends OpenCV's threads while workers are forked, so that these run OpenCV in their one thread.
-
-    A forked worker cannot do it for itself: it inherits OpenCV's pool without the threads in it, and
-    ``cv2.setNumThreads`` waits for them, now and then for ever.
-    """
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(0)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)
+    def open_files(self) -> dict[int, tuple[str, float]]:
+        """Process -> the file that it is reading, and for how many seconds."""
+        now = time.time()
+        taken = [(slot.path.decode(errors='replace'), slot.since) for slot in self._slots]
+        return {process: (path, now - since) for process, (path, since) in enumerate(taken) if since}
 
 
 def _init_worker(_: int) -> None:
@@ -216,13 +155,13 @@ def _init_worker(_: int) -> None:
     leave_signals_to_the_parent()
 
 
-def _shared(collate: Any, items: Any) -> Any:
+def _shared(collate: Callable[[Any], Any] | None, items: Any) -> Any:
     """What ``collate`` makes of ``items``; in a worker with its tensors in memory that the main process can see.
 
     The queue would move them there too, but in a thread that can tell nobody that there is no room: the main process
     would wait for ever.
     """
-    batch = collate(items)
+    batch = items if collate is None else collate(items)
     if torch.utils.data.get_worker_info() is not None:
         try:
             _share(batch)
@@ -244,18 +183,16 @@ def _share(value: Any) -> None:
             _share(part)
 
 
-def collate(items: Sequence[dict[str, Any] | DataError | ConfigError]) -> dict[str, Any] | DataError | ConfigError:
+def collate(clips: Sequence[Any]) -> dict[str, Any] | DataError | ConfigError:
     """Joins training items to a batch.
 
     Returns:
         ``img`` [B,T,3,H,W] float32, ``gt_semantic_seg`` [B,T,H,W] int64, ``img_metas`` (list of B dicts), ``skipped``
         (errors of all items); or the first error among the items.
     """
-    clips = []
-    for item in items:
-        if isinstance(item, _AS_VALUES):
-            return item
-        clips.append(item)
+    for clip in clips:
+        if isinstance(clip, _AS_VALUES):
+            return clip
     shapes = {tuple(clip['img'].shape) for clip in clips}
     if len(shapes) > 1:
         return DataError(f'a batch needs clips of one size, got {sorted(shapes)}; end the pipeline with Pad(size=...)')
@@ -267,39 +204,36 @@ def collate(items: Sequence[dict[str, Any] | DataError | ConfigError]) -> dict[s
     }
 
 
-_BEFORE_QUEUES = 100  # multiprocessing closes its queues, through which workers are told to stop, at 10
+class Pass(Iterator[Any]):
+    """One pass through a ``DataLoader``.
 
-
-class _Pass(Iterator[Any]):
-    """One pass through a ``DataLoader``; its worker processes end with it, with :meth:`close` or with the program.
-
-    Where the program ends and something still holds the pass (as the traceback of an error does), multiprocessing sends
+    Worker processes start with the first item, and end with the pass, with :meth:`close` or with the program.  Where
+    the program ends and something still holds the pass (as the traceback of an error does), multiprocessing sends
     SIGTERM to the workers and waits for them.  They ignore it, so they must have been told to stop before.
 
     Args:
-        loader: over a :class:`_Noted` data set.
+        loader: over :class:`_Items`.
         stall_seconds: after so long a wait, and again after as long, the log says which files are being read.
     """
 
-    def __init__(self, loader: DataLoader, stall_seconds: float = STALL_SECONDS):
-        self._notes: _ReadingNotes = loader.dataset.notes  # type: ignore[attr-defined]
+    def __init__(self, loader: DataLoader, stall_seconds: float):
+        self._loader = loader
         self._stall_seconds = stall_seconds
-        self._waiting: float | None = None  # since when
-        self._ended = threading.Event()
-        with _opencv_without_threads(), _own_child_signal(), _no_half_start():
-            self._items = iter(loader)
+        self._items: Iterator[Any] | None = None
         self._end: Finalize | None = None
-        if loader.num_workers:
-            self._end = Finalize(self, _end_workers, (self._items, self._notes), exitpriority=_BEFORE_QUEUES)
-        threading.Thread(target=_watch, args=(weakref.ref(self), self._ended), name='loader', daemon=True).start()
+        self._waiting: float | None = None  # since when
+        self._reported = 0.0
 
     def __next__(self) -> Any:
         """The next item; an error in its place is raised, and so is the end of a worker."""
+        if self._items is None:
+            self._start()
+        assert self._items is not None
         self._waiting = time.monotonic()
         try:
             item = next(self._items)
         except RuntimeError as error:
-            if (reason := self._ended_worker()) is not None:
+            if (reason := _ended_worker(self._items)) is not None:
                 raise DataError(reason) from error
             raise
         finally:
@@ -308,144 +242,114 @@ class _Pass(Iterator[Any]):
             raise item
         return item
 
-    def _ended_worker(self) -> str | None:
-        """What ended a worker, if one has ended."""
-        for worker in getattr(self._items, '_workers', ()):
-            if worker.exitcode:
-                name = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else f'status {worker.exitcode}'
-                hint = {'SIGKILL': ' (was there too little memory?)', 'SIGBUS': ' (is /dev/shm full?)'}.get(name, '')
-                return f'loader worker {worker.pid} was ended by {name}{hint}'
-        return None
+    def _start(self) -> None:
+        with _starting_workers():
+            self._items = iter(self._loader)
+        if self._loader.num_workers:
+            self._end = Finalize(
+                self, _end_workers, (self._items, self._loader.dataset), exitpriority=_BEFORE_QUEUES)
+        threading.Thread(target=_watch, args=(weakref.ref(self),), name='loader', daemon=True).start()
 
-    def stalled(self) -> str | None:
-        """Which files are being read, where the wait for them has taken ``stall_seconds``, and the wait starts anew."""
-        since = self._waiting
-        if since is None or time.monotonic() - since < self._stall_seconds:
-            return None
-        self._waiting = time.monotonic()
-        files = ', '.join(f'{path} (for {seconds:.0f} s)' for path, seconds in self._notes.open().values())
-        return (f'the loader has delivered nothing for {self._stall_seconds:.0f} s; '
-                + (f'it is reading {files}' if files else 'no file is being read'))
-
-    @property
-    def interval(self) -> float:
-        """How often to look, in seconds."""
+    def report_stall(self) -> float:
+        """Warns where the wait for an item has taken ``stall_seconds``; returns when to look again, in seconds."""
+        now, since = time.monotonic(), self._waiting
+        if since is not None and now - max(since, self._reported) >= self._stall_seconds:
+            self._reported = now
+            reading = self._loader.dataset.open_files().values()  # type: ignore[attr-defined]
+            files = ', '.join(f'{path} (for {seconds:.0f} s)' for path, seconds in reading)
+            logger.warning('the loader has delivered nothing for %.0f s; %s', self._stall_seconds,
+                           f'it is reading {files}' if files else 'no file is being read')
         return min(1.0, self._stall_seconds / 4)
 
     def close(self) -> None:
         """Ends the worker processes; what they have prepared is lost."""
-        self._ended.set()
+        self._items = iter(())
         if self._end is not None:
             self._end()
 
-    def __del__(self) -> None:
-        self._ended.set()
-
-
-def _watch(of: weakref.ref[_Pass], ended: threading.Event) -> None:
-    """Runs in a thread as long as the pass lives."""
-    interval = 0.0
-    while not ended.wait(interval):
-        if (watched := of()) is None:
-            return
-        if message := watched.stalled():
-            logger.warning(message)
-        interval = watched.interval
-        del watched
-
 
 @contextlib.contextmanager
-def _no_half_start() -> Iterator[None]:
-    """Where a signal breaks the start of workers off, ends those that run already; nobody else would."""
-    former = set(multiprocessing.active_children())
+def _starting_workers() -> Iterator[None]:
+    """Inside, worker processes are started.
+
+    * OpenCV has no threads, so that the workers run it in their one thread.  A forked worker cannot end them for
+      itself: it inherits OpenCV's pool without the threads in it, and ``cv2.setNumThreads`` waits for them, now and
+      then for ever.
+    * torch's handler of SIGCHLD is taken away again.  It raises the end of a worker wherever the main thread is just
+      then, and would break an update of the weights in two.  The loader notices by itself, at the next batch.
+    * Where a signal breaks the start off, the workers that run already are ended; nobody else would.
+    """
+    threads, former = cv2.getNumThreads(), set(multiprocessing.active_children())
+    handled = threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD')
+    handler = signal.getsignal(signal.SIGCHLD) if handled else None
+    cv2.setNumThreads(0)
     try:
         yield
     except BaseException:
         for worker in set(multiprocessing.active_children()) - former:
             worker.kill()
         raise
-
-
-@contextlib.contextmanager
-def _own_child_signal() -> Iterator[None]:
-    """Keeps torch from raising the end of a worker out of a signal handler, wherever the main thread is just then.
-
-    It would break an update of the weights in two.  The loader notices by itself, at the next batch.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'):
-        yield
-        return
-    former = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
     finally:
-        signal.signal(signal.SIGCHLD, former if former is not None else signal.SIG_DFL)
+        cv2.setNumThreads(threads)
+        if handled:
+            signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
 
 
-def _end_workers(items: Any, notes: _ReadingNotes) -> None:
-    """Ends the workers of a pass in good order, and those that are stuck all the same."""
-    for slot, (_, seconds) in notes.open().items():
+def _watch(reference: weakref.ref[Pass]) -> None:
+    """Runs in a thread as long as the pass lives."""
+    while (watched := reference()) is not None:
+        pause = watched.report_stall()
+        del watched
+        time.sleep(pause)
+
+
+def _ended_worker(items: Any) -> str | None:
+    """What ended a worker, if one has ended."""
+    for worker in getattr(items, '_workers', ()):
+        if worker.exitcode:
+            name = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else f'status {worker.exitcode}'
+            hint = {'SIGKILL': ' (was there too little memory?)', 'SIGBUS': ' (is /dev/shm full?)'}.get(name, '')
+            return f'loader worker {worker.pid} was ended by {name}{hint}'
+    return None
+
+
+def _end_workers(iterator: Any, items: _Items) -> None:
+    """Tells the workers of a pass to end, and kills those that do not."""
+    for process, (_, seconds) in items.open_files().items():
         if seconds > _STUCK_SECONDS:
-            items._workers[slot].kill()
-    items._shutdown_workers()
-    for worker in items._workers:
+            iterator._workers[process].kill()
+    iterator._shutdown_workers()
+    for worker in iterator._workers:
         worker.kill()
 
 
-class TrainLoader:
-    """Endless iterator over training batches; see :func:`build_train_loader`.
-
-    Worker processes start with the first batch and end with :meth:`close` or with the program.
-    """
-
-    def __init__(self, loader: DataLoader, stall_seconds: float = STALL_SECONDS):
-        self._loader = loader
-        self._stall_seconds = stall_seconds
-        self._batches: _Pass | None = None
-
-    def __iter__(self) -> TrainLoader:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        if self._batches is None:
-            self._batches = _Pass(self._loader, self._stall_seconds)
-        return next(self._batches)
-
-    def close(self) -> None:
-        """Ends the worker processes; batches that they prepared are lost."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
-
-
+@dataclass(frozen=True)
 class TestLoader:
     """Iterates over one rank's test items in order; see :func:`build_test_loader`."""
 
+    loader: DataLoader
+    stall_seconds: float
     __test__ = False  # no test case, whatever pytest makes of its name
 
-    def __init__(self, loader: DataLoader, stall_seconds: float = STALL_SECONDS):
-        self._loader = loader
-        self._stall_seconds = stall_seconds
-
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.loader)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return _Pass(self._loader, self._stall_seconds)
+    def __iter__(self) -> Pass:
+        return Pass(self.loader, self.stall_seconds)
 
 
-def _loader(dataset: Any, collate: Any, workers_per_gpu: int, **options: Any) -> DataLoader:
-    """A ``DataLoader`` that notes what it reads; its own generator spares the global one."""
+def _loader(dataset: Any, collate: Callable[[Any], Any] | None, workers_per_gpu: int, **options: Any) -> DataLoader:
+    """A ``DataLoader`` over keys; its own generator spares the global one."""
     generator = torch.Generator()
     generator.manual_seed(0)
     return DataLoader(
-        _Noted(dataset, _ReadingNotes(max(1, workers_per_gpu))), collate_fn=partial(_shared, collate),
-        num_workers=workers_per_gpu, generator=generator, worker_init_fn=_init_worker, **options)
+        _Items(dataset, max(1, workers_per_gpu)), collate_fn=partial(_shared, collate), num_workers=workers_per_gpu,
+        generator=generator, worker_init_fn=_init_worker, **options)
 
 
 def build_train_loader(
         dataset: Any, samples_per_gpu: int, workers_per_gpu: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1,
-        start: int = 0, pin_memory: bool = False, stall_seconds: float = STALL_SECONDS) -> TrainLoader:
+        start: int = 0, pin_memory: bool = False, stall_seconds: float = STALL_SECONDS) -> Pass:
     """An endless iterator over training batches.
 
     Sample number g of the whole run is item ``permutation(epoch)[g % len(dataset)]``, drawn with all random generators
@@ -472,10 +376,8 @@ def build_train_loader(
     """
     if not dataset.is_training:
         raise ConfigError('training needs a data set with dilation ([0] for single frames), got one with test_size')
-    batches = _Positions(len(dataset), samples_per_gpu, seed, rank, world_size, start)
-    loader = _loader(
-        _Seeded(dataset, seed), collate, workers_per_gpu, batch_sampler=batches, pin_memory=pin_memory)
-    return TrainLoader(loader, stall_seconds)
+    keys = _batches(len(dataset), samples_per_gpu, seed, rank, world_size, start)
+    return Pass(_loader(dataset, collate, workers_per_gpu, batch_sampler=keys, pin_memory=pin_memory), stall_seconds)
 
 
 def share_videos(lengths: Sequence[int], world_size: int) -> list[list[int]]:
@@ -524,9 +426,5 @@ def build_test_loader(
     if clips is None:
         raise ConfigError('testing needs a data set with test_size, got a training set')
     mine = set(share_videos([len(video.frames) for video in dataset.videos], world_size)[rank])
-    indices = [index for index, clip in enumerate(clips) if clip.video in mine]
-    return TestLoader(_loader(_Clips(dataset, indices), _unchanged, workers_per_gpu, batch_size=None), stall_seconds)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
+    keys: list[_Key] = [(index, None) for index, clip in enumerate(clips) if clip.video in mine]
+    return TestLoader(_loader(dataset, None, workers_per_gpu, batch_size=None, sampler=keys), stall_seconds)

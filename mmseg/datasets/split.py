@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,23 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from mmseg.registry import check_arguments, config_key, config_path
+from mmseg.utils.arguments import annotations_of, check_value
 from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.files import decoded
 from mmseg.utils.images import MAX_CLASSES, read_file
 from mmseg.utils.names import natural_key
 
-_MARKS = {  # at the start of a text file -> its encoding; that of UTF-32 begins like that of UTF-16
-    codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32',
-    codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16',
-}
 _SUFFIXES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of a data set lie under its root; ``{split}`` and ``{video}`` stand for names.
+    """Where the files of a data set lie under its root; ``{split}`` and ``{video}`` become names.
 
     Attributes:
         split_file: text file with one video a line.
@@ -44,9 +39,6 @@ class Layout:
 
     def __post_init__(self) -> None:
         where = config_path('layout')
-        for key, value in vars(self).items():
-            if not isinstance(value, str):
-                raise ConfigError(f'{where}.{key}: expected text, got {value!r}')
         for key in ('frame_suffix', 'mask_suffix'):
             if '.' not in getattr(self, key):
                 raise ConfigError(f"{where}.{key}: expected the end of a file name with its dot, as '.png' or "
@@ -63,8 +55,6 @@ class Layout:
         if changes is None or isinstance(changes, Layout):
             return changes or self
         with config_key('layout') as where:
-            if not isinstance(changes, Mapping):
-                raise ConfigError(f'{where}: expected a dict of changed entries, got {changes!r}')
             return replace(self, **check_arguments(Layout, changes, where))
 
 
@@ -99,10 +89,15 @@ class Split:
             ConfigError: naming the key.
         """
         where = config_path(getattr(component, '__name__', type(component).__name__))
-        if not isinstance(data_root, (str, Path)) or not str(data_root):
+        if not data_root:
             raise ConfigError(f'{where}.data_root: expected the folder of the data set, got {data_root!r}')
-        if not isinstance(split, str) or not split:
+        if not split:
             raise ConfigError(f"{where}.split: expected the name of a split, as 'train', got {split!r}")
+        given = dict(data_root=data_root, split=split, classes=classes, palette=palette, layout=layout,
+                     reduce_zero_label=reduce_zero_label)
+        annotations = annotations_of(cls.of)
+        for key, value in given.items():
+            check_value(value, annotations[key], f'{where}.{key}')
         _check_own_names(component, classes, palette, where)
         colours = component.PALETTE if palette is None else palette
         names = tuple(component.CLASSES if classes is None else classes)
@@ -155,68 +150,48 @@ class Split:
         if not os.path.isfile(self.file):
             there = sorted(p.name for p in root.glob('*.txt'))
             raise DataError(f'{self.file}: no such split file; there are {there}')
-        lines = enumerate(_decoded(read_file(self.file), self.file).splitlines(), 1)
+        lines = enumerate(decoded(read_file(self.file), self.file).splitlines(), 1)
         named = [_video_name(line.strip(), f'{self.file}, line {number}') for number, line in lines if line.strip()]
         names = list(dict.fromkeys(named))
         if not names:
             raise DataError(f'{self.file}: the split names no video; write one video a line')
         return names
 
-    def files(self, kind: str, video: str) -> list[str]:
-        """Names in natural order, without suffix, of a video's frames or masks; hidden files do not count.
+    def files(self, kind: str, video: str) -> list[str] | None:
+        """Names in natural order, without suffix, of a video's frames or masks; None where their folder is missing.
 
         Raises:
-            FileNotFoundError, NotADirectoryError: no such folder.
-            DataError: a folder that cannot be read.
+            DataError: the folder cannot be read.
         """
         suffix = self.suffix(kind)
         names = _visible(self.folder(kind, video))
-        return sorted((name[:-len(suffix)] for name in names if name.endswith(suffix)), key=natural_key)
+        return names and sorted((name[:-len(suffix)] for name in names if name.endswith(suffix)), key=natural_key)
 
     def has(self, kind: str, video: str) -> bool:
-        """Whether a video has frames, or masks; a folder that is missing has none."""
-        try:
-            return bool(self.files(kind, video))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        """Whether a video has frames, or masks."""
+        return bool(self.files(kind, video))
 
     def instead(self, kind: str, video: str) -> str:
         """For an error about a folder without frames or masks: what was looked for there, and what there is."""
         folder = self.folder(kind, video)
-        try:
-            counts = Counter(os.path.splitext(name)[1] or 'names without a suffix' for name in _visible(folder))
-        except (FileNotFoundError, NotADirectoryError):
+        names = _visible(folder)
+        if names is None:
             return f'{folder}: no such folder'
+        counts = Counter(os.path.splitext(name)[1] or 'names without a suffix' for name in names)
         there = ', '.join(f'{suffix} ({count})' for suffix, count in counts.most_common(_SUFFIXES_SHOWN))
         option = 'frame_suffix' if kind == 'frames' else 'mask_suffix'
         return (f"{folder}: no file ends in '{self.suffix(kind)}' (layout.{option}), "
                 + (f'there are {there}' if there else 'it is empty'))
 
 
-def _visible(folder: str) -> list[str]:
-    """Names in a folder; hidden files are of other programs (``._1.png`` beside each file that macOS copied)."""
+def _visible(folder: str) -> list[str] | None:
+    """Names in a folder, if it is there; hidden files are of other programs (``._1.png`` beside each file of macOS)."""
     try:
         return [name for name in os.listdir(folder) if not name.startswith('.')]
     except (FileNotFoundError, NotADirectoryError):
-        raise
+        return None
     except OSError as error:
         raise DataError(f'{folder}: cannot be read: {error.strerror}') from None
-
-
-def _decoded(data: bytes, path: str) -> str:
-    """The text of a UTF-8 file; another encoding is named."""
-    for mark, encoding in _MARKS.items():
-        if data.startswith(mark):
-            raise DataError(f'{path}: is {encoding} text; save it as UTF-8')
-    try:
-        text = data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        line = data[:error.start].count(b'\n') + 1
-        raise DataError(f'{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 (Latin-1 or another '
-                        'encoding of one byte a letter?); save it as UTF-8') from None
-    if '\0' in text:
-        raise DataError(f'{path}: holds zero bytes (UTF-16 text, or no text at all); save it as UTF-8')
-    return text
 
 
 def _video_name(name: str, where: str) -> str:
@@ -228,17 +203,14 @@ def _video_name(name: str, where: str) -> str:
     return str(path)
 
 
-def _check_own_names(component: Any, classes: Any, palette: Any, where: str) -> None:
-    """Refuses class names that are no list, and such as would not fit the labels in the files."""
+def _check_own_names(component: Any, classes: Sequence[str] | None, palette: Any, where: str) -> None:
+    """Refuses class names that would not fit the labels in the files."""
     names = component.CLASSES if classes is None else classes
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) and n for n in names):
-        raise ConfigError(f'{where}.classes: expected a list of class names, got {names!r}; write the names themselves '
-                          'into the config (a file of names is not read)')
     if not names:
         raise ConfigError(f'{where}: has no class names; set CLASSES or give classes=[...]')
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise ConfigError(f'{where}.classes: {twice} stand there more than once')
+        raise ConfigError(f'{where}.classes: {twice} are there more than once')
     if len(names) > MAX_CLASSES:
         raise ConfigError(f'{where}.classes: 8-bit masks hold at most {MAX_CLASSES} classes, got {len(names)}')
     own = tuple(component.CLASSES)
@@ -249,16 +221,11 @@ def _check_own_names(component: Any, classes: Any, palette: Any, where: str) -> 
             'give the names of all of them and a palette')
 
 
-def _check_colours(names: Sequence[str], palette: Any, where: str) -> None:
+def _check_colours(names: Sequence[str], palette: Sequence[Sequence[int]], where: str) -> None:
     """Refuses a palette that is not one [R,G,B] of 0..255 for every class."""
-    try:
-        colours = np.asarray(palette)
-    except ValueError:  # rows of different lengths
-        colours = np.empty(0, object)
-    if isinstance(palette, Sequence) and not isinstance(palette, str) and len(palette) != len(names):
+    if len(palette) != len(names):
         raise ConfigError(f'{where}.palette: {len(names)} classes but {len(palette)} colours')
-    good = colours.shape == (len(names), 3) and colours.dtype.kind in 'iu'
-    if not good or colours.min() < 0 or colours.max() > 255:
-        shown = repr(palette)
-        raise ConfigError(f'{where}.palette: expected [R, G, B] of whole numbers 0..255 for each of the {len(names)} '
-                          f'classes, got {shown if len(shown) < 200 else shown[:200] + "..."}')
+    for colour in palette:
+        if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
+            raise ConfigError(f'{where}.palette: expected [R, G, B] of whole numbers 0..255 for each of the '
+                              f'{len(names)} classes, got {colour!r}')

@@ -58,7 +58,7 @@ class VideoDataset(Dataset):
 
     A test item is a dict with ``img`` and ``img_metas`` (lists, one entry a view; each ``img`` [T,3,h,w] float32),
     ``label`` ([T,H0,W0] uint8 training labels, ``None`` where the split has no masks), ``raw_label`` (the same as it
-    stands in the files: the official VC compares these), ``video`` and ``frames`` (names), and ``skipped``; if that is
+    is in the files: the official VC compares these), ``video`` and ``frames`` (names), and ``skipped``; if that is
     not empty the clip could not be read and ``img``, ``img_metas``, ``label`` and ``raw_label`` are ``None``.
 
     Args:
@@ -136,11 +136,11 @@ class VideoDataset(Dataset):
         short: list[Video] = []
         missing: list[str] = []
         for name in self.files.videos():
-            try:
-                video = Video(name, self.files.files('frames', name))
-            except (FileNotFoundError, NotADirectoryError):
+            frames = self.files.files('frames', name)
+            if frames is None:
                 missing.append(name)
                 continue
+            video = Video(name, frames)
             (videos if len(video.frames) >= needed else short).append(video)
         if missing:
             raise DataError(
@@ -187,16 +187,14 @@ class VideoDataset(Dataset):
             return self._training_item(index)
         return self._test_item(self.clips[index])
 
-    def _run(self, clip: Clip) -> dict[str, Any]:
-        """The pipeline's output for a clip."""
+    def _results(self, clip: Clip) -> Results:
+        """What the pipeline starts from."""
         video = self.videos[clip.video]
         frames = [video.frames[position] for position in clip.positions]
-        results = dict(
+        return dict(
             video=video.name, frames=[self.frame_path(video.name, frame) for frame in frames],
-            num_classes=self.num_classes, reduce_zero_label=self.reduce_zero_label, has_masks=self.has_masks)
-        if self.is_training:
-            results['masks'] = [self.mask_path(video.name, frame) for frame in frames]
-        return self.pipeline(results)
+            masks=[self.mask_path(video.name, frame) for frame in frames], num_classes=self.num_classes,
+            reduce_zero_label=self.reduce_zero_label, has_masks=self.has_masks)
 
     def _training_item(self, index: int) -> dict[str, Any]:
         """A clip of video ``index``, or of random other videos while a clip is all void or, if so asked, bad."""
@@ -205,7 +203,7 @@ class VideoDataset(Dataset):
         for _ in range(_MAX_DRAWS):
             positions = sample_training_clip(len(self.videos[index].frames), self.dilation)
             try:
-                item = self._run(Clip(index, positions))
+                item = self.pipeline(self._results(Clip(index, positions)))
             except DataError as error:
                 if not self.skip_bad_clips:
                     raise
@@ -226,29 +224,22 @@ class VideoDataset(Dataset):
         item: dict[str, Any] = dict(
             img=None, img_metas=None, label=None, raw_label=None, video=video.name, frames=frames, skipped=[])
         try:
-            views = self._run(clip)
-            images, metas = views['img'], views['img_metas']
-            several = isinstance(images, list)
-            item.update(img=images if several else [images], img_metas=metas if several else [metas])
-            if self.has_masks:
-                shape = item['img_metas'][0]['ori_shape'][:2]
-                paths = [self.mask_path(video.name, frame) for frame in frames]
-                raw = load_labels(paths, False, None, shape, video.name)
-                item['raw_label'] = np.stack(raw)
-                item['label'] = np.stack(self._training_labels(raw, paths, video.name))
+            return item | self._views_and_labels(self._results(clip))
         except DataError as error:
             if not self.skip_bad_clips:
                 raise
-            item.update(img=None, img_metas=None, label=None, raw_label=None, skipped=[str(error)])
-        return item
+            return item | {'skipped': [str(error)]}
 
-    def _training_labels(self, raw: Sequence[np.ndarray], paths: Sequence[str], video: str) -> list[np.ndarray]:
-        """Training labels of a video's raw label maps."""
+    def _views_and_labels(self, results: Results) -> dict[str, Any]:
+        views = self.pipeline(results)
+        found = {key: views[key] if isinstance(views['img'], list) else [views[key]] for key in ('img', 'img_metas')}
+        if not self.has_masks:
+            return found
+        video, paths = results['video'], results['masks']
+        raw = load_labels(paths, False, None, found['img_metas'][0]['ori_shape'][:2], video)
         table = label_table(self.reduce_zero_label, self.num_classes)
         labels = []
         for mask, path in zip(raw, paths):
-            try:
+            with located(video, Path(path).stem):
                 labels.append(to_training_labels(mask, table, self.num_classes, path))
-            except DataError as error:
-                raise located(error, video, Path(path).stem) from None
-        return labels
+        return found | {'raw_label': np.stack(raw), 'label': np.stack(labels)}

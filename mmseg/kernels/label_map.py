@@ -5,9 +5,9 @@ resizes is one matrix per axis, and so is the averaging of overlapping windows. 
 tile is reduced to labels while it is in the cache, and only the labels are kept.  The result is that of resizing step
 by step and taking the argmax, up to the rounding of the products.
 
-There are two forms, equal up to rounding.  The native one (:mod:`.label_map_native`) serves single views on the CPU: it
-knows that few of the weights are not zero, and keeps scores and argmax in registers.  The PyTorch one serves several
-views, other devices, and where there is no compiler.  Both take scores that are NaN or beyond 1e38 for 1e38, and those
+There are two forms, equal up to rounding.  The native op is for single views on the CPU: it skips the weights that are
+zero, and keeps scores and argmax in registers.  The PyTorch form is for several views, for other devices, and for
+machines without a compiler.  Both take scores that are NaN or beyond 1e38 for 1e38, and those
 below -1e38 for -1e38, so that they spoil no pixel but their own, where a NaN wins as in ``argmax``.
 """
 
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import label_map_native
+from mmseg.kernels import library
+from mmseg.kernels.torch_ops import ops
 
 _CPU_TILE = (32, 2**18)  # rows, scores: 1 MB of them stays in a second-level cache
 _GPU_TILE = (128, 2**26)
@@ -85,7 +86,6 @@ def window_matrix(size: int, crop: int, starts: Sequence[int], length: int) -> T
     return (matrix / count).flatten(0, 1)
 
 
-@torch.no_grad()
 def label_map(views: Sequence[ScoreView]) -> Tensor:
     """Most probable class of every pixel; with several views, by the mean of their softmaxed scores.
 
@@ -106,11 +106,12 @@ def label_map(views: Sequence[ScoreView]) -> Tensor:
                 f'scores {list(view.scores.shape)} do not fit matrices for {len(view.rows)} rows and '
                 f'{len(view.columns)} columns')
     first = views[0]
-    if len(views) == 1 and first.scores.device.type == 'cpu' and label_map_native.usable():
-        return label_map_native.label_map(first.scores, first.rows, first.columns)
+    if len(views) == 1 and first.scores.device.type == 'cpu' and library.usable('cpu'):
+        return ops.label_map(first.scores.detach(), first.rows, first.columns)
     return _label_map(views)
 
 
+@torch.no_grad()
 def _label_map(views: Sequence[ScoreView]) -> Tensor:
     """The PyTorch form."""
     first = views[0]

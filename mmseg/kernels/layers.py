@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmseg.kernels import cpu_native
 from mmseg.kernels.convolution import Activation, activate, convolve
 from mmseg.kernels.half import ProductLayer, product_dtype
+from mmseg.kernels.torch_ops import native_attention
 from mmseg.utils.seed import uniform
 
 _WORTHWHILE = 2**24  # products; below, a convolution's longer way to its kernel costs more than it saves
@@ -117,14 +117,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     Returns:
         ``[N, heads, L, d]``.
     """
-    if (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and dropout == 0
-        and cpu_native.serves_attention(query, key, value, mask)
-        and cpu_native.usable()
-    ):
-        return cpu_native.attention(query, key, value, mask)
+    if dropout == 0 and (out := native_attention(query, key, value, mask)) is not None:
+        return out
     if 0 < dropout < 1 and mask is None and query.device.type == 'cpu':
         weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
         return weights.masked_fill(uniform(*weights.shape) < dropout, 0) @ (value / (1 - dropout))

@@ -33,7 +33,6 @@ RUN = 'run'
 """Key of ``meta``: the id of the run that saved a checkpoint."""
 
 _LATEST_RUN = '.latest.run'
-_UNREADABLE = '?'  # in the place of a run's id
 _NUMBERED = re.compile(r'iter_(\d+)\.pth')
 _LEFTOVERS = '.*.pth.*.part'
 _REFUSED = re.compile(r'GLOBAL (\S+)')
@@ -65,7 +64,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             torch.save(dict(checkpoint), file)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch reports a failed write by the position it lost; the operating system's reason stands behind it
+        # torch names the position at which a write failed; the reason is in the error of the operating system before it
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         if isinstance(error, RuntimeError) and reason is error and 'inline_container' not in str(error):
             raise
@@ -88,7 +87,7 @@ def _sync_folder(folder: Path) -> None:
 def point_latest(path: Path, run_id: str | None = None) -> None:
     """Makes ``latest.pth`` beside ``path`` a link to it; where the file system has no links, there is none.
 
-    The id of its run stands in a file of its own, so that it is known where the checkpoint is damaged.
+    A file of its own holds the id of its run, which is thus known where the checkpoint is damaged.
     """
     link = path.with_name(LATEST)
     temporary = path.with_name(f'.{LATEST}.{os.getpid()}.part')
@@ -140,22 +139,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: it is missing or cannot be opened, or is refused because it would run code.
     """
     path = Path(path).expanduser()
-    try:
-        with open_for_reading(path) as file, _named_damage(path):
-            _check_archive(file, path)
-            with _safe_globals():
-                content = torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error.__context__ or error)  # torch wraps it in advice that does not hold here
-        refused = _REFUSED.search(reason)
-        if refused is None:
-            reason = reason.splitlines()[0] if reason else type(error).__name__
-            raise DamagedCheckpointError(f"checkpoint '{path}' is damaged or no checkpoint: {reason}") from None
-        raise CheckpointError(
-            f"checkpoint '{path}' is refused: loading it would call {refused[1]}, which is code and not weights; "
-            'ask its author for a file with tensors only'
-        ) from None
-    return _normalised(content, path)
+    with open_for_reading(path) as file, _named_damage(path):
+        _check_archive(file, path)
+        with _safe_globals():
+            return _normalised(torch.load(file, map_location='cpu', weights_only=True), path)
 
 
 @contextlib.contextmanager
@@ -197,21 +184,27 @@ def _safe_globals() -> Any:
 
 @contextlib.contextmanager
 def _named_damage(path: Path) -> Iterator[None]:
-    """Turns whatever a reader throws at broken bytes into one error.
+    """Inside, whatever a reader raises at broken bytes is one error; so is what it refuses because it would run code.
 
-    What is refused as unsafe passes through, and so does an error of the operating system; ``EINVAL`` is how it answers
-    an offset in broken bytes.
+    An error of the operating system passes through, but for ``EINVAL``, its answer to an offset in broken bytes.
     """
     try:
         yield
-    except (pickle.UnpicklingError, CheckpointError, MemoryError):
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        reason = str(error).splitlines()[0] if str(error) else 'the file ends too early'
+        # torch wraps the error of a pickle in advice that does not hold here
+        cause = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
+        if isinstance(error, pickle.UnpicklingError) and (refused := _REFUSED.search(str(cause))):
+            raise CheckpointError(
+                f"checkpoint '{path}' is refused: loading it would call {refused[1]}, which is code and not weights; "
+                'ask its author for a file with tensors only'
+            ) from None
+        reason = str(cause).splitlines()[0] if str(cause) else 'the file ends too early'
         raise DamagedCheckpointError(
-            f"checkpoint '{path}' is damaged or no checkpoint: {type(error).__name__}: {reason}"
+            f"checkpoint '{path}' is damaged or no checkpoint: {type(cause).__name__}: {reason}"
         ) from None
 
 
@@ -246,7 +239,7 @@ def without_wrappers(weights: Mapping[str, Any], source: str | Path) -> dict[str
 def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
     """Each name -> the name without what DDP, ``torch.compile`` and Lightning put before it, in any order.
 
-    A prefix goes where most names have it and no two become equal; that of ``torch.compile`` also stands inside names.
+    A prefix goes where most names have it and no two become equal; that of ``torch.compile`` may be inside names.
     """
     own = {name: name for name in names}
     compiled = {name: _COMPILED.sub('', name) for name in own}
@@ -262,34 +255,28 @@ def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
     return own
 
 
-def run_of(path: str | Path) -> str | None:
-    """The id of the run that saved a checkpoint; None where the file has none or cannot be read."""
-    found = _read_run(path)
-    return None if found == _UNREADABLE else found
-
-
-def _read_run(path: str | Path) -> str | None:
-    with contextlib.suppress(OSError):
+def run_of(path: str | Path, unreadable: str | None = None) -> str | None:
+    """The id of the run that saved a checkpoint, None where the file has none; ``unreadable`` where it is damaged."""
+    try:
         status = os.stat(path)
-        return _read_run_of(str(path), status.st_ino, status.st_mtime_ns, status.st_size)
-    return _UNREADABLE
+        return _read_run(str(path), status.st_ino, status.st_mtime_ns, status.st_size)
+    except Exception:  # broken bytes may raise anything
+        return unreadable
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_run(path: str, *_version: int) -> str | None:
+    with _safe_globals():
+        return dict(torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('meta') or {}).get(RUN)
 
 
 def _latest_run(folder: Path) -> str | None:
     """The id of the run that ``latest.pth`` of a work dir points to."""
     latest = folder / LATEST
-    if not os.path.lexists(latest):
-        return None
-    with contextlib.suppress(OSError):
-        return run_of(latest) or (folder / _LATEST_RUN).read_text(encoding='utf-8')
+    if os.path.lexists(latest):
+        with contextlib.suppress(OSError):
+            return run_of(latest) or (folder / _LATEST_RUN).read_text(encoding='utf-8')
     return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _read_run_of(path: str, *_version: int) -> str | None:
-    with contextlib.suppress(Exception), _safe_globals():
-        return dict(torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('meta') or {}).get(RUN)
-    return _UNREADABLE
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -304,7 +291,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     files = checkpoint_files(folder)
     run_id = _latest_run(Path(folder))
     if run_id:
-        files = [path for path in files if _read_run(path) in (run_id, _UNREADABLE)]  # reading will name the damage
+        files = [path for path in files if run_of(path, run_id) == run_id]  # reading will name what is damaged
     if not files and alone.is_file():
         files = [alone]
     for path in files:

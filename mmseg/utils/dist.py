@@ -9,17 +9,18 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mmseg.utils.arguments import Port, Positive
-from mmseg.utils.errors import ConfigError, OtherRankError
+from mmseg.utils.errors import CheckpointError, ConfigError, DataError, OtherRankError
 from mmseg.utils.launcher import PATIENCE, RANK_VARIABLES, detect_launcher, is_first_of_machine, whole_number
 from mmseg.utils.signals import Interrupted
 
@@ -30,11 +31,8 @@ _LOCAL_SIZE = {
 
 _SIGNS_OF_LOSS = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe')  # of gloo
 
-_control_group: dist.ProcessGroup | None = None
-"""A gloo group beside nccl: words among the hosts (stop, failed, objects) need no GPU and no stream to be idle."""
-
-_kept_groups: set[int] = set()
-
+_FAILED = 1000  # among ranks, above every signal number
+_Result = TypeVar('_Result')
 
 
 def init_dist(
@@ -72,14 +70,12 @@ def init_dist(
     if backend not in (None, 'nccl', 'gloo'):
         raise ConfigError(f"dist_params.backend: expected 'nccl' or 'gloo', got '{backend}'")
     if launcher != 'none' and not dist.is_initialized():
-        global _control_group
         timeout = timedelta(minutes=timeout_minutes)
         if device.type == 'cpu' or backend == 'gloo':
             dist.init_process_group('gloo', timeout=timeout)
-        else:
-            dist.init_process_group('nccl', timeout=timeout, device_id=device)
-            _control_group = dist.new_group(backend='gloo', timeout=timeout)
-    _keep_groups()
+        else:  # what the hosts say to each other (stop, failed, objects) needs no GPU and no stream that is idle
+            dist.init_process_group('cpu:gloo,cuda:nccl', timeout=timeout, device_id=device)
+    _keep_group()
     return device
 
 
@@ -154,24 +150,20 @@ def _first_host() -> str:
 
 def close_dist() -> None:
     """Leaves the process group, if there is one; models that it served may be dropped before or after."""
-    global _control_group
     if dist.is_available() and dist.is_initialized():
-        _keep_groups()  # that of a program which made it itself
+        _keep_group()  # that of a program which made it itself
         dist.destroy_process_group()
-    _control_group = None
 
 
-def _keep_groups() -> None:
-    """Keeps the process groups in memory until the process ends.
+def _keep_group() -> None:
+    """Keeps the process group in memory until the process ends.
 
     The destructor of gloo's group joins its threads while it holds the interpreter's lock, and a thread that frees its
     last tensors waits for this lock: the process would hang, when the model that used the group is dropped after
     :func:`close_dist` or when Python itself ends.  An object that is never freed has no destructor to hang in.
     """
-    for group in (dist.group.WORLD, _control_group):
-        if group is not None and id(group) not in _kept_groups:
-            _kept_groups.add(id(group))
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    if dist.group.WORLD is not None:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
 
 
 def get_dist_info() -> tuple[int, int]:
@@ -220,9 +212,7 @@ def with_others() -> Iterator[None]:
 
 def barrier() -> None:
     """Waits for every rank."""
-    if get_dist_info()[1] > 1:
-        with with_others():
-            dist.barrier(group=_control_group)
+    gather_objects(None)
 
 
 def reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
@@ -241,7 +231,7 @@ def largest(value: int) -> int:
         return value
     box = torch.tensor(value)
     with with_others():
-        dist.all_reduce(box, dist.ReduceOp.MAX, group=_control_group)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
     return int(box)
 
 
@@ -255,23 +245,45 @@ def fail_together(interrupted_too: bool = False) -> Iterator[None]:
     Args:
         interrupted_too: an interruption of one rank interrupts all at the end of the block; else it leaves at once.
     """
-    failed, interrupted = 1, 2
+    own: BaseException | None = None
+    code = 0
     try:
         yield
-    except Exception:
-        with contextlib.suppress(OtherRankError):
-            largest(failed)
-        raise
-    except KeyboardInterrupt:
-        if interrupted_too:
-            with contextlib.suppress(OtherRankError):
-                largest(interrupted)
-        raise
-    end = largest(0)
-    if end == interrupted:
-        raise Interrupted
-    if end:
-        raise OtherRankError('another rank has failed')
+    except Exception as error:
+        own, code = error, _FAILED
+    except KeyboardInterrupt as error:
+        if not interrupted_too:
+            raise
+        own, code = error, getattr(error, 'number', signal.SIGINT)
+    try:
+        worst = largest(code)
+        if code < worst:
+            own = OtherRankError('another rank has failed') if worst == _FAILED else Interrupted(worst)
+        if own is not None:
+            own.on_all_ranks = True  # type: ignore[attr-defined]
+    except OtherRankError as error:  # one is gone
+        own = own or error
+    if own is not None:
+        raise own
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Whether every rank ends in an error now: this one has left :func:`fail_together`, or there is one rank only."""
+    return get_dist_info()[1] == 1 or getattr(error, 'on_all_ranks', False)
+
+
+def on_rank_0(work: Callable[..., _Result], *args: Any) -> _Result:
+    """What ``work(*args)`` returns on rank 0, or the user's error that it raises there, on every rank."""
+    outcome: Any = None
+    if is_main_process():
+        try:
+            outcome = work(*args)
+        except (CheckpointError, ConfigError, DataError) as error:
+            outcome = error
+    outcome = broadcast_object(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -281,15 +293,10 @@ def gather_objects(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * world_size
     with with_others():
-        dist.all_gather_object(values, value, group=_control_group)
+        dist.all_gather_object(values, value)
     return values
 
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's ``value`` (any picklable object) on every rank."""
-    if get_dist_info()[1] == 1:
-        return value
-    box = [value]
-    with with_others():
-        dist.broadcast_object_list(box, src=0, group=_control_group)
-    return box[0]
+    return gather_objects(value)[0]

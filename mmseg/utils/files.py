@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmseg.utils.errors import ConfigError, DataError
+
+_MARKS = {  # at the start of a text file -> its encoding; that of UTF-32 begins like that of UTF-16
+    codecs.BOM_UTF32_LE: 'UTF-32', codecs.BOM_UTF32_BE: 'UTF-32',
+    codecs.BOM_UTF16_LE: 'UTF-16', codecs.BOM_UTF16_BE: 'UTF-16',
+}
 
 
 @contextlib.contextmanager
@@ -109,11 +115,28 @@ def read_lines(path: str | Path) -> list[str]:
         DataError: the file is not UTF-8.
         OSError: it cannot be read.
     """
+    lines = decoded(Path(path).read_bytes(), path).splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def decoded(data: bytes, path: str | Path) -> str:
+    """The text of a UTF-8 file, without a mark before it.
+
+    Raises:
+        DataError: it is of another encoding, which is named, or holds zero bytes.
+    """
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            raise DataError(f'{path}: is {encoding} text; save it as UTF-8')
     try:
-        text = Path(path).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError:
-        raise DataError(f'{path}: expected a text file in UTF-8, but it is of another encoding') from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+        text = data.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = data[:error.start].count(b'\n') + 1
+        raise DataError(f'{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 (Latin-1 or another '
+                        'encoding of one byte a letter?); save it as UTF-8') from None
+    if '\0' in text:
+        raise DataError(f'{path}: holds zero bytes (UTF-16 text, or no text at all); save it as UTF-8')
+    return text
 
 
 def _umask() -> int:

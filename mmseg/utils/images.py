@@ -52,7 +52,7 @@ _READERS: dict[bytes, Callable[[io.BytesIO], ImageFile]] = {
 }
 _LABEL_SCALES = {'L': 1, 'P': 1, 'P;1': 1, 'P;2': 1, 'P;4': 1, '1': 1, 'L;2': 85, 'L;4': 17}
 """How masks may store their values -> the factor by which Pillow multiplies them."""
-_LOSSY = ('jpeg', 'tiff_jpeg', 'webp')  # compressions of a TIFF file
+_LOSSY = ('JPEG', 'WEBP', 'jpeg', 'tiff_jpeg', 'webp')  # formats, and compressions of a TIFF file
 _ORIENTATION = 274  # the EXIF and TIFF tag; 1 is upright
 
 
@@ -90,8 +90,13 @@ def _check_size(width: int, height: int, path: str) -> None:
             f'environment variable {LIMIT_VARIABLE} to a larger number')
 
 
-def _open(data: bytes, path: str) -> ImageFile:
-    """The image with its header read and its size checked; no pixel is decoded."""
+def _open(path: str) -> tuple[bytes, ImageFile]:
+    """The bytes of a file that is whole, and its image with the header read and its size checked, not decoded."""
+    data, exif = read_file(path), b''
+    if data.startswith(_JPEG_START) and not jpeg_is_whole(data):
+        raise DataError(f'{path}: truncated JPEG ({len(data)} bytes, no end marker)')
+    if data.startswith(_PNG_START):  # Pillow finds only what is before the pixels
+        exif = bytes(_png_chunks(data, path).get(b'eXIf', b''))
     reader = next((reader for start, reader in _READERS.items() if data.startswith(start)), None)
     if reader is None:
         raise DataError(f'{path}: not an image of a known format (JPEG, PNG, BMP, TIFF, WebP, PPM)')
@@ -103,7 +108,9 @@ def _open(data: bytes, path: str) -> ImageFile:
     except Exception as error:  # a damaged header may raise anything
         raise DataError(f'{path}: cannot be decoded: {error}') from None
     _check_size(*image.size, path)
-    return image
+    if exif:
+        image.info['exif'] = exif
+    return data, image
 
 
 def jpeg_is_whole(data: bytes) -> bool:
@@ -126,14 +133,6 @@ def jpeg_is_whole(data: bytes) -> bool:
         position = marker.end() + int.from_bytes(length, 'big')
 
 
-def _check_whole(data: bytes, path: str) -> None:
-    """Refuses a damaged JPEG or PNG that decoders accept."""
-    if data.startswith(_JPEG_START) and not jpeg_is_whole(data):
-        raise DataError(f'{path}: truncated JPEG ({len(data)} bytes, no end marker)')
-    if data.startswith(_PNG_START):
-        _png_chunks(data, path)
-
-
 def _png_chunks(data: bytes, path: str) -> dict[bytes, memoryview]:
     """Content of the last chunk of each kind; every checksum is compared, since one flipped bit is another label."""
     view, chunks = memoryview(data), {}
@@ -150,25 +149,18 @@ def _png_chunks(data: bytes, path: str) -> dict[bytes, memoryview]:
     return chunks
 
 
-def _orientation(image: ImageFile, data: bytes, path: str) -> int:
-    """How a camera says that its picture is to be turned: 2 to 8, or 1 where it is not."""
-    if isinstance(image, TiffImageFile):
-        found = image.tag_v2.get(_ORIENTATION, 1)
-    else:
-        png = isinstance(image, PngImageFile)  # Pillow sees only what stands before the pixels
-        stored = bytes(_png_chunks(data, path).get(b'eXIf', b'')) if png else image.info.get('exif', b'')
-        exif = Image.Exif()
-        try:
-            exif.load(stored)
-            found = exif.get(_ORIENTATION, 1)
-        except Exception:  # decoders pass over a damaged one, too
-            found = 1
-    return found if found in range(2, 9) else 1
-
-
-def _check_upright(image: ImageFile, data: bytes, path: str) -> None:
-    orientation = _orientation(image, data, path)
-    if orientation != 1:
+def _check_upright(image: ImageFile, path: str) -> None:
+    """Refuses an image that its camera says is to be turned or mirrored."""
+    try:
+        if isinstance(image, TiffImageFile):
+            orientation = image.tag_v2.get(_ORIENTATION, 1)
+        else:
+            exif = Image.Exif()
+            exif.load(image.info.get('exif', b''))
+            orientation = exif.get(_ORIENTATION, 1)
+    except Exception:  # decoders pass over a damaged one, too
+        return
+    if orientation in range(2, 9):
         raise DataError(
             f'{path}: has the EXIF orientation {orientation}, so that viewers turn or mirror it, and frame and mask '
             'would not fit; save it again without that tag, both the same way up')
@@ -185,11 +177,9 @@ def read_frame(path: str, turn: bool = True) -> np.ndarray:
     Raises:
         DataError: the file is missing, empty, damaged, too large, or no image.
     """
-    data = read_file(path)
-    _check_whole(data, path)
-    image = _open(data, path)
+    data, image = _open(path)
     if not turn:
-        _check_upright(image, data, path)
+        _check_upright(image, path)
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
@@ -205,14 +195,11 @@ def read_mask(path: str) -> np.ndarray:
     Raises:
         DataError: the file is missing, empty, damaged, too large, no image, lossy, or has not one channel of 8 bits.
     """
-    data = read_file(path)
-    if data.startswith(_JPEG_START):
-        raise DataError(f'{path}: a JPEG holds no exact labels; save masks as PNG, from where they were made')
-    image = _open(data, path)
-    if image.info.get('compression') in _LOSSY or image.format == 'WEBP':
-        raise DataError(f'{path}: is compressed with loss and holds no exact labels; save masks as PNG')
-    _check_whole(data, path)
-    _check_upright(image, data, path)
+    _, image = _open(path)
+    if image.format in _LOSSY or image.info.get('compression') in _LOSSY:
+        raise DataError(f'{path}: is compressed with loss: {image.format} holds no exact labels; save masks as PNG, '
+                        'from where they were made')
+    _check_upright(image, path)
     scale = _label_scale(image, path)
     try:
         values = np.array(image)

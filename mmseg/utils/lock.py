@@ -68,8 +68,6 @@ def _lock(file: int) -> bool:
         return True
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a file system without locks
-        return True
+    except OSError as error:  # a file system without locks says something else
+        return not isinstance(error, (BlockingIOError, PermissionError))
     return True

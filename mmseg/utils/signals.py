@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first asks a program to leave in good order, the second ends it at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks a program to finish what it must, the second ends it at once.
 
 Python runs a signal handler between two of its own instructions, so a program that waits inside a library (for another
 rank, for a device) would seem deaf.  A thread reads the numbers of signals as they come (``signal.set_wakeup_fd``): it
@@ -22,7 +22,11 @@ _END = b'\0'  # no signal has this number
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised inside :meth:`Interruption.raising` when a signal has come."""
+    """Raised inside :meth:`Interruption.raising` when the signal ``number`` has come."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def stop_signals() -> list[int]:
@@ -68,7 +72,7 @@ class Interruption:
     def raising(self) -> Iterator[None]:
         """Inside, the first signal raises :class:`Interrupted`: for waits, and for work that may be dropped."""
         if self.number:
-            raise Interrupted
+            raise Interrupted(self.number)
         self._raising += 1
         try:
             yield
@@ -100,7 +104,7 @@ class Interruption:
             return
         self.number = number
         if self._raising:
-            raise Interrupted
+            raise Interrupted(number)
 
     def _watch(self, reader: socket.socket) -> None:
         """Runs in a thread until it reads the end; forked processes keep the other end of the socket open."""

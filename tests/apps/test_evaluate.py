@@ -151,7 +151,7 @@ def test_bad_files_are_named(folders, score, harm, message):
     (['--class-names', 'gone.txt'], 'gone.txt: No such file'),
     (['--class-names', 'names.txt'], 'expected 124 class names, got 2'),
     (['--videos', 'gone.txt'], 'gone.txt: No such file'),
-    (['--videos', 'utf16.txt'], 'utf16.txt: expected a text file in UTF-8'),
+    (['--videos', 'utf16.txt'], 'utf16.txt: is UTF-16 text; save it as UTF-8'),
     (['--videos', 'names.txt'], "video 'x' is not in pred, whose videos are a, b"),
     (['--jobs', '0'], '--jobs: expected at least 1'),
     (['--vc', '1'], 'a window needs at least 2 frames'),

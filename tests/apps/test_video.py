@@ -19,6 +19,8 @@ from mmseg.apps.video_io import open_source
 from mmseg.datasets import build_dataset
 from mmseg.datasets.clip_sampler import cut_test_clips
 from mmseg.datasets.pipelines.loading import read_frame
+from mmseg.models.segmentors import EncoderDecoder
+from mmseg.models.segmentors.encoded import Axis, Encoded, Scores
 from mmseg.utils.errors import ConfigError
 from mmseg.utils.visual import legend
 from tests.tiny_config import write_tiny_config
@@ -28,14 +30,13 @@ from tests.vspw_fixture import write_vspw
 class Recorder:
     """A model whose frames are numbers; writes down the clips it is asked for and which frames it encodes."""
 
-    num_classes = 4
+    num_classes, score_kind = 4, 'mass'
     compiled = False
 
     def __init__(self, test_size=1):
         self.clips, self.encoded = [], []
         self.cfg = ConfigDict(data=dict(test=dict(test_size=test_size, pipeline=[self.pipeline])))
         self.inference = SimpleNamespace(mode='whole')
-        self.decode_head = SimpleNamespace(encoded_scores=self.scores)
 
     @staticmethod
     def pipeline(results):
@@ -49,20 +50,20 @@ class Recorder:
     def parameters(self):
         return iter([torch.zeros(1)])
 
-    def begin_step(self):
-        pass
-
     def encode(self, images):
         self.encoded += images[:, 0, 0, 0].int().tolist()
-        return images, [images + 1]
+        return Encoded([(images, [images + 1])], Axis.of(4), Axis.of(4))
 
-    def scores(self, mask_features, maps, num_frames):
-        numbers = mask_features[:, 0, 0, 0].int().tolist()
-        assert [m.shape[0] for m in maps] == [num_frames]
-        assert len(numbers) == num_frames
+    def scores_of(self, encoded, num_frames):
+        ((images, maps),) = encoded.windows
+        numbers = images[:, 0, 0, 0].int().tolist()
+        assert [m.shape[0] for m in maps] == [num_frames] == [len(numbers)]
         self.clips.append(tuple(numbers))
         votes = torch.nn.functional.one_hot(torch.tensor(numbers) % 4, 4).float()
-        return votes[None, :, :, None, None].expand(1, num_frames, 4, 2, 2)
+        maps = votes[None, :, :, None, None].expand(1, num_frames, 4, 2, 2)
+        return Scores(maps, Axis.of(4), Axis.of(4)), None
+
+    labels = EncoderDecoder.labels
 
 
 def numbered(count):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import ms_deform_attn as benchmark
-from mmseg.kernels.ms_deform_attn import backend
-from mmseg.kernels.ms_deform_attn.pytorch import (
+from mmseg.kernels import library
+from mmseg.kernels.ms_deform_attn import (
     ms_deform_attn_fused_pytorch,
     ms_deform_attn_pytorch,
 )
@@ -36,11 +36,10 @@ def arguments():
 def own_settings(monkeypatch):
     """Puts back what a run of the benchmark leaves: the number of threads, the kernel of the slowest form."""
     monkeypatch.setenv('OMP_NUM_THREADS', str(torch.get_num_threads()))
-    library = backend.native('cpu')
-    before = backend.instruction_set(library) if isinstance(library, backend.Native) else None
+    before = library.instruction_set() if library.instruction_sets() else None
     yield
     if before:
-        backend.choose_instruction_set(library, before)
+        library.choose_instruction_set(before)
 
 
 @pytest.fixture

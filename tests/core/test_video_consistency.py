@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mmseg.core.evaluation import ConsistencyOptions, StreamingMetrics
 from mmseg.core.evaluation.video_consistency import ConstantRuns, WindowCounts
-from mmseg.kernels import native, run_lengths
-from tests.kernels.sanitize import run_sanitized
+from mmseg.kernels import library, run_lengths
+from tests.conftest import instruction_sets, need_native
 from tests.reference import recipe
 
 
@@ -143,9 +143,9 @@ def clip_order(frames, length):
 @pytest.mark.parametrize('form', [run_lengths.RunLengths, ConstantRuns])
 def test_memory_does_not_grow_with_the_video(form, monkeypatch):
     if form is ConstantRuns:
-        monkeypatch.setattr(run_lengths, 'native', lambda: native.BuildError('not wanted'))
+        monkeypatch.setattr(library, 'native', lambda kind: library.BuildError('not wanted'))
     else:
-        needs_native()
+        need_native()
     frames, length = 400, 4
     names = [f'{i:08d}' for i in range(frames)]
     gt, pred = flickering_video(5, frames)
@@ -238,25 +238,15 @@ def test_constant_runs_for_any_size_and_length(seed, height, width, n):
                 assert (ours == (labels[i - n + 1:i + 1] == labels[i]).all(0)).all()
 
 
-def needs_native():
-    library = run_lengths.native()
-    if isinstance(library, native.BuildError):
-        pytest.skip(f'no native form here: {library}')
-    return library
+def counted(gt, pred, lengths, last=False):
+    """The windows of the NumPy form, and of the native one with each instruction set."""
+    yield _counted(WindowCounts(lengths, last, native=False), gt, pred)
+    for _ in instruction_sets():
+        yield _counted(WindowCounts(lengths, last), gt, pred)
 
 
-def vector_widths():
-    """All that this processor has."""
-    widest = needs_native().themask_widest_vector()
-    return [width for width in (16, 32, 64) if width <= widest]
-
-
-def counted(gt, pred, lengths, last=False, width=None):
-    """The windows of one form: a vector width of the native one, or the NumPy one (width 0)."""
-    stream = WindowCounts(lengths, last, native=False)
-    if width:
-        stream.runs = run_lengths.RunLengths(lengths, width)
-    windows = {n: [] for n in lengths}
+def _counted(stream, gt, pred):
+    windows = {n: [] for n in stream.lengths}
     for ready in (*(stream.push(g, p) for g, p in zip(gt, pred)), stream.close()):
         for n, both, constant in ready:
             windows[n].append((both, constant))
@@ -267,14 +257,13 @@ def counted(gt, pred, lengths, last=False, width=None):
 @given(st.data())
 def test_both_forms_equal_windows_to_the_bit(data):
     """Frames of less than a vector, of whole blocks, and with a rest; void flickers like any other label."""
-    widths = vector_widths()
     shape = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 130) | st.sampled_from([128, 256, 512]))
     lengths = data.draw(st.lists(st.integers(2, 40), max_size=4, unique=True))
     last = data.draw(st.booleans())
     gt, pred = flickering_video(data.draw(st.integers(0, 2**32 - 1)), data.draw(st.integers(0, 60)), shape)
     want = {n: naive_windows(gt, pred, n, last) for n in lengths}
-    for width in (0, *widths):
-        assert counted(gt, pred, lengths, last, width) == want
+    for counts in counted(gt, pred, lengths, last):
+        assert counts == want
 
 
 def test_long_windows():
@@ -287,8 +276,8 @@ def test_long_windows():
     pred[700:, 0, 3] = 5
     for lengths in ((255,), (256,), (257,), (2, 128, 129, 255, 256, 257, 258, 1023, 1024, 1025, 1100)):
         want = {n: naive_windows(gt, pred, n, True) for n in lengths}
-        for width in (0, *vector_widths()):
-            assert counted(gt, pred, lengths, True, width) == want
+        for counts in counted(gt, pred, lengths, True):
+            assert counts == want
 
 
 def test_windows_of_one_frame_are_refused():
@@ -298,7 +287,7 @@ def test_windows_of_one_frame_are_refused():
 
 
 def test_the_native_form_checks_sizes():
-    needs_native()
+    need_native()
     runs = run_lengths.RunLengths([8])
     runs.push(np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.uint8))
     for gt, pred in (((4, 3), (4, 3)), ((2, 3), (2, 2))):
@@ -306,18 +295,10 @@ def test_the_native_form_checks_sizes():
             runs.push(np.zeros(gt, np.uint8), np.zeros(pred, np.uint8))
 
 
-@pytest.fixture
-def fresh():
-    run_lengths.native.cache_clear()
-    yield
-    run_lengths.native.cache_clear()
-
-
 @pytest.mark.parametrize('lacking', ['compiler', 'permission', 'cache', 'library', 'source'])
-def test_without_the_native_form_the_other_serves_silently(lacking, fresh, monkeypatch, tmp_path):
-    monkeypatch.setenv('THEMASK_OPS_CACHE', str(tmp_path / 'cache'))
+def test_without_the_native_form_the_other_serves_silently(lacking, fresh_library, monkeypatch, tmp_path):
     if lacking == 'compiler':
-        monkeypatch.setattr(native, 'find_cxx', lambda: None)
+        monkeypatch.setattr(library, 'find_compiler', lambda kind: None)
     elif lacking == 'permission':
         monkeypatch.setenv('THEMASK_OPS_BUILD', '0')
     elif lacking == 'cache':
@@ -328,7 +309,7 @@ def test_without_the_native_form_the_other_serves_silently(lacking, fresh, monke
         compiler.chmod(0o755)
         monkeypatch.setenv('CXX', str(compiler))
     else:
-        monkeypatch.setattr(run_lengths, 'SOURCE', tmp_path / 'absent.cpp')
+        monkeypatch.setattr(library, 'SOURCES', tmp_path / 'absent')
     gt, pred = flickering_video(3, 20)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -338,23 +319,3 @@ def test_without_the_native_form_the_other_serves_silently(lacking, fresh, monke
         assert metrics.compute()['VC8'] == pytest.approx(naive_score(naive_windows(gt, pred, 8)), abs=1e-12)
     assert isinstance(metrics._open['v'].stream.runs, ConstantRuns)
 
-
-SANITIZED = """
-import os
-from pathlib import Path
-from mmseg.kernels import run_lengths
-library = run_lengths.load(Path(os.environ['LIBRARY']))
-run_lengths.native = lambda: library
-from tests.core.test_video_consistency import *
-for width in vector_widths():
-    for pixels in (1, 127, 128, 129, 255, 256, 257, 511, 512, 1000):
-        for lengths in ((), (2,), (8, 16), (300,)):
-            gt, pred = flickering_video(pixels, 30, (1, pixels))
-            assert counted(gt, pred, lengths, True, width) == {n: naive_windows(gt, pred, n, True) for n in lengths}
-print('passed')
-"""
-
-
-@pytest.mark.slow
-def test_compilers_and_sanitizers_find_nothing(tmp_path):
-    run_sanitized(run_lengths.made_of(), SANITIZED, tmp_path)

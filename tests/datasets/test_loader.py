@@ -237,7 +237,7 @@ def test_a_process_ends_though_something_holds_a_pass(vspw):
 def test_a_killed_worker_is_named_at_the_next_batch_and_raises_nothing_elsewhere(tmp_path):
     loader = build_train_loader(build_dataset(train_config(write_vspw(tmp_path))), 2, workers_per_gpu=1)
     next(loader)
-    (worker,) = loader._batches._items._workers
+    (worker,) = loader._items._workers
     os.kill(worker.pid, signal.SIGKILL)
     worker.join(20)
     for _ in range(100_000):  # where a handler of SIGCHLD would raise

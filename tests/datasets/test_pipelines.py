@@ -374,8 +374,11 @@ def test_collect_says_what_is_missing():
     dict(type='PhotoMetricDistortion', saturation_range=(0.5, float('nan'))),
     dict(type='Normalize', mean=[1, 2], std=[1, 2, 3]), dict(type='Normalize', mean=[1, 2, 3], std=[1, 2, 'x']),
     dict(type='MultiScaleFlipAug', transforms=[], img_scale=(8, 8), img_ratios=['x']),
+    dict(type='MultiScaleFlipAug', transforms=[], img_scale=(8, 8), flip_direction='diagonal'),
+    dict(type='RandomFlip', prob=1.5), dict(type='RandomFlip', direction='diagonal'),
+    dict(type='Resize', img_scale=(8, 8), multiscale_mode='all'),
 ])
 def test_wrong_numbers_are_named(step):
-    names = 'crop_size|img_scale|ratio_range|size|contrast_range|saturation_range|mean|std|img_ratios'
+    names = 'crop_size|img_scale|ratio_range|size|.*_range|mean|std|img_ratios|(flip_)?direction|prob|multiscale_mode'
     with pytest.raises(ConfigError, match=rf'(^\[0\]\.)?({names})(\[\d\])?: expected '):
         Compose([step])

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg.kernels import cpu_native
+from mmseg.kernels import library
 from mmseg.kernels.layers import attention
-from mmseg.kernels.native import BuildError
-from tests.kernels.sanitize import run_sanitized
+from mmseg.kernels.torch_ops import native_attention
+from tests.conftest import instruction_sets, need_native
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
-def sets():
-    names = cpu_native.instruction_sets()
-    if not names:
-        pytest.skip(f'no native attention: {cpu_native.native()}')
-    return range(len(names))
+def native(query, key, value, mask=None):
+    """The native op, also with the portable code."""
+    mask = mask if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+    return torch.ops.themask.attention(query, key, value, mask)
 
 
 def inputs(dtype=torch.float32, samples=2, heads=2, queries=37, keys=17, width=8, seed=0):
@@ -40,8 +43,8 @@ def some(*shape, seed=0):
 def assert_equals_torch(query, key, value, mask=None):
     expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), attn_mask=mask)
     tolerance = TOLERANCE[query.dtype]
-    for number in sets():
-        out = cpu_native.attention(query, key, value, mask, number)
+    for _ in instruction_sets():
+        out = native(query, key, value, mask)
         assert out.dtype == query.dtype and out.transpose(1, 2).is_contiguous()
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
@@ -71,10 +74,8 @@ def test_chunks_of_keys(dtype):
 
 def test_bfloat16_is_summed_in_float32_and_rounded_once():
     tensors = inputs(torch.bfloat16, keys=600)
-    for number, name in enumerate(cpu_native.instruction_sets()):
-        if not name.endswith('bf16'):  # there weights are bfloat16, too
-            exact = cpu_native.attention(*(x.float() for x in tensors), None, number)
-            assert torch.equal(cpu_native.attention(*tensors, None, number), exact.bfloat16())
+    for _ in instruction_sets():
+        assert torch.equal(native(*tensors), native(*(x.float() for x in tensors)).bfloat16())
 
 
 def test_any_strides():
@@ -88,14 +89,14 @@ def test_any_strides():
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_numbers_that_are_not_finite_spoil_their_own_queries(bad):
-    for number in sets():
+    for _ in instruction_sets():
         query, key, value = inputs(samples=1, heads=1)
         query[0, 0, 3, 2] = bad
-        out = cpu_native.attention(query, key, value, None, number)
+        out = native(query, key, value)
         assert out[0, 0, 3].isnan().all() and out[0, 0, [0, 1, 2, *range(4, 37)]].isfinite().all()
         query, key, value = inputs(samples=1, heads=1)
         value[0, 0, 5, 1] = bad
-        out = cpu_native.attention(query, key, value, None, number)
+        out = native(query, key, value)
         assert not out[..., 1].isfinite().any() and out[..., [0, *range(2, 8)]].isfinite().all()
 
 
@@ -106,13 +107,14 @@ def test_large_scores_do_not_overflow():
 
 
 def test_any_number_of_threads_gives_the_same_bits():
+    need_native()
     tensors = inputs(torch.bfloat16, 1, 3, 700, 600, 32)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(cpu_native.attention(*tensors))
+            results.append(native(*tensors))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -134,38 +136,44 @@ def test_dropout_drops_weights_and_enlarges_the_others():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which form was called."""
+    """The calls of torch's own form."""
     made = []
-    for owner, name in ((cpu_native, 'attention'), (F, 'scaled_dot_product_attention')):
-        function = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, f=function, n=name, **k: made.append(n) or f(*a, **k))
+    function = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda *a, **k: made.append(a) or function(*a, **k))
     return made
 
 
-@pytest.mark.skipif(not cpu_native.usable(), reason='no native attention on this machine')
-def test_who_serves(calls):
+def test_which_form_is_used(calls, monkeypatch):
+    if library.instruction_sets()[:1] in ([], ['portable']):
+        pytest.skip('no native attention on this machine')
     mask = some(2, 1, 37, 17)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
     with torch.no_grad():
         for dtype in TOLERANCE:
             assert attention(*inputs(dtype), mask).dtype == dtype
         with torch.autocast('cpu', torch.bfloat16):
             attention(*inputs(torch.bfloat16))
-        assert calls == ['attention'] * 3
-        calls.clear()
+        attention(*(x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs()))
+        assert not calls
         for dtype in (torch.float64, torch.float16):
             attention(*inputs(dtype))
         attention(*inputs(), torch.zeros(37, 17))
         attention(*inputs(), mask[0])
         attention(*inputs(), mask, dropout=0.5)
-        attention(*(x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs()))
         attention(*inputs(samples=0))
         attention(*(x.to('meta') for x in inputs()))
+        for _ in instruction_sets('portable'):
+            attention(*inputs())
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: True)
+        attention(*inputs(torch.bfloat16))
+        assert native_attention(*inputs()) is not None and native_attention(*inputs(torch.bfloat16), mask) is not None
     attention(*inputs())
-    assert calls == ['scaled_dot_product_attention'] * 9
+    assert len(calls) == 10
 
 
+@torch.no_grad()
 def test_shapes_that_do_not_fit_reach_torch(calls):
-    """Whose errors name them; the native form would read memory that is not theirs."""
+    """Its errors name them."""
     query, key, value = inputs()
     wrong = [
         (query, key[..., :4], value), (query, key, value[:, :, :5]), (query, key[:1], value),
@@ -173,58 +181,58 @@ def test_shapes_that_do_not_fit_reach_torch(calls):
         (query, key, value, torch.ones(2, 1, 37, 17, dtype=torch.bool, device='meta')), (query[0], key[0], value[0]),
         (query, key.to('meta'), value),
     ]  # fmt: skip
-    with torch.no_grad():
-        for arguments in wrong:
-            assert not cpu_native.serves_attention(*arguments[:3], *(arguments[3:] or (None,)))
-        with pytest.raises(RuntimeError):
-            attention(*wrong[0])
-        with pytest.raises(RuntimeError):
-            attention(query, key, value, torch.ones(2, 1, 37, 18, dtype=torch.bool))
-    assert calls[0] == 'scaled_dot_product_attention'
+    assert all(native_attention(*arguments) is None for arguments in wrong)
+    with pytest.raises(RuntimeError):
+        attention(*wrong[0])
+    assert calls
+    with pytest.raises(RuntimeError):
+        attention(query, key, value, torch.ones(2, 1, 37, 18, dtype=torch.bool))
 
 
-def test_without_a_library_torch_serves_and_says_why(calls, monkeypatch):
-    monkeypatch.setattr(cpu_native, '_X86', True)
-    monkeypatch.setattr(cpu_native, 'native', lambda: BuildError('there is no compiler'))
-    cpu_native.usable.cache_clear()
-    try:
-        with torch.no_grad(), pytest.warns(UserWarning, match='there is no compiler') as warned:
-            attention(*inputs())
-            attention(*inputs())
-        assert len(warned) == 1 and calls == ['scaled_dot_product_attention'] * 2
-        with pytest.raises(BuildError, match='no compiler'):
-            cpu_native.attention(*inputs())
-    finally:
-        cpu_native.usable.cache_clear()
+def test_the_bare_op_checks_too():
+    need_native()
+    query, key, value = inputs()
+    torch.library.opcheck(torch.ops.themask.attention, (query, key, value, some(2, 2, 37, 17)))
+    mask = torch.ones(2, 2, 37, 17)
+    for message, *arguments in (
+        ('tokens', query[0], key, value), ('key', query, key[..., :4], value), ('value', query, key, value[:, :, :5]),
+        ('float32', query, key, value.double()), ('float32', query.half(), key.half(), value.half()),
+        ('mask', query, key, value, mask.bool()[:, :1]), ('mask', query, key, value, mask),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f'attention: .*{message}'):
+            torch.ops.themask.attention(*arguments, *([None] if len(arguments) == 3 else []))
 
 
-def test_a_torch_without_a_parallel_loop_is_named(monkeypatch):
-    library = cpu_native.native()
-    if isinstance(library, BuildError):
-        pytest.skip(str(library))
-    monkeypatch.setattr(cpu_native, '_torch_library', object)
-    with pytest.raises(BuildError, match='has no torch_parallel_for'):
-        cpu_native.load(library._name)
+def test_the_flop_counter_sees_it():
+    need_native()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        native(*inputs())
+    assert counter.get_total_flops() == 2 * 2 * (2 * 2 * 37 * 17 * 8)
 
 
-SANITIZED = """
-import os
-from pathlib import Path
-from mmseg.kernels import cpu_native
-library = cpu_native.load(Path(os.environ['LIBRARY']))
-cpu_native.native = lambda: library
-from tests.kernels.test_attention import *
-assert len(sets()) > 1
-test_any_strides()
-test_any_number_of_threads_gives_the_same_bits()
-for dtype in TOLERANCE:
-    test_chunks_of_keys(dtype)
-    for queries, keys, width in ((1, 1, 1), (9, 31, 3), (65, 33, 33), (130, 513, 64), (1100, 40, 32)):
-        assert_equals_torch(*inputs(dtype, 2, 2, queries, keys, width), some(2, 1, queries, keys))
-print('passed')
+def test_without_a_library_torch_is_used_and_says_why(calls, fresh_library, monkeypatch):
+    monkeypatch.setattr(library, 'find_compiler', lambda kind: None)
+    with torch.no_grad(), pytest.warns(UserWarning, match='attention .* no C.. compiler') as warned:
+        attention(*inputs())
+        attention(*inputs())
+    assert len(warned) == 1 and warned[0].filename == __file__ and len(calls) == 2
+
+
+LITTLE_MEMORY = """
+import resource, torch
+from tests.kernels.test_attention import inputs, native, need_native
+need_native()
+query, key, value = inputs(samples=1, heads=1, width=200_000)
+native(*(x[..., :8] for x in (query, key, value)))
+pages = int(open('/proc/self/statm').read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28,) * 2)
+try: native(query, key, value)
+except MemoryError: print('no memory')
 """
 
 
-@pytest.mark.slow
-def test_compilers_and_sanitizers_find_nothing(tmp_path):
-    run_sanitized(cpu_native.made_of(), SANITIZED, tmp_path)
+@pytest.mark.skipif(sys.platform != 'linux', reason='limits memory')
+def test_no_memory_is_a_memory_error():
+    need_native()
+    done = subprocess.run([sys.executable, '-c', LITTLE_MEMORY], capture_output=True, text=True)
+    assert done.stdout == 'no memory\n', done.stderr

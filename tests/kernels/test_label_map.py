@@ -1,9 +1,6 @@
 """Label maps: both forms against resizing step by step and taking the argmax, and what happens without a compiler."""
 
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,25 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmseg.kernels import label_map as module
-from mmseg.kernels import label_map_native, native
+from mmseg.kernels import library
 from mmseg.kernels.label_map import ScoreView, label_map, resize_matrix, window_matrix, window_starts
-from tests.kernels.sanitize import run_sanitized
-
-MODULES = ['mmseg.kernels.run_lengths', 'mmseg.kernels.cpu_native', label_map_native.__name__]
+from tests.conftest import instruction_sets, need_native
 
 
-def widths():
-    """Of the vectors of the native form; 0 is the PyTorch form."""
-    library = label_map_native.native()
-    widest = 0 if isinstance(library, native.BuildError) else library.themask_widest_vector()
-    return [width for width in (0, 16, 32, 64) if width <= widest]
-
-
-def labels_of(width, scores, rows, columns, threads=None):
-    """The label maps of one form."""
-    if width:
-        return label_map_native.label_map(scores, rows, columns, width, threads)
-    return module._label_map([ScoreView(scores, rows, columns)])
+def forms():
+    """The PyTorch form, and the native op with each instruction set."""
+    yield lambda scores, rows, columns: module._label_map([ScoreView(scores, rows, columns)])
+    if library.instruction_sets():
+        for _ in instruction_sets():
+            yield torch.ops.themask.label_map
 
 
 def assert_best(labels, full):
@@ -64,17 +53,17 @@ LAYOUTS = {
     source=st.tuples(st.integers(1, 20), st.integers(1, 40)), middle=st.tuples(st.integers(1, 50), st.integers(1, 300)),
     target=st.tuples(st.integers(1, 60), st.integers(1, 300)), seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-    layout=st.sampled_from(sorted(LAYOUTS)), flip=st.booleans(), threads=st.sampled_from([1, 2, 7]))
+    layout=st.sampled_from(sorted(LAYOUTS)), flip=st.booleans())
 @settings(max_examples=120, deadline=None)
-def test_two_resizes_and_argmax(frames, classes, source, middle, target, seed, dtype, layout, flip, threads):
+def test_two_resizes_and_argmax(frames, classes, source, middle, target, seed, dtype, layout, flip):
     scores = torch.randn(frames, classes, *source, generator=torch.Generator().manual_seed(seed)).to(dtype)
     full = resized(scores, middle, target)
     rows, columns = matrices(source, middle, target)
     if flip:
         full, rows, columns = full.flip(2, 3), rows.flip(1), columns.flip(1)
     before = scores.clone()
-    for width in widths():
-        labels = labels_of(width, LAYOUTS[layout](scores), rows, columns, threads)
+    for labels_of in forms():
+        labels = labels_of(LAYOUTS[layout](scores), rows, columns)
         assert labels.shape == (frames, *target) and labels.dtype == torch.uint8
         assert_best(labels, full)
     assert torch.equal(scores, before)
@@ -90,28 +79,28 @@ def test_windows(size, other, crop, stride):
     rows, columns = window_matrix(size, crop, starts, length), window_matrix(other, crop, other_starts, 3)
     for axes in ((rows, columns), (columns, rows), (columns, columns @ resize_matrix(other, 70))):
         scores = torch.randn(2, 7, *(len(axis) for axis in axes))
-        for width in widths():
-            assert_best(labels_of(width, scores, *axes), axes[0].T @ scores @ axes[1])
+        for labels_of in forms():
+            assert_best(labels_of(scores, *axes), axes[0].T @ scores @ axes[1])
 
 
 @pytest.mark.parametrize('classes', [1, 2, 254, 255])
 def test_the_number_of_classes(classes):
     scores = torch.randn(1, classes, 9, 13)
     full = resized(scores, (40, 53))
-    for width in widths():
-        labels = labels_of(width, scores, *matrices((9, 13), (40, 53)))
+    for labels_of in forms():
+        labels = labels_of(scores, *matrices((9, 13), (40, 53)))
         assert_best(labels, full)
         assert labels.max() > (classes - 1) * 0.8 or classes < 3
 
 
 def test_the_first_of_equal_scores_wins():
     scores = torch.randint(0, 3, (2, 20, 33, 130)).float()
-    for width in widths():
-        assert torch.equal(labels_of(width, scores, *matrices((33, 130), (33, 130))), scores.argmax(1))
+    for labels_of in forms():
+        assert torch.equal(labels_of(scores, *matrices((33, 130), (33, 130))), scores.argmax(1))
     scores = torch.zeros(1, 7, 4, 4)
     scores[:, 3:5, :, 2:] = 1
-    for width in widths():
-        labels = labels_of(width, scores, *matrices((4, 4), (16, 16)))[0]
+    for labels_of in forms():
+        labels = labels_of(scores, *matrices((4, 4), (16, 16)))[0]
         assert labels[:, 0].eq(0).all() and labels[:, -1].eq(3).all()
 
 
@@ -127,16 +116,16 @@ def test_scores_that_are_not_finite_spoil_no_pixel_but_their_own(dtype):
     scores.view(integers)[1, 25, 8, 15] |= torch.iinfo(integers).min  # a NaN with a sign, as processors make it
     limited = scores.float().nan_to_num(1e38).clamp(-1e38, 1e38)
     full = resized(limited, (48, 80), (50, 77))
-    for width in widths():
-        labels = labels_of(width, scores, *matrices((12, 20), (48, 80), (50, 77)))
+    for labels_of in forms():
+        labels = labels_of(scores, *matrices((12, 20), (48, 80), (50, 77)))
         assert_best(labels, full)
         assert labels[0, 10, 13] == 3 and labels[1, 35, 59] == 25
 
 
 def test_subnormal_float16_scores():
     steps = torch.randint(0, 1500, (1, 9, 7, 8)).float()  # of the smallest number; 1024 are the first that is normal
-    for width in widths():
-        labels = labels_of(width, (steps * 2.0**-24).half(), *matrices((7, 8), (28, 32)))
+    for labels_of in forms():
+        labels = labels_of((steps * 2.0**-24).half(), *matrices((7, 8), (28, 32)))
         assert_best(labels, resized(steps, (28, 32)))
 
 
@@ -145,25 +134,31 @@ def test_frames_strips_bands_and_threads():
     scores = torch.randn(2, 150, 27, 151)
     full = resized(scores, (108, 604), (107, 597))
     axes = matrices((27, 151), (108, 604), (107, 597))
-    for width in widths()[1:]:
-        labels = labels_of(width, scores, *axes, threads=1)
-        assert_best(labels, full)
-        for threads in (2, 3, 100):
-            assert torch.equal(labels_of(width, scores, *axes, threads), labels)
+    before = torch.get_num_threads()
+    try:
+        for labels_of in forms():
+            torch.set_num_threads(1)
+            labels = labels_of(scores, *axes)
+            assert_best(labels, full)
+            for threads in (2, 3, 100):
+                torch.set_num_threads(threads)
+                assert torch.equal(labels_of(scores, *axes), labels)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_autocast_is_ignored():
     scores = torch.rand(1, 30, 12, 20)
     axes = matrices((12, 20), (48, 80))
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        for width in widths():
-            assert_best(labels_of(width, scores, *axes), resized(scores, (48, 80)))
+        for labels_of in forms():
+            assert_best(labels_of(scores, *axes), resized(scores, (48, 80)))
 
 
 def test_no_frames():
     scores = torch.zeros(0, 3, 4, 5)
-    for width in widths():
-        assert labels_of(width, scores, *matrices((4, 5), (8, 9))).shape == (0, 8, 9)
+    for labels_of in forms():
+        assert labels_of(scores, *matrices((4, 5), (8, 9))).shape == (0, 8, 9)
 
 
 def test_wrong_sizes_are_named():
@@ -186,24 +181,27 @@ def test_windows_cover_every_pixel_and_their_weights_sum_to_one(size, crop, stri
     torch.testing.assert_close(window_matrix(size, crop, starts, length).sum(0), torch.ones(size))
 
 
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """An empty cache, and nothing loaded or warned of yet."""
-    monkeypatch.setenv('THEMASK_OPS_CACHE', str(tmp_path / 'cache'))
-    for cached in (label_map_native.native, label_map_native.usable):
-        cached.cache_clear()
-    yield
-    for cached in (label_map_native.native, label_map_native.usable):
-        cached.cache_clear()
+@pytest.mark.parametrize('spoil', [
+    lambda scores, rows, columns: (scores[0], rows, columns),
+    lambda scores, rows, columns: (scores, rows[:-1], columns),
+    lambda scores, rows, columns: (scores, rows, columns[0]),
+    lambda scores, rows, columns: (scores.expand(-1, 300, -1, -1), rows, columns),
+])
+def test_the_bare_op_checks_too(spoil):
+    need_native()
+    arguments = torch.randn(2, 1, 6, 7), *matrices((6, 7), (24, 28))
+    torch.library.opcheck(torch.ops.themask.label_map, arguments)
+    with pytest.raises(RuntimeError, match=r'label_map: (scores|rows|columns)'):
+        torch.ops.themask.label_map(*spoil(*arguments))
 
 
 @pytest.mark.parametrize(('lacking', 'message'), [('compiler', 'set CXX'), ('permission', 'THEMASK_OPS_BUILD=0')])
-def test_without_the_native_form_the_other_serves_and_says_so_once(lacking, message, fresh, monkeypatch):
+def test_without_the_native_form_the_other_is_used_and_says_so_once(lacking, message, fresh_library, monkeypatch):
     if lacking == 'compiler':
-        monkeypatch.setattr(native, 'find_cxx', lambda: None)
+        monkeypatch.setattr(library, 'find_compiler', lambda kind: None)
     else:
         monkeypatch.setenv('CXX', 'sh')  # any command that is there
-        monkeypatch.setattr(native, 'output', lambda command: 'its version')
+        monkeypatch.setattr(library, 'output', lambda command: 'its version')
         monkeypatch.setenv('THEMASK_OPS_BUILD', '0')
     scores = torch.randn(2, 9, 6, 7)
     axes = matrices((6, 7), (24, 28))
@@ -212,78 +210,12 @@ def test_without_the_native_form_the_other_serves_and_says_so_once(lacking, mess
         for _ in range(3):
             assert_best(label_map([ScoreView(scores, *axes)]), resized(scores, (24, 28)))
     messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 1 and messages[0].startswith('Label maps') and message in messages[0]
+    assert len(messages) == 1 and 'label maps' in messages[0] and message in messages[0]
     assert caught[0].filename == __file__
-    with pytest.raises(native.BuildError, match=message):
-        label_map_native.label_map(scores, *axes)
 
 
 def test_single_views_take_the_native_form(monkeypatch):
-    if len(widths()) == 1:
-        pytest.skip('there is none here')
+    need_native()
     monkeypatch.delattr(module, '_label_map')
     scores = torch.randn(2, 9, 6, 7)
     assert_best(label_map([ScoreView(scores, *matrices((6, 7), (24, 28)))]), resized(scores, (24, 28)))
-
-
-@pytest.fixture
-def fake_compiler(tmp_path, monkeypatch):
-    """Writes empty files; with a file `fail` beside it fails."""
-    script = tmp_path / 'c++'
-    script.write_text(
-        f'#!/bin/sh\nif [ -e {tmp_path}/fail ] && [ "$1" != --version ]; then echo "no such header" >&2; exit 1; fi\n'
-        'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done\n')
-    script.chmod(0o755)
-    monkeypatch.setenv('CXX', str(script))
-    monkeypatch.setenv('THEMASK_OPS_CACHE', str(tmp_path / 'cache'))
-    return tmp_path
-
-
-def test_libraries_are_built_ahead_of_time(fake_compiler, capsys):
-    assert native.main(MODULES) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(':')[0] for line in lines] == MODULES
-    assert all(Path(line.split()[1]).exists() for line in lines)
-    for path in (fake_compiler / 'cache').iterdir():
-        path.unlink()
-    (fake_compiler / 'fail').touch()
-    assert native.main(MODULES) == 1
-    assert capsys.readouterr().err.count('no such header') == 3
-
-
-@pytest.mark.slow
-def test_make_sh_builds_them(fake_compiler, monkeypatch):
-    monkeypatch.setenv('PYTHON', sys.executable)
-    script = Path(module.__file__).parents[1] / 'models/decode_heads/mask2former/pixel_decoder/ops/make.sh'
-    result = subprocess.run(['sh', script], capture_output=True, text=True)
-    built = [path.name for path in (fake_compiler / 'cache').glob('*.so')]
-    assert {name.split('-')[0] for name in built} >= {'cpu', 'label_map', 'run_lengths'}, result.stderr
-    (fake_compiler / 'fail').touch()
-    for path in (fake_compiler / 'cache').iterdir():
-        path.unlink()
-    result = subprocess.run(['sh', script], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.count('no such header') >= 4
-
-
-SANITIZED = """
-import os
-from pathlib import Path
-from mmseg.kernels import label_map_native
-library = label_map_native.load(Path(os.environ['LIBRARY']))
-label_map_native.native = lambda: library
-from tests.kernels.test_label_map import *
-assert widths()[1:]
-for test in (
-    test_two_resizes_and_argmax, test_windows, test_the_first_of_equal_scores_wins, test_subnormal_float16_scores,
-    test_frames_strips_bands_and_threads,
-):
-    test()
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    test_scores_that_are_not_finite_spoil_no_pixel_but_their_own(dtype)
-print('passed')
-"""
-
-
-@pytest.mark.slow
-def test_compilers_and_sanitizers_find_nothing(tmp_path):
-    run_sanitized(label_map_native.made_of(), SANITIZED, tmp_path)

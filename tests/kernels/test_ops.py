@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmseg.kernels.ms_deform_attn import backend as backends
-from mmseg.kernels.ms_deform_attn.pytorch import (
-    ms_deform_attn_fused_pytorch,
-    ms_deform_attn_pytorch,
-)
+from mmseg.kernels.ms_deform_attn import ms_deform_attn_fused_pytorch, ms_deform_attn_pytorch
 from mmseg.models.decode_heads.mask2former.pixel_decoder.ops import ms_deform_attn, ms_deform_attn_fused
-from tests.conftest import INSTRUCTION_SETS, cpu_library
+from tests.conftest import instruction_sets, need_native
 from tests.reference import recipe
 
 LEVELS = [(3, 5), (6, 10), (12, 20)]
@@ -39,6 +35,11 @@ def problem(
 
 def forms(fused: bool):
     return (ms_deform_attn_fused, ms_deform_attn_fused_pytorch) if fused else (ms_deform_attn, ms_deform_attn_pytorch)
+
+
+def bare(value, shapes, *others):
+    """Arguments of ``torch.ops.themask.ms_deform_attn``, whose reference points are None in the plain form."""
+    return (value, shapes, None, *others) if len(others) == 2 else (value, shapes, *others)
 
 
 def with_gradients(function, arguments, grad_out=None):
@@ -91,16 +92,10 @@ SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 )
 @settings(max_examples=60, deadline=None)
 def test_random_shapes_equal_the_pytorch_form(shapes, n, queries, heads, width, points, fused, seed):
-    library = cpu_library()
     torch.manual_seed(seed)
     arguments = problem(shapes, n, queries, heads, width, points, fused=fused)
-    before = backends.instruction_set(library)
-    try:
-        for name in INSTRUCTION_SETS[INSTRUCTION_SETS.index(before) :]:
-            backends.choose_instruction_set(library, name)
-            assert_equals_pytorch_form(arguments, fused)
-    finally:
-        backends.choose_instruction_set(library, before)
+    for _ in instruction_sets():
+        assert_equals_pytorch_form(arguments, fused)
 
 
 @pytest.mark.parametrize('fused', [False, True])
@@ -304,20 +299,19 @@ def test_backward_is_the_same_for_any_number_of_threads(backend):
 
 @pytest.mark.parametrize('fused', [False, True])
 def test_opcheck(fused):
-    cpu_library()
+    need_native()
     value, shapes, *others = problem(queries=3, n=1, fused=fused)
     flat = [size for shape in shapes for size in shape]
     ops = torch.ops.themask
-    name = 'ms_deform_attn_fused' if fused else 'ms_deform_attn'
     leaves = [a.requires_grad_() for a in (value, *others)]
-    torch.library.opcheck(getattr(ops, name), (leaves[0], flat, *leaves[1:]))
+    torch.library.opcheck(ops.ms_deform_attn, bare(leaves[0], flat, *leaves[1:]))
     inputs = [a.detach() for a in leaves]
     grad_out = torch.randn(1, 3, 16)
-    torch.library.opcheck(getattr(ops, f'{name}_backward'), (grad_out, inputs[0], flat, *inputs[1:], False))
+    torch.library.opcheck(ops.ms_deform_attn_backward, (grad_out, *bare(inputs[0], flat, *inputs[1:]), False))
 
 
 def test_no_second_derivative_is_an_error():
-    cpu_library()
+    need_native()
     value, shapes, *others = problem()
     value.requires_grad_()
     out = ms_deform_attn_fused(value, shapes, *others)
@@ -339,7 +333,7 @@ def test_compiles_into_one_graph(backend, fused):
 
 
 def test_compiles_once_for_any_size():
-    cpu_library()
+    need_native()
     torch._dynamo.reset()
     counter = CompileCounter()
 
@@ -369,7 +363,7 @@ def test_exports(backend, fused):
 
 @pytest.mark.parametrize('fused', [False, True])
 def test_flops_are_counted(fused):
-    cpu_library()
+    need_native()
     arguments = problem(n=2, queries=5, heads=2, width=8, points=3, fused=fused)
     value = arguments[0].requires_grad_()
     with FlopCounterMode(display=False) as counter:
@@ -442,14 +436,14 @@ def test_wrong_arguments_of_the_plain_form_are_named(backend, index):
 )
 def test_the_bare_op_checks_too(name, index, spoil):
     """Exported programs call the op without our Python checks; wrong memory must not be touched."""
-    cpu_library()
+    need_native()
     value, _, *others = problem()
     arguments = [value, [3, 4, 2, 2], *others]
     arguments[index] = spoil(arguments[index])
     with pytest.raises(RuntimeError, match=name):
-        torch.ops.themask.ms_deform_attn_fused(*arguments)
+        torch.ops.themask.ms_deform_attn(*arguments)
     with pytest.raises(RuntimeError, match=name):
-        torch.ops.themask.ms_deform_attn_fused_backward(torch.zeros(2, 5, 16), *arguments, False)
+        torch.ops.themask.ms_deform_attn_backward(torch.zeros(2, 5, 16), *arguments, False)
 
 
 WRAPPING = {
@@ -467,11 +461,11 @@ WRAPPING = {
 @pytest.mark.parametrize('sizes', WRAPPING.values(), ids=WRAPPING)
 def test_the_bare_op_checks_sizes_whose_products_or_sums_wrap(sizes, fused):
     """Taken for 16 pixels they would read and write far outside of value."""
-    cpu_library()
+    need_native()
     value, _, *others = problem(fused=fused, shapes=((1, 1),) * (len(sizes) // 2))
     value = value.new_zeros(2, 16, *value.shape[2:])
-    name = 'ms_deform_attn_fused' if fused else 'ms_deform_attn'
+    arguments = bare(value, sizes, *others)
     with pytest.raises(RuntimeError, match='spatial_shapes'):
-        getattr(torch.ops.themask, name)(value, sizes, *others)
+        torch.ops.themask.ms_deform_attn(*arguments)
     with pytest.raises(RuntimeError, match='spatial_shapes'):
-        getattr(torch.ops.themask, f'{name}_backward')(torch.zeros(2, 5, 16), value, sizes, *others, False)
+        torch.ops.themask.ms_deform_attn_backward(torch.zeros(2, 5, 16), *arguments, False)

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmseg.kernels.ms_deform_attn import build
-from mmseg.kernels.ms_deform_attn.pytorch import (
-    ms_deform_attn_fused_pytorch,
-    ms_deform_attn_pytorch,
-)
+from mmseg.kernels import library
+from mmseg.kernels.ms_deform_attn import ms_deform_attn_fused_pytorch, ms_deform_attn_pytorch
 from tests.kernels.test_ops import problem, with_gradients
 
 EMULATOR = Path(__file__).parent / 'gpu_emulator'
@@ -23,11 +20,11 @@ EMULATOR = Path(__file__).parent / 'gpu_emulator'
 
 @pytest.fixture(scope='module')
 def emulator(tmp_path_factory):
-    compiler = build.find_compiler('cpu')
+    compiler = library.find_compiler('cpu')
     if compiler is None or 'g++' not in Path(compiler[0]).name:
         pytest.skip('the emulator needs g++')
     path = tmp_path_factory.mktemp('emulator') / 'emulated.so'
-    flags = ['-std=c++17', '-O1', '-fPIC', '-shared', '-Wno-unknown-pragmas', '-I', str(build.SOURCES)]
+    flags = ['-std=c++17', '-O1', '-fPIC', '-shared', '-Wno-unknown-pragmas', '-I', str(library.SOURCES)]
     subprocess.run([*compiler, *flags, str(EMULATOR / 'emulated_ops.cpp'), '-o', str(path)], check=True)
     return ctypes.CDLL(str(path))
 
@@ -134,17 +131,17 @@ def test_deterministic_sums_cover_any_scale(emulator, value, finite):
 @pytest.mark.slow
 def test_compiles_for_every_target(tmp_path, monkeypatch):
     """Needs nvcc, no GPU and no CUDA torch."""
-    nvcc = build.find_compiler('cuda')
+    nvcc = library.find_compiler('cuda')
     if nvcc is None:
         pytest.skip('no nvcc here')
     monkeypatch.setenv('THEMASK_OPS_CACHE', str(tmp_path))
     monkeypatch.delenv('TORCH_CUDA_ARCH_LIST', raising=False)
-    library = build.library('cuda')
+    path = library.library('cuda')
     dump = shutil.which('cuobjdump') or str(Path(nvcc[0]).with_name('cuobjdump'))
     if not Path(dump).exists():
         pytest.skip('no cuobjdump here')
     images = subprocess.run(
-        [dump, '--list-elf', '--list-ptx', str(library)], capture_output=True, text=True, check=True
+        [dump, '--list-elf', '--list-ptx', str(path)], capture_output=True, text=True, check=True
     )
     for target in ('sm_80.cubin', 'sm_90.cubin', 'sm_100.cubin', 'sm_120.cubin', 'sm_120.ptx'):
         assert target in images.stdout

@@ -12,6 +12,7 @@ from mmseg.config import load_config
 from mmseg.core.precision import Precision
 from mmseg.kernels.half import ProductLayer
 from mmseg.models import build_segmentor
+from mmseg.models.segmentors import Encoded
 from mmseg.utils.errors import CheckpointError, ConfigError
 from tests.reference import recipe
 from tests.tiny import tiny_model
@@ -227,18 +228,18 @@ def test_frames_one_after_the_other_give_what_a_batch_gives(tiny, monkeypatch):
     frames, lengths = torch.randn(3, 3, 61, 75), []
     hook = tiny.backbone.register_forward_hook(lambda _, inputs, __: lengths.append(len(inputs[0])))
     with torch.no_grad():
-        mask_features, maps = tiny.encode(frames)
-        first, first_maps = tiny.encode(frames[:1])
-    batch, batch_maps = tiny.encode(frames)
+        encoded, first = tiny.encode(frames), tiny.encode(frames[:1])
+    batch = tiny.encode(frames)
     hook.remove()
     assert lengths == [1, 1, 1, 1, 3], 'with gradients a batch stays one'
-    for ours, theirs, one in zip((mask_features, *maps), (batch, *batch_maps), (first, *first_maps)):
+    assert [len(each) for each in (encoded, encoded[1:], encoded[2], Encoded.join([first, *encoded]))] == [3, 2, 1, 4]
+    for ours, theirs, one in zip(*([each.windows[0][0], *each.windows[0][1]] for each in (encoded, batch, first))):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
         assert torch.equal(ours[:1], one) and ours.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize('compile_cfg, steps', [
-    (None, 0), pytest.param(dict(backend='eager'), 3, marks=pytest.mark.slow)])
+    (None, 0), pytest.param(dict(backend='eager'), 6, marks=pytest.mark.slow)])
 def test_every_clip_of_a_compiled_model_begins_a_step(compile_cfg, steps, monkeypatch):
     """CUDA graphs would otherwise take what the last clip left for needed still; windows are clips of their own."""
     begun = []

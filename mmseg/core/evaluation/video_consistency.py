@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from mmseg.kernels import run_lengths
-from mmseg.kernels.native import BuildError
+from mmseg.kernels.library import BuildError
 
 
 class ConstantRuns:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmseg.core.hooks.hook import Hook
 from mmseg.registry import HOOKS, retired
+from mmseg.utils.arguments import Count
 from mmseg.utils.checkpoint import prune_checkpoints
-from mmseg.utils.errors import CheckpointError, ConfigError
+from mmseg.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mmseg.core.runner import IterBasedRunner
@@ -36,22 +36,17 @@ class CheckpointHook(Hook):
 
     def __init__(
         self,
-        interval: int,
-        max_keep_ckpts: int = -1,
+        interval: Count,
+        max_keep_ckpts: Literal[-1] | Count = -1,
         save_last: bool = True,
         save_optimizer: bool = True,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
-        if interval < 1:
-            raise ConfigError(f'checkpoint_config.interval: expected at least 1, got {interval}')
-        if max_keep_ckpts == 0 or max_keep_ckpts < -1:
-            raise ConfigError(f'checkpoint_config.max_keep_ckpts: expected -1 or at least 1, got {max_keep_ckpts}')
         self.interval = interval
         self.max_keep_ckpts = max_keep_ckpts
         self.save_last = save_last
         self.save_optimizer = save_optimizer
         self.meta = meta or {}
-        self._due = False
 
     def before_run(self, runner: IterBasedRunner) -> None:
         """Gives the runner what is saved with each checkpoint."""
@@ -59,28 +54,14 @@ class CheckpointHook(Hook):
 
     def after_train_iter(self, runner: IterBasedRunner) -> None:
         """Saves where it is due."""
-        last = self.is_last_iter(runner) and self.save_last
-        self._due = self._due or last or self.every_n_iters(runner, self.interval)
-        if not self._due or not runner.resumable:
+        if not self.has_updated(runner, self.interval) and not (self.is_last_iter(runner) and self.save_last):
             return
-        self._due = False
         try:
-            self.save(runner)
+            path = runner.save_numbered(self.save_optimizer)
         except CheckpointError as error:
             if self.is_last_iter(runner):
                 raise
             runner.logger.error('%s; the training goes on and will try again in %d iterations', error, self.interval)
-
-    def save(self, runner: IterBasedRunner) -> Path:
-        """Saves now; returns the path.
-
-        Raises:
-            CheckpointError: on every rank, where rank 0 cannot write.
-        """
-        folder = Path(runner.work_dir)
-        done = runner.iters_done
-        path = folder / f'iter_{done}.pth'
-        runner.save_checkpoint(path, save_optimizer=self.save_optimizer, latest=True)
+            return
         if self.max_keep_ckpts > 0 and runner.rank == 0:
-            prune_checkpoints(folder, self.max_keep_ckpts, done, runner.run_id)
-        return path
+            prune_checkpoints(path.parent, self.max_keep_ckpts, runner.iters_done, runner.run_id)

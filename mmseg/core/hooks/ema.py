@@ -10,6 +10,7 @@ import torch
 
 from mmseg.core.hooks.hook import Hook
 from mmseg.registry import HOOKS, retired
+from mmseg.utils.arguments import Count, Factor
 from mmseg.utils.checkpoint import load_weights
 from mmseg.utils.errors import ConfigError
 
@@ -30,19 +31,18 @@ class EMAHook(Hook):
         momentum: share of the new weights in each update, in (0, 1).
         interval: iterations between two updates of the average; inside a group of accumulated gradients one waits for
             the update of the weights.
-        warm_up: how slowly the average starts to remember.
+        warm_up: the larger, the longer the average follows the weights closely at the start.
     """
 
     priority = 'ABOVE_NORMAL'
 
-    def __init__(self, momentum: float = 0.0002, interval: int = 1, warm_up: int = 100) -> None:
-        if not 0 < momentum < 1 or interval < 1 or warm_up < 1:
-            raise ConfigError(f'EMAHook: expected 0 < momentum < 1 and interval, warm_up >= 1, got {momentum=}')
+    def __init__(self, momentum: Factor = 0.0002, interval: Count = 1, warm_up: Count = 100) -> None:
+        if momentum >= 1:
+            raise ConfigError(f'EMAHook: expected momentum < 1, got {momentum}')
         self.momentum = momentum
         self.interval = interval
         self.warm_up = warm_up
         self.updates = 0
-        self._due = False
         self._average: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
 
@@ -56,9 +56,7 @@ class EMAHook(Hook):
     @torch.no_grad()
     def after_train_iter(self, runner: IterBasedRunner) -> None:
         """Updates the average."""
-        self._due = self._due or self.every_n_iters(runner, self.interval)
-        if self._due and runner.resumable:
-            self._due = False
+        if self.has_updated(runner, self.interval):
             decay = min(1 - self.momentum, (1 + self.updates) / (self.warm_up + self.updates))
             torch._foreach_lerp_(self._average, [p.detach() for p in self._weights], 1 - decay)
             self.updates += 1

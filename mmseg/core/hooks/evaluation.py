@@ -14,7 +14,7 @@ from mmseg.core.hooks.hook import Hook
 from mmseg.core.hooks.loggers import was_evaluated
 from mmseg.registry import HOOKS
 from mmseg.utils.checkpoint import RUN, read_checkpoint
-from mmseg.utils.dist import broadcast_object, fail_together, largest
+from mmseg.utils.dist import broadcast_object, fail_together
 from mmseg.utils.errors import CheckpointError, ConfigError, nearest
 from mmseg.utils.signals import Interrupted
 
@@ -90,13 +90,10 @@ class EvalHook(Hook):
             with fail_together(interrupted_too=True), runner.evaluation_weights(), runner.interruptible():
                 runner.module.eval()
                 figures = dict(self.evaluate(runner.module))
-        except Interrupted:
+        except Interrupted as stop:
             runner.logger.warning('the evaluation was interrupted; the resumed run will make it')
-            runner.stopped_by = largest(runner.interruption.number)
+            runner.stopped_by = stop.number
             return
-        except Exception:
-            runner.rescue(together=True)
-            raise
         finally:
             runner.train_mode()
         runner.val_results = broadcast_object(figures)

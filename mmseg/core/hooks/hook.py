@@ -1,4 +1,4 @@
-"""Named points of the training loop, and what may hang there (names and order of mmcv 1.x)."""
+"""Hooks: the training loop calls them at named points, whose names and order are those of mmcv 1.x."""
 
 from __future__ import annotations
 
@@ -8,20 +8,6 @@ from mmseg.utils.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from mmseg.core.runner import IterBasedRunner
-
-POINTS = (
-    'before_run',
-    'before_train_epoch',
-    'before_train_iter',
-    'after_train_iter',
-    'after_train_epoch',
-    'before_val_epoch',
-    'after_val_epoch',
-    'before_save_checkpoint',
-    'after_load_checkpoint',
-    'after_run',
-)
-_GENERAL = ('before_epoch', 'after_epoch', 'before_iter', 'after_iter')
 
 PRIORITIES = {
     'HIGHEST': 0,
@@ -37,7 +23,7 @@ PRIORITIES = {
 
 
 class Hook:
-    """Base of everything that hangs at the training loop; override the points you need.
+    """Base class of hooks; override the methods of the points that you need.
 
     In ``after_train_iter`` the runner's ``iter`` is still the index of the iteration that has just run, as in mmcv 1.x:
     ``every_n_iters`` counts from one.  A run is one epoch.  ``runner.outputs`` holds the losses of the iteration on the
@@ -100,25 +86,26 @@ class Hook:
         return n > 0 and (runner.iter + 1) % n == 0
 
     @staticmethod
+    def has_updated(runner: IterBasedRunner, n: int) -> bool:
+        """Whether the weights have just been updated, in a group of iterations that one of every ``n`` belongs to."""
+        return runner.resumable and runner.iters_done // n > (runner.iters_done - runner.group) // n
+
+    @staticmethod
     def is_last_iter(runner: IterBasedRunner) -> bool:
         """Whether this is the last iteration of the training."""
         return runner.iter + 1 >= runner.max_iters
 
 
-def check_hook(hook: Any, where: str) -> Hook:
-    """``hook``, if it is one that the loop will call.
+POINTS = tuple(name for name in vars(Hook) if name.startswith(('before_', 'after_')))
 
-    Raises:
-        ConfigError: it is no :class:`Hook`, or has a method that looks like a point of the loop but is none, and would
-            never be called.
-    """
+
+def check_hook(hook: Any, where: str) -> None:
+    """Refuses what is no :class:`Hook`, and a method that looks like a point of the loop but would never be called."""
     if not isinstance(hook, Hook):
         raise ConfigError(f'{where}: {type(hook).__name__} is no hook; derive it from mmseg.core.hooks.Hook')
-    known = (*POINTS, *_GENERAL)
     for name in dir(hook):
-        if name.startswith(('before_', 'after_')) and name not in known and callable(getattr(hook, name)):
-            raise ConfigError(f'{where}: {type(hook).__name__}.{name} would never be called{nearest(name, known)}')
-    return hook
+        if name.startswith(('before_', 'after_')) and name not in POINTS and callable(getattr(hook, name)):
+            raise ConfigError(f'{where}: {type(hook).__name__}.{name} would never be called{nearest(name, POINTS)}')
 
 
 def priority_value(priority: str | int, where: str) -> int:

@@ -1,4 +1,4 @@
-"""Steps from files to tensors; one class serves images and clips."""
+"""Steps from files to tensors; each class takes images and clips."""
 
 from .compose import Compose
 from .formatting import Collect, DefaultFormatBundle, ImageToTensor

@@ -74,8 +74,7 @@ class Collect(Transform):
     def apply(self, results: Results) -> Results:
         """A new dict with ``keys`` and ``img_metas``."""
         wanted = _META_KEYS if self.meta_keys is None else (*self.meta_keys, 'video')
-        required = () if self.meta_keys is None else self.meta_keys
-        missing = [key for key in (*self.keys, *required) if key not in results]
+        missing = [key for key in (*self.keys, *(self.meta_keys or ())) if key not in results]
         if missing:
             raise ConfigError(f'Collect: no step before it made {missing}; there are {sorted(results)}')
         return {

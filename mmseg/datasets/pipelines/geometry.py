@@ -9,26 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from operator import methodcaller
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
 from mmseg.registry import PIPELINES, retired
-from mmseg.utils.arguments import Count, Label, Ratio, Weight
+from mmseg.utils.arguments import Count, Label, Ratio, Share, Weight
 from mmseg.utils.errors import ConfigError
 
 from .loading import VOID
-from .transform import FLIP_DIRECTIONS, LabelView, Results, Transform, last_frame, map_frames
+from .transform import Direction, LabelView, Results, Transform, last_frame, map_clip
 
 _CROP_REDRAWS = 10
 Scale = tuple[Ratio, Ratio]
 Scales = Scale | Sequence[Scale] | None
-
-
-def _map_labels(results: Results, method: str, *args: Any) -> None:
-    for key in results.get('seg_fields', ()):
-        results[key] = map_frames(results[key], lambda label: getattr(LabelView.of(label), method)(*args))
+Mode = Literal['range', 'value']
 
 
 def _align(side: int, divisor: int) -> int:
@@ -44,6 +41,13 @@ def scale_list(value: Scales) -> list[tuple[int, int]]:
         raise ConfigError('img_scale: expected (width, height) or a list of them, got an empty list')
     scales: Any = value if isinstance(value[0], Sequence) else [value]
     return [(int(w), int(h)) for w, h in scales]
+
+
+def scaled(scales: Sequence[tuple[int, int]], ratio: float, results: Results) -> tuple[int, int]:
+    """The first of ``scales``, or the frame's own size where there is none, times ``ratio``."""
+    height, width = last_frame(results['img']).shape[:2]
+    base = scales[0] if scales else (width, height)
+    return int(base[0] * ratio), int(base[1] * ratio)
 
 
 @PIPELINES.register_module()
@@ -64,7 +68,7 @@ class Resize(Transform):
     """
 
     def __init__(
-            self, img_scale: Scales = None, multiscale_mode: str = 'range',
+            self, img_scale: Scales = None, multiscale_mode: Mode = 'range',
             ratio_range: tuple[Weight, Weight] | None = None,
             keep_ratio: bool = True, size_divisor: Count | None = None):
         self.img_scales = scale_list(img_scale)
@@ -72,8 +76,6 @@ class Resize(Transform):
         self.ratio_range = ratio_range
         self.keep_ratio = keep_ratio
         self.size_divisor = size_divisor
-        if multiscale_mode not in ('range', 'value'):
-            raise ConfigError(f"Resize: multiscale_mode is 'range' or 'value', got {multiscale_mode!r}")
         if ratio_range is not None and len(self.img_scales) > 1:
             raise ConfigError('Resize: ratio_range goes with one img_scale, not with several')
         if multiscale_mode == 'range' and len(self.img_scales) > 2:
@@ -82,10 +84,7 @@ class Resize(Transform):
     def _draw(self, results: Results) -> tuple[int, int]:
         if self.ratio_range is not None:
             low, high = self.ratio_range
-            height, width = last_frame(results['img']).shape[:2]
-            base = self.img_scales[0] if self.img_scales else (width, height)
-            ratio = np.random.random_sample() * (high - low) + low
-            return int(base[0] * ratio), int(base[1] * ratio)
+            return scaled(self.img_scales, np.random.random_sample() * (high - low) + low, results)
         if not self.img_scales:
             raise ConfigError("Resize: needs img_scale, ratio_range or a scale from MultiScaleFlipAug around it")
         if len(self.img_scales) == 1:
@@ -114,8 +113,7 @@ class Resize(Transform):
         height, width = last_frame(results['img']).shape[:2]
         for size in self._sizes(height, width, results['scale']):
             resize = partial(cv2.resize, dsize=size, interpolation=cv2.INTER_LINEAR)
-            results['img'] = map_frames(results['img'], resize)
-            _map_labels(results, 'resize', *size)
+            map_clip(results, resize, methodcaller('resize', *size))
         shape = last_frame(results['img']).shape
         factors = (shape[1] / width, shape[0] / height)
         results.update(
@@ -130,7 +128,7 @@ class AlignedResize(Resize):
     """:class:`Resize` to a multiple of ``size_divisor`` 32, the backbone's last stride (SegFormer's test resize)."""
 
     def __init__(
-            self, img_scale: Scales = None, multiscale_mode: str = 'range',
+            self, img_scale: Scales = None, multiscale_mode: Mode = 'range',
             ratio_range: tuple[Weight, Weight] | None = None,
             keep_ratio: bool = True, size_divisor: Count = 32):
         super().__init__(img_scale, multiscale_mode, ratio_range, keep_ratio, size_divisor)
@@ -173,10 +171,8 @@ class RandomCrop(Transform):
                 if self._is_mixed(label.crop(*box).array()):
                     break
                 box = self._draw(height, width)
-        top, left, crop_height, crop_width = box
-        results['img'] = map_frames(
-            results['img'], lambda image: image[top:top + crop_height, left:left + crop_width])
-        _map_labels(results, 'crop', *box)
+        rows, columns = (slice(start, start + size) for start, size in zip(box[:2], box[2:]))
+        map_clip(results, lambda image: image[rows, columns], methodcaller('crop', *box))
         results['img_shape'] = last_frame(results['img']).shape
         return results
 
@@ -193,13 +189,9 @@ class RandomFlip(Transform):
         direction: ``'horizontal'`` or ``'vertical'``.
     """
 
-    def __init__(self, prob: float | None = None, direction: str = 'horizontal'):
+    def __init__(self, prob: Share | None = None, direction: Direction = 'horizontal'):
         self.prob = prob
         self.direction = direction
-        if prob is not None and not 0 <= prob <= 1:
-            raise ConfigError(f'RandomFlip: prob is between 0 and 1, got {prob}')
-        if direction not in FLIP_DIRECTIONS:
-            raise ConfigError(f'RandomFlip: direction is one of {FLIP_DIRECTIONS}, got {direction!r}')
 
     def apply(self, results: Results) -> Results:
         """Flips; writes ``flip`` and ``flip_direction``."""
@@ -210,8 +202,7 @@ class RandomFlip(Transform):
         direction = results.setdefault('flip_direction', self.direction)
         if results['flip']:
             code = 1 if direction == 'horizontal' else 0
-            results['img'] = map_frames(results['img'], lambda image: cv2.flip(image, code))
-            _map_labels(results, 'flip', direction)
+            map_clip(results, lambda image: cv2.flip(image, code), methodcaller('flip', direction))
         return results
 
 
@@ -240,23 +231,18 @@ class Pad(Transform):
         """Pads; writes ``pad_shape``, ``pad_fixed_size`` and ``pad_size_divisor``."""
         height, width = last_frame(results['img']).shape[:2]
         if self.size_divisor is not None:
-            target = [_align(height, self.size_divisor), _align(width, self.size_divisor)]
+            target = _align(height, self.size_divisor), _align(width, self.size_divisor)
         else:
             assert self.size is not None
-            target = list(self.size)
+            target = self.size
         bottom, right = target[0] - height, target[1] - width
         if min(bottom, right) < 0:
             raise ConfigError(f'Pad: size {tuple(target)} is smaller than the frame, {(height, width)}; crop before it')
-
-        def pad(image: np.ndarray, value: float) -> np.ndarray:
-            if not (bottom or right):
-                return image
-            return cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=[value] * 3)
-
-        results['img'] = map_frames(results['img'], lambda image: pad(image, self.pad_val))
-        for key in results.get('seg_fields', ()):
-            results[key] = map_frames(
-                results[key], lambda label: pad(LabelView.of(label).array(), self.seg_pad_val))
+        if bottom or right:
+            pad = partial(
+                cv2.copyMakeBorder, top=0, bottom=bottom, left=0, right=right, borderType=cv2.BORDER_CONSTANT)
+            map_clip(results, partial(pad, value=[self.pad_val] * 3),
+                     lambda label: pad(label.array(), value=[self.seg_pad_val]))
         results.update(
             pad_shape=last_frame(results['img']).shape, pad_fixed_size=self.size,
             pad_size_divisor=self.size_divisor)

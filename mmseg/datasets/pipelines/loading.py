@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,15 @@ __all__ = [
 _REPAIR = 'restore the file, take its video out of the split file, or set skip_bad_clips=True'
 
 
-def located(error: DataError, video: str | None, frame: Any) -> DataError:
-    """The same error with the frame it was met in; in a data set also with the video, and what to do about it."""
-    if video is None:
-        return DataError(f'frame {frame}: {error}')
-    return DataError(f"video '{video}', frame {frame}: {error}; {_REPAIR}")
+@contextlib.contextmanager
+def located(video: str | None, frame: Any) -> Iterator[None]:
+    """Inside, an error of data names the frame; in a data set also the video, and what to do about it."""
+    try:
+        yield
+    except DataError as error:
+        if video is None:
+            raise DataError(f'frame {frame}: {error}') from None
+        raise DataError(f"video '{video}', frame {frame}: {error}; {_REPAIR}") from None
 
 
 @PIPELINES.register_module()
@@ -53,17 +59,14 @@ class LoadImageFromFile(Transform):
         images: list[np.ndarray] = []
         paths: list[str | None] = []
         for index, frame in enumerate(frames):
-            in_memory = isinstance(frame, np.ndarray)
-            path = None if in_memory else str(frame)
+            path = None if isinstance(frame, np.ndarray) else str(frame)
             name = f'#{index}' if path is None else Path(path).stem
-            try:
+            with located(video, name):
                 image = _checked_array(frame) if path is None else read_frame(path, turn)
                 if images and image.shape != images[0].shape:
                     raise DataError(
                         f'{path or name}: {_size(image)}, but {paths[0] or "frame #0"} of the same clip is '
                         f'{_size(images[0])}')
-            except DataError as error:
-                raise located(error, video, name) from None
             images.append(image)
             paths.append(path)
         shape = images[-1].shape
@@ -142,11 +145,9 @@ def load_labels(
     table = label_table(reduce_zero_label, num_classes)
     labels = []
     for path in map(str, paths):
-        try:
+        with located(video, Path(path).stem):
             label = to_training_labels(read_mask(path), table, num_classes, path)
             if shape is not None and label.shape != tuple(shape):
                 raise DataError(f'{path}: mask is {_size(label)}, its frame is {shape[1]}x{shape[0]}')
-        except DataError as error:
-            raise located(error, video, Path(path).stem) from None
         labels.append(label)
     return labels

@@ -26,11 +26,6 @@ def _linear_table(factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
-def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """``table[image]`` for one table for all channels."""
-    return cv2.LUT(image, table)
-
-
 def _in_hsv(image: np.ndarray, hue: np.ndarray | None = None, saturation: np.ndarray | None = None) -> np.ndarray:
     """Turns to HSV, looks hue and saturation up, and turns back."""
     tables = np.stack([_BYTES if hue is None else hue, _BYTES if saturation is None else saturation, _BYTES], -1)
@@ -96,12 +91,12 @@ class PhotoMetricDistortion(Transform):
             raise ConfigError(
                 f'PhotoMetricDistortion: works on uint8 frames, got {image.dtype}; put it before Normalize')
         if before is not None:
-            image = _look_up(image, before)
+            image = cv2.LUT(image, before)
         if saturation is not None:
             image = _in_hsv(image, saturation=saturation)
         if hue is not None:
             image = _in_hsv(image, hue=hue)
-        return image if after is None else _look_up(image, after)
+        return image if after is None else cv2.LUT(image, after)
 
     def apply(self, results: Results) -> Results:
         """Distorts every frame by a draw of its own, or all by one."""

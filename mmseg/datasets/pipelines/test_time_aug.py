@@ -10,8 +10,8 @@ from mmseg.utils.arguments import Factor
 from mmseg.utils.errors import ConfigError
 
 from .compose import Compose
-from .geometry import Scales, scale_list
-from .transform import FLIP_DIRECTIONS, Results, Transform, last_frame
+from .geometry import Scales, scale_list, scaled
+from .transform import Direction, Results, Transform
 
 
 @PIPELINES.register_module()
@@ -29,7 +29,7 @@ class MultiScaleFlipAug(Transform):
     def __init__(
             self, transforms: Sequence[Annotated[Mapping, PIPELINES]], img_scale: Scales = None,
             img_ratios: Factor | Sequence[Factor] | None = None, flip: bool = False,
-            flip_direction: str | Sequence[str] = 'horizontal'):
+            flip_direction: Direction | Sequence[Direction] = 'horizontal'):
         self.transforms = Compose(transforms)
         self.img_scales = scale_list(img_scale)
         self.img_ratios = None
@@ -40,17 +40,14 @@ class MultiScaleFlipAug(Transform):
         elif not self.img_scales:
             raise ConfigError('MultiScaleFlipAug: give img_scale, img_ratios or both')
         directions = [flip_direction] if isinstance(flip_direction, str) else list(flip_direction)
-        unknown = set(directions) - set(FLIP_DIRECTIONS)
-        if unknown or not directions:
-            raise ConfigError(f'MultiScaleFlipAug: flip_direction is one of {FLIP_DIRECTIONS}, got {sorted(unknown)}')
+        if not directions:
+            raise ConfigError('MultiScaleFlipAug: flip_direction: expected one direction or more, got an empty list')
         self.flips = [(False, directions[0])] + [(True, direction) for direction in directions if flip]
 
     def _view_scales(self, results: Results) -> list[tuple[int, int]]:
         if self.img_ratios is None:
             return self.img_scales
-        height, width = last_frame(results['img']).shape[:2]
-        base = self.img_scales[0] if self.img_scales else (width, height)
-        return [(int(base[0] * ratio), int(base[1] * ratio)) for ratio in self.img_ratios]
+        return [scaled(self.img_scales, ratio, results) for ratio in self.img_ratios]
 
     def apply(self, results: Results) -> Results:
         """A dict of lists, one entry a view: for every scale the clip as it is, then its flips."""

@@ -3,7 +3,7 @@
 A pipeline passes one dict from step to step, with the keys of mmsegmentation 0.x: ``img``, ``gt_semantic_seg``,
 ``filename``, ``ori_shape``, ``img_shape``, ``pad_shape``, ``scale_factor``, ``flip``, ``img_norm_cfg``.  ``img`` is a
 list of frames [H,W,3] and ``gt_semantic_seg`` the list of their label maps [H,W]; a bare array in their place is a clip
-of one and comes back as a bare array.  So one class serves images and clips: geometry is drawn once a clip, colour once
+of one and comes back as a bare array.  So one class takes both: geometry is drawn once a clip, colour once
 a frame (the idea of sam2's clip transforms).
 """
 
@@ -13,13 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
 Results = dict[str, Any]
-FLIP_DIRECTIONS = ('horizontal', 'vertical')
+Direction = Literal['horizontal', 'vertical']
 
 
 @lru_cache(maxsize=64)
@@ -96,8 +96,15 @@ def materialise(results: Results) -> Results:
 
 
 def map_frames(value: Any, function: Callable[[Any], Any]) -> Any:
-    """``function`` of every frame of a clip, or of the bare array that stands for a clip of one."""
+    """``function`` of every frame of a clip, or of a bare array, which is a clip of one."""
     return [function(frame) for frame in value] if is_clip(value) else function(value)
+
+
+def map_clip(results: Results, image: Callable[[np.ndarray], Any], label: Callable[[LabelView], Any]) -> None:
+    """Replaces each frame of a clip by ``image(frame)``, and each label map by ``label(view of it)``."""
+    results['img'] = map_frames(results['img'], image)
+    for key in results.get('seg_fields', ()):
+        results[key] = map_frames(results[key], lambda value: label(LabelView.of(value)))
 
 
 def is_clip(value: Any) -> bool:

@@ -1,81 +1,21 @@
 // Attention of one head without its matrix of scores: a few queries meet a chunk of keys at a time, with a running
 // maximum and sum (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
 //
-// Compiled once for each instruction set, with NAME and WIDTH (bytes of a vector). Everything is summed in float32. With
-// WITH_BF16_PRODUCTS bfloat16 numbers are multiplied as they are, two at a time in each lane; else they are made float32
-// when they are packed.
-#include <string.h>
-#ifdef WITH_BF16_PRODUCTS
-#include <immintrin.h>
-#endif
-
-#include "layers.h"
+// Everything is summed in float32: bfloat16 numbers are made float32 when they are packed.
+#include "kernels.h"
 #include "simd.h"
-
-#define INLINE __attribute__((always_inline)) inline
 
 namespace {
 
-using namespace attention;
+using themask::Attention;
 
-constexpr int64_t lanes = WIDTH / 4;
+constexpr int64_t lanes = WIDTH / 4, chunk = Attention::chunk, pad = Attention::pad;
 constexpr int64_t rows_at_once = WIDTH == 64 ? 8 : 4;  // by two vectors: as many sums as there are registers for
 constexpr float lowest = -3.4028234663852886e38f, start = -1e30f;
 using V = Simd<float, lanes>;
 using One = Simd<float, 1>;
 typedef V::F Floats;
 typedef V::I Ints;
-typedef uint8_t Bytes __attribute__((vector_size(lanes)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * lanes)));
-
-// In two steps: GCC makes one by one what is four times as wide at once.
-INLINE Ints widened(const uint8_t* from) {
-  Bytes bytes;
-  memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, Shorts), Ints);
-}
-
-// How numbers are packed. Step i of a product takes the numbers i * Steps::size.. of both sides.
-struct Single {
-  typedef float Packed;  // one number
-  static constexpr int64_t size = 1;
-  template <typename Number>
-  static INLINE Packed pack(const Number* from) {
-    return One::load(from)[0];
-  }
-  template <typename Number>
-  static INLINE Packed pack(const Number* from, int64_t, int64_t) {
-    return pack(from);
-  }
-  static INLINE Floats multiply_add(Floats sum, Packed number, const Packed* numbers) {
-    return sum + number * V::load(numbers);
-  }
-  static INLINE void pack_weights(Floats weights, int64_t i, Packed* to) { V::store(to + i, weights); }
-};
-
-#ifdef WITH_BF16_PRODUCTS
-struct Double {
-  typedef uint32_t Packed;  // two numbers in bfloat16
-  static constexpr int64_t size = 2;
-  static INLINE Packed pack(const BFloat16* from) {
-    Packed pair;
-    memcpy(&pair, from, sizeof pair);
-    return pair;
-  }
-  static INLINE Packed pack(const BFloat16* from, int64_t stride, int64_t count) {
-    return from[0].bits | (count > 1 ? uint32_t(from[stride].bits) << 16 : 0);
-  }
-  static INLINE Floats multiply_add(Floats sum, Packed pair, const Packed* pairs) {
-    __m512bh right;
-    memcpy(&right, pairs, sizeof right);
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), right);
-  }
-  static INLINE void pack_weights(Floats weights, int64_t i, Packed* to) {
-    const __m256bh low = _mm512_cvtneps_pbh((__m512)weights);
-    memcpy((BFloat16*)to + i, &low, sizeof low);
-  }
-};
-#endif
 
 // 2^x for x <= 0, from its Taylor series around the nearest integer (relative error 2e-7); 0 below -125, NaN for NaN.
 INLINE Floats exp2(Floats x) {
@@ -93,27 +33,24 @@ INLINE Floats exp2(Floats x) {
   return tiny ? Floats{} : (Floats)((Ints)p + power);
 }
 
-template <typename Number, typename Steps>
+template <typename Number>
 class Head {
-  typedef typename Steps::Packed Packed;
   static constexpr int64_t n = rows_at_once;
 
  public:
-  Head(const Job& job, int64_t sample, int64_t head, int64_t rows, float* memory)
-      : job_(job), wide_((job.channels + PAD - 1) / PAD * PAD), steps_((job.channels + Steps::size - 1) / Steps::size) {
-    const int64_t stride[4] = {at(job.query_stride, sample, head), at(job.key_stride, sample, head),
-                               at(job.value_stride, sample, head), at(job.mask_stride, sample, head)};
-    query_ = (const Number*)job.query + stride[0];
-    key_ = (const Number*)job.key + stride[1];
-    value_ = (const Number*)job.value + stride[2];
-    mask_ = job.mask ? job.mask + stride[3] : nullptr;
+  Head(const Attention& job, int64_t sample, int64_t head, int64_t rows, float* memory)
+      : job_(job), wide_((job.channels + pad - 1) / pad * pad) {
+    query_ = job.query.at<Number>(sample, head);
+    key_ = job.key.at<Number>(sample, head);
+    value_ = job.value.at<Number>(sample, head);
+    mask_ = job.mask.data ? job.mask.at<uint8_t>(sample, head) : nullptr;
     out_ = (Number*)job.out + (sample * job.queries * job.heads + head) * job.channels;
     const int64_t padded = (rows + n - 1) / n * n;
-    scores_ = memory, memory += n * CHUNK;
-    weights_ = (Packed*)memory, memory += n * CHUNK;
-    keys_ = (Packed*)memory, memory += CHUNK * wide_;
-    values_ = (Packed*)memory, memory += CHUNK * wide_;
-    queries_ = (Packed*)memory, memory += padded * wide_;
+    scores_ = memory, memory += n * chunk;
+    weights_ = memory, memory += n * chunk;
+    keys_ = memory, memory += chunk * wide_;
+    values_ = memory, memory += chunk * wide_;
+    queries_ = memory, memory += padded * wide_;
     result_ = memory, memory += padded * wide_;
     most_ = memory, sum_ = memory + padded;
   }
@@ -123,15 +60,15 @@ class Head {
     pack_queries(first, rows, padded);
     memset(result_, 0, padded * wide_ * sizeof(float));
     for (int64_t row = 0; row < padded; ++row) most_[row] = start, sum_[row] = 0;
-    for (int64_t key = 0; key < job_.keys; key += CHUNK) {
-      const int64_t count = job_.keys - key < CHUNK ? job_.keys - key : CHUNK;
+    for (int64_t key = 0; key < job_.keys; key += chunk) {
+      const int64_t count = job_.keys - key < chunk ? job_.keys - key : chunk;
       pack_keys(key, count);
       pack_values(key, count);
       for (int64_t row = 0; row < padded; row += n) {
         score(row, count);
         for (int64_t i = 0; i < n; ++i) {
           const int64_t query = first + (row + i < rows ? row + i : rows - 1);
-          weigh(row + i, i, mask_ ? mask_ + query * job_.mask_stride[2] + key : nullptr, count);
+          weigh(row + i, i, mask_ ? mask_ + query * job_.mask.stride[2] + key : nullptr, count);
         }
         add_values(row, count);
       }
@@ -144,76 +81,71 @@ class Head {
   }
 
  private:
-  const Job& job_;
-  const int64_t wide_, steps_;  // channels of a packed row; steps of a product over channels
+  const Attention& job_;
+  const int64_t wide_;  // channels of a packed row
   const Number *query_, *key_, *value_;
   const uint8_t* mask_;
   Number* out_;
-  float *scores_, *result_, *most_, *sum_;        // [n, CHUNK], [rows, wide], [rows], [rows]
-  Packed *queries_, *keys_, *values_, *weights_;  // [rows, steps], [keys / PAD, steps, PAD], [keys, wide], [n, keys]
+  float *scores_, *result_, *most_, *sum_;       // [n, chunk], [rows, wide], [rows], [rows]
+  float *queries_, *keys_;                       // [rows, channels], [keys / pad, channels, pad]
+  float *values_, *weights_;                     // [keys, wide], [n, chunk]
 
-  static int64_t at(const int64_t* stride, int64_t sample, int64_t head) { return sample * stride[0] + head * stride[1]; }
-
-  void pack_channels(const Number* token, Packed* to, int64_t stride) const {
-    const int64_t whole = job_.channels / Steps::size;
-    for (int64_t step = 0; step < whole; ++step) to[step * stride] = Steps::pack(token + step * Steps::size);
-    if (whole < steps_) to[whole * stride] = Steps::pack(token + whole * Steps::size, 1, 1);
+  INLINE void pack_channels(const Number* token, float* to, int64_t stride) const {
+    for (int64_t c = 0; c < job_.channels; ++c) to[c * stride] = to_float(token[c]);
   }
 
   void pack_queries(int64_t first, int64_t rows, int64_t padded) {
     for (int64_t row = 0; row < padded; ++row) {
-      const Number* token = query_ + (first + (row < rows ? row : rows - 1)) * job_.query_stride[2];
-      pack_channels(token, queries_ + row * steps_, 1);
+      const Number* token = query_ + (first + (row < rows ? row : rows - 1)) * job_.query.stride[2];
+      pack_channels(token, queries_ + row * job_.channels, 1);
     }
   }
 
-  // Blocks of PAD keys; in a block, step by step, the numbers of all its keys side by side.
+  // Blocks of pad keys; in a block, channel by channel, the numbers of all its keys side by side.
   void pack_keys(int64_t first, int64_t count) {
-    for (int64_t block = 0; block < count; block += PAD) {
-      Packed* to = keys_ + block * steps_;
-      const int64_t here = count - block < PAD ? count - block : PAD;
-      if (here < PAD) memset((void*)to, 0, PAD * steps_ * sizeof(Packed));
-      for (int64_t i = 0; i < here; ++i)
-        pack_channels(key_ + (first + block + i) * job_.key_stride[2], to + i, PAD);
+    for (int64_t block = 0; block < count; block += pad) {
+      float* to = keys_ + block * job_.channels;
+      const int64_t here = count - block < pad ? count - block : pad;
+      if (here < pad) memset(to, 0, pad * job_.channels * sizeof(float));
+      for (int64_t i = 0; i < here; ++i) pack_channels(key_ + (first + block + i) * job_.key.stride[2], to + i, pad);
     }
   }
 
-  // Rows of channels; a step holds Steps::size values.
   void pack_values(int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; i += Steps::size) {
-      const Number* token = value_ + (first + i) * job_.value_stride[2];
-      Packed* to = values_ + i / Steps::size * wide_;
-      for (int64_t c = 0; c < job_.channels; ++c) to[c] = Steps::pack(token + c, job_.value_stride[2], count - i);
+    for (int64_t i = 0; i < count; ++i) {
+      float* to = values_ + i * wide_;
+      pack_channels(value_ + (first + i) * job_.value.stride[2], to, 1);
       for (int64_t c = job_.channels; c < wide_; ++c) to[c] = 0;
     }
   }
 
   // n rows by two vectors of sums over `steps` steps.
-  static INLINE void multiply(const Packed* left, int64_t left_stride, const Packed* right, int64_t right_stride,
+  static INLINE void multiply(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
                               int64_t steps, Floats (&sum)[n][2]) {
     for (int64_t step = 0; step < steps; ++step, right += right_stride) {
 #pragma GCC unroll 8
       for (int64_t i = 0; i < n; ++i) {
-        sum[i][0] = Steps::multiply_add(sum[i][0], left[i * left_stride + step], right);
-        sum[i][1] = Steps::multiply_add(sum[i][1], left[i * left_stride + step], right + lanes);
+        sum[i][0] += left[i * left_stride + step] * V::load(right);
+        sum[i][1] += left[i * left_stride + step] * V::load(right + lanes);
       }
     }
   }
 
   void score(int64_t row, int64_t count) {
+    const int64_t channels = job_.channels;
     for (int64_t key = 0; key < count; key += 2 * lanes) {
       Floats sum[n][2] = {};
-      multiply(queries_ + row * steps_, steps_, keys_ + key / PAD * PAD * steps_ + key % PAD, PAD, steps_, sum);
+      multiply(queries_ + row * channels, channels, keys_ + key / pad * pad * channels + key % pad, pad, channels, sum);
       for (int64_t i = 0; i < n; ++i)
-        for (int64_t v = 0; v < 2; ++v) V::store(scores_ + i * CHUNK + key + v * lanes, sum[i][v]);
+        for (int64_t v = 0; v < 2; ++v) V::store(scores_ + i * chunk + key + v * lanes, sum[i][v]);
     }
   }
 
   // Scores to weights; what was summed before is scaled to the new maximum.
   void weigh(int64_t row, int64_t i, const uint8_t* mask, int64_t count) {
-    float* scores = scores_ + i * CHUNK;
+    float* scores = scores_ + i * chunk;
     Floats most = V::set(start);
-    const int64_t end = (count + PAD - 1) / PAD * PAD;
+    const int64_t end = (count + pad - 1) / pad * pad;
     for (int64_t key = count; key < end; ++key) scores[key] = lowest;
     for (int64_t key = 0; key < end; key += lanes) {
       Floats score = V::load(scores + key);
@@ -225,7 +157,7 @@ class Head {
           if (key < count) memcpy(part, allowed, count - key);
           allowed = part;
         }
-        score = widened(allowed) != 0 ? score : V::set(lowest);
+        score = V::load(allowed) != 0 ? score : V::set(lowest);
         V::store(scores + key, score);
       }
       most = score < most ? most : score;
@@ -236,7 +168,7 @@ class Head {
     for (int64_t key = 0; key < end; key += lanes) {
       const Floats weight = exp2((V::load(scores + key) - highest) * to_power);
       sum += weight;
-      Steps::pack_weights(weight, key, weights_ + i * CHUNK);
+      V::store(weights_ + i * chunk + key, weight);
     }
     if (highest > before) {
       const float factor = exp2(Floats{} + (before - highest) * to_power)[0];
@@ -249,12 +181,11 @@ class Head {
   }
 
   void add_values(int64_t row, int64_t count) {
-    const int64_t steps = (count + Steps::size - 1) / Steps::size;
     for (int64_t c = 0; c < wide_; c += 2 * lanes) {
       Floats sum[n][2];
       for (int64_t i = 0; i < n; ++i)
         for (int64_t v = 0; v < 2; ++v) sum[i][v] = V::load(result_ + (row + i) * wide_ + c + v * lanes);
-      multiply(weights_, CHUNK, values_ + c, wide_, steps, sum);
+      multiply(weights_, chunk, values_ + c, wide_, count, sum);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t v = 0; v < 2; ++v) V::store(result_ + (row + i) * wide_ + c + v * lanes, sum[i][v]);
     }
@@ -263,11 +194,11 @@ class Head {
 
 }  // namespace
 
-extern "C" void NAME(const Job& job, int64_t sample, int64_t head, int64_t first, int64_t last, float* memory) {
-  if (!job.bfloat16) return Head<float, Single>(job, sample, head, last - first, memory).attend(first, last);
-#ifdef WITH_BF16_PRODUCTS
-  Head<BFloat16, Double>(job, sample, head, last - first, memory).attend(first, last);
-#else
-  Head<BFloat16, Single>(job, sample, head, last - first, memory).attend(first, last);
-#endif
+void themask::SET::attend(const Attention& job, int64_t sample, int64_t head, int64_t first, int64_t last,
+                          float* memory) {
+  if (job.type == Type::bfloat16) {
+    Head<BFloat16>(job, sample, head, last - first, memory).attend(first, last);
+  } else {
+    Head<float>(job, sample, head, last - first, memory).attend(first, last);
+  }
 }

@@ -1,6 +1,5 @@
 // What the bindings of both libraries share: checks before a kernel touches memory, so that a wrong call is a Python
-// error and not a crash; conversions; and the ops' names. A library defines `forward` and `backward` below, then says
-// THEMASK_REGISTER(device).
+// error and not a crash; conversions.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,17 +7,19 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "ms_deform_attn.h"
+#include "kernels.h"
 
 namespace themask {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Shapes = std::vector<int64_t>;
+using Sizes = std::vector<int64_t>;
+using Reference = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of value, points, weights
 
 constexpr int64_t max_pixels = (int64_t(1) << 31) - 3;  // the CUDA kernel counts them in int
@@ -29,14 +30,16 @@ inline std::string listed(const int64_t* sizes, size_t n) {
   return text + "]";
 }
 
-inline void check_tensor(const char* name, const Tensor& tensor, const Tensor& like,
-                         std::initializer_list<int64_t> expected) {
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                        const Sizes& expected) {
   const auto sizes = tensor.sizes();
-  bool equal = sizes.size() == expected.size();
-  for (size_t i = 0; equal && i < expected.size(); ++i) equal = sizes[i] == expected.begin()[i];
-  STD_TORCH_CHECK(equal, "ms_deform_attn: ", name, " has shape ", listed(sizes.data(), sizes.size()), ", expected ",
-                  listed(expected.begin(), expected.size()));
-  STD_TORCH_CHECK(tensor.device() == like.device(), "ms_deform_attn: ", name, " is on another device than value");
+  STD_TORCH_CHECK(Sizes(sizes.begin(), sizes.end()) == expected, op, ": ", name, " has shape ",
+                  listed(sizes.data(), sizes.size()), ", expected ", listed(expected.data(), expected.size()));
+  STD_TORCH_CHECK(tensor.device() == like.device(), op, ": ", name, " is on another device than the first tensor");
+}
+
+inline void check_tensor(const char* name, const Tensor& tensor, const Tensor& value, const Sizes& expected) {
+  check_shape("ms_deform_attn", name, tensor, value, expected);
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
                       type == ScalarType::BFloat16,
@@ -44,14 +47,13 @@ inline void check_tensor(const char* name, const Tensor& tensor, const Tensor& l
 }
 
 // The sizes; the pointers are left null.
-inline Attention checked(const Tensor& value, const Shapes& shapes,
-                         const Tensor* reference, const Tensor& points,
-                         const Tensor& weights) {
+inline DeformAttn checked(const Tensor& value, const Sizes& shapes, const Reference& reference, const Tensor& points,
+                          const Tensor& weights) {
+  const char* points_name = reference ? "sampling_offsets" : "sampling_locations";
   STD_TORCH_CHECK(value.dim() == 4, "ms_deform_attn: value is not [N, S, M, D]");
-  STD_TORCH_CHECK(points.dim() == 6, "ms_deform_attn: ", reference ? "sampling_offsets" : "sampling_locations",
-                  " is not [N, Q, M, L, P, 2]");
+  STD_TORCH_CHECK(points.dim() == 6, "ms_deform_attn: ", points_name, " is not [N, Q, M, L, P, 2]");
   STD_TORCH_CHECK(shapes.size() % 2 == 0, "ms_deform_attn: spatial_shapes is not a flat list of (h, w)");
-  Attention a{};
+  DeformAttn a{};
   a.shapes = shapes.data();
   a.n = value.size(0), a.pixels = value.size(1), a.heads = value.size(2), a.width = value.size(3);
   a.queries = points.size(1), a.levels = shapes.size() / 2, a.samples = points.size(4);
@@ -68,8 +70,7 @@ inline Attention checked(const Tensor& value, const Shapes& shapes,
   STD_TORCH_CHECK(left == 0, "ms_deform_attn: spatial_shapes ", listed(shapes.data(), shapes.size()), " hold ",
                   a.pixels - left, " pixels, value has ", a.pixels);
   check_tensor("value", value, value, {a.n, a.pixels, a.heads, a.width});
-  check_tensor(reference ? "sampling_offsets" : "sampling_locations", points, value,
-               {a.n, a.queries, a.heads, a.levels, a.samples, 2});
+  check_tensor(points_name, points, value, {a.n, a.queries, a.heads, a.levels, a.samples, 2});
   if (reference) {
     check_tensor("attention_logits", weights, value, {a.n, a.queries, a.heads, a.levels * a.samples});
     STD_TORCH_CHECK(a.reference_n == 1 || a.reference_n == a.n,
@@ -81,56 +82,50 @@ inline Attention checked(const Tensor& value, const Shapes& shapes,
   return a;
 }
 
-inline void check_grad_out(const Tensor& grad_out, const Attention& a,
-                           const Tensor& value) {
-  check_tensor("grad_out", grad_out, value, {a.n, a.queries, a.heads * a.width});
-}
-
 // Half precision is computed in float32.
 inline ScalarType arithmetic(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
-inline Tensor prepared(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
-}
-
-inline Tensor restored(const Tensor& tensor, ScalarType type) {
+inline Tensor cast(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
-static Tensor forward(const Tensor& value, const Shapes& shapes, const Tensor* reference, const Tensor& points,
-                      const Tensor& weights);
-static Gradients backward(const Tensor& grad_out, const Tensor& value, const Shapes& shapes, const Tensor* reference,
-                          const Tensor& points, const Tensor& weights, bool deterministic);
+inline Tensor prepared(const Tensor& tensor, ScalarType type) { return torch::stable::contiguous(cast(tensor, type)); }
 
-static Tensor plain(const Tensor& value, Shapes shapes, const Tensor& locations, const Tensor& weights) {
-  return forward(value, shapes, nullptr, locations, weights);
+// The type that the library's kernels read a tensor in; `type` is that of arithmetic.
+static ScalarType readable(ScalarType given, ScalarType type, bool is_value);
+
+inline Type type_of(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::BFloat16 ? Type::bfloat16 : Type::full;
 }
 
-static Gradients plain_backward(const Tensor& grad_out, const Tensor& value, Shapes shapes, const Tensor& locations,
-                                const Tensor& weights, bool deterministic) {
-  return backward(grad_out, value, shapes, nullptr, locations, weights, deterministic);
-}
+// The tensors of a call as kernels read them.
+struct DeformInputs {
+  DeformAttn attention;
+  ScalarType type;  // of arithmetic and of gradients
+  Tensor value, points, weights, reference;
 
-static Tensor fused(const Tensor& value, Shapes shapes, const Tensor& reference, const Tensor& offsets,
-                    const Tensor& logits) {
-  return forward(value, shapes, &reference, offsets, logits);
-}
+  DeformInputs(const Tensor& value_, const Sizes& shapes, const Reference& reference_, const Tensor& points_,
+               const Tensor& weights_)
+      : attention(checked(value_, shapes, reference_, points_, weights_)), type(arithmetic(value_.scalar_type())),
+        value(prepared(value_, readable(value_.scalar_type(), type, true))),
+        points(prepared(points_, readable(points_.scalar_type(), type, false))),
+        weights(prepared(weights_, readable(weights_.scalar_type(), type, false))) {
+    if (reference_) reference = prepared(*reference_, type);
+    attention.value = value.const_data_ptr(), attention.points = points.const_data_ptr();
+    attention.weights = weights.const_data_ptr();
+    attention.reference = reference_ ? reference.const_data_ptr() : nullptr;
+    attention.value_type = type_of(value), attention.points_type = type_of(points);
+    attention.weights_type = type_of(weights);
+  }
+};
 
-static Gradients fused_backward(const Tensor& grad_out, const Tensor& value, Shapes shapes, const Tensor& reference,
-                                const Tensor& offsets, const Tensor& logits, bool deterministic) {
-  return backward(grad_out, value, shapes, &reference, offsets, logits, deterministic);
+inline Gradients cast(const Gradients& gradients, const Tensor& value, const Tensor& points, const Tensor& weights) {
+  const auto& [of_value, of_points, of_weights] = gradients;
+  return {cast(of_value, value.scalar_type()), cast(of_points, points.scalar_type()),
+          cast(of_weights, weights.scalar_type())};
 }
 
 }  // namespace themask
-
-#define THEMASK_REGISTER(device)                                                    \
-  STABLE_TORCH_LIBRARY_IMPL(themask, device, m) {                                   \
-    m.impl("ms_deform_attn", TORCH_BOX(&themask::plain));                           \
-    m.impl("ms_deform_attn_backward", TORCH_BOX(&themask::plain_backward));         \
-    m.impl("ms_deform_attn_fused", TORCH_BOX(&themask::fused));                     \
-    m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&themask::fused_backward));   \
-  }                                                                                 \
-  static_assert(true, "")
 
 // A function for Python's ctypes.
 #define THEMASK_EXPORT extern "C" __attribute__((visibility("default")))

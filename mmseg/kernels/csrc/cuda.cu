@@ -15,6 +15,9 @@ __device__ inline void* shared_memory() {
 #include "cuda_kernel.cuh"
 
 namespace themask {
+
+ScalarType readable(ScalarType given, ScalarType type, bool is_value) { return is_value ? given : type; }
+
 namespace {
 
 cudaStream_t current_stream(const Tensor& tensor) {
@@ -30,43 +33,24 @@ void check_launch() {
 
 bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
 
-struct Inputs {
-  Tensor value, points, weights, reference;
-  Attention attention;
-  bool fused;
-
-  Inputs(const Tensor& value_, const Shapes& shapes, const Tensor* reference_, const Tensor& points_,
-         const Tensor& weights_)
-      : attention(checked(value_, shapes, reference_, points_, weights_)), fused(reference_) {
-    STD_TORCH_CHECK(attention.levels <= max_levels, "ms_deform_attn: spatial_shapes holds more than ",
-                    max_levels, " levels");
-    const ScalarType type = arithmetic(value_.scalar_type());
-    value = torch::stable::contiguous(value_);
-    points = prepared(points_, type), weights = prepared(weights_, type);
-    if (reference_) reference = prepared(*reference_, type);
+template <class T, class A>
+Problem<T, A> problem_of(const DeformAttn& a) {
+  STD_TORCH_CHECK(a.levels <= max_levels, "ms_deform_attn: spatial_shapes holds more than ", max_levels, " levels");
+  Problem<T, A> p{};
+  p.value = static_cast<const T*>(a.value), p.points = static_cast<const A*>(a.points);
+  p.weights = static_cast<const A*>(a.weights), p.reference = static_cast<const A*>(a.reference);
+  p.pairs = a.n * a.queries * a.heads;
+  p.queries = a.queries, p.pixels = a.pixels;
+  p.reference_stride = a.reference_n == 1 ? 0 : a.queries * a.levels * 2;
+  p.heads = a.heads, p.width = a.width, p.levels = a.levels, p.samples = a.samples;
+  int start = 0;
+  for (int l = 0; l < a.levels; ++l) {
+    const int h = a.shapes[2 * l], w = a.shapes[2 * l + 1];
+    p.level[l] = {h, w, start};
+    start += h * w;
   }
-
-  template <class T, class A>
-  Problem<T, A> problem() const {
-    const Attention& a = attention;
-    Problem<T, A> p{};
-    p.value = static_cast<const T*>(value.const_data_ptr());
-    p.points = static_cast<const A*>(points.const_data_ptr());
-    p.weights = static_cast<const A*>(weights.const_data_ptr());
-    p.reference = fused ? static_cast<const A*>(reference.const_data_ptr()) : nullptr;
-    p.pairs = a.n * a.queries * a.heads;
-    p.queries = a.queries, p.pixels = a.pixels;
-    p.reference_stride = a.reference_n == 1 ? 0 : a.queries * a.levels * 2;
-    p.heads = a.heads, p.width = a.width, p.levels = a.levels, p.samples = a.samples;
-    int start = 0;
-    for (int l = 0; l < a.levels; ++l) {
-      const int h = a.shapes[2 * l], w = a.shapes[2 * l + 1];
-      p.level[l] = {h, w, start};
-      start += h * w;
-    }
-    return p;
-  }
-};
+  return p;
+}
 
 template <class T, class A>
 Launch checked_plan(Problem<T, A>& p, int channels_a_lane) {
@@ -92,20 +76,18 @@ void with_types(ScalarType type, const F& f) {
   }
 }
 
-}  // namespace
-
-Tensor forward(const Tensor& value, const Shapes& shapes, const Tensor* reference, const Tensor& points,
-               const Tensor& weights) {
+Tensor ms_deform_attn(const Tensor& value, Sizes shapes, const Reference& reference, const Tensor& points,
+                      const Tensor& weights) {
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-  const Inputs in(value, shapes, reference, points, weights);
-  const Attention& a = in.attention;
+  const DeformInputs in(value, shapes, reference, points, weights);
+  const DeformAttn& a = in.attention;
   Tensor out = torch::stable::new_empty(in.value, {a.n, a.queries, a.heads * a.width});
   if (out.numel() == 0) return out;
   with_types(value.scalar_type(), [&](auto t, auto arithmetic_type) {
     using T = decltype(t);
     using A = decltype(arithmetic_type);
     constexpr int N = 16 / sizeof(T);
-    auto p = in.problem<T, A>();
+    auto p = problem_of<T, A>(in.attention);
     T* to = static_cast<T*>(out.mutable_data_ptr());
     const bool wide = p.width % N == 0 && aligned(in.value);
     const Launch launch = checked_plan(p, wide ? N : 1);
@@ -116,14 +98,15 @@ Tensor forward(const Tensor& value, const Shapes& shapes, const Tensor* referenc
   return out;
 }
 
-Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& shapes, const Tensor* reference,
-                   const Tensor& points, const Tensor& weights, bool deterministic) {
+Gradients ms_deform_attn_backward(const Tensor& grad_out_, const Tensor& value, Sizes shapes,
+                                  const Reference& reference, const Tensor& points, const Tensor& weights,
+                                  bool deterministic) {
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
-  const Inputs in(value, shapes, reference, points, weights);
-  check_grad_out(grad_out_, in.attention, value);
+  const DeformInputs in(value, shapes, reference, points, weights);
+  const DeformAttn& a = in.attention;
+  check_tensor("grad_out", grad_out_, value, {a.n, a.queries, a.heads * a.width});
   const Tensor grad_out = prepared(grad_out_, value.scalar_type());
-  const ScalarType type = arithmetic(value.scalar_type());
-  Tensor grad_value = torch::stable::new_zeros(in.value, in.value.sizes(), type);
+  Tensor grad_value = torch::stable::new_zeros(in.value, in.value.sizes(), in.type);
   Tensor grad_points = torch::stable::empty_like(in.points), grad_weights = torch::stable::empty_like(in.weights);
   if (grad_out.numel()) {
     const cudaStream_t stream = current_stream(value);
@@ -131,7 +114,7 @@ Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& s
       using T = decltype(t);
       using A = decltype(arithmetic_type);
       constexpr int N = backward_channels<T>;
-      auto p = in.problem<T, A>();
+      auto p = problem_of<T, A>(in.attention);
       const T* from = static_cast<const T*>(grad_out.const_data_ptr());
       A* to_value = static_cast<A*>(grad_value.mutable_data_ptr());
       A* to_points = static_cast<A*>(grad_points.mutable_data_ptr());
@@ -151,8 +134,8 @@ Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& s
       const double terms = static_cast<double>(p.queries) * p.levels * p.samples;
       largest_kernel<<<256, max_threads, 0, stream>>>(from, grad_out.numel(), bits);
       // After the softmax no weight is above 1.
-      if (!in.fused) largest_kernel<<<256, max_threads, 0, stream>>>(p.weights, in.weights.numel(), bits + 1);
-      const FixedScale scale{bits, terms, in.fused};
+      if (!reference) largest_kernel<<<256, max_threads, 0, stream>>>(p.weights, in.weights.numel(), bits + 1);
+      const FixedScale scale{bits, terms, reference.has_value()};
       const Launch launch = checked_plan(p, 1);
       backward_kernel<1><<<launch.blocks, launch.threads, launch.shared, stream>>>(p, from, FixedSum{sum, scale},
                                                                                    to_points, to_weights);
@@ -160,13 +143,16 @@ Gradients backward(const Tensor& grad_out_, const Tensor& value, const Shapes& s
     });
     check_launch();
   }
-  return {restored(grad_value, value.scalar_type()), restored(grad_points, points.scalar_type()),
-          restored(grad_weights, weights.scalar_type())};
+  return cast({grad_value, grad_points, grad_weights}, value, points, weights);
 }
 
+}  // namespace
 }  // namespace themask
 
-THEMASK_REGISTER(CUDA);
+STABLE_TORCH_LIBRARY_IMPL(themask, CUDA, m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&themask::ms_deform_attn));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&themask::ms_deform_attn_backward));
+}
 
 // Why the kernels cannot run on the current GPU; empty if they can.
 THEMASK_EXPORT const char* themask_cuda_problem() {

@@ -1,5 +1,4 @@
-// The CPU kernels. Compiled once for each instruction set, with KERNELS = the name of the set and WIDTH = the number
-// of floats in a register; WITH_DOUBLE adds the kernels for float64, which serve checks and need not be the fastest.
+// The CPU kernels of multi-scale deformable attention.
 //
 // The work goes head by head. The numbers of one head lie far apart in `value`; they are packed first, so that the rows
 // around a query, which its neighbours need too, stay in the first caches. One row of zeros more stands for every corner
@@ -11,17 +10,16 @@
 //
 // The forward pass reads and writes bfloat16 as it is, since a conversion of whole tensors before and after costs as much
 // as all of this. Sums are made in T all the same.
-#include "ms_deform_attn.h"
-
 #include <stddef.h>
 
 #include <new>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace {
 
-using themask::Attention;
+using themask::DeformAttn;
 using themask::Type;
 
 constexpr int64_t kBatch = 8;   // queries prepared together
@@ -75,8 +73,8 @@ class Samples {
  public:
   // What a block of any query has: the levels of its lanes (-1: no sample).
   struct alignas(64) Lanes {
-    T level[W], width[W], height[W], scale_x[W], scale_y[W];
-    Int columns[W], rows[W], start[W];
+    T level[W], width[W], height[W], scale_x[W], scale_y[W];  // scale: of points to pixels
+    Int start[W];
     int64_t filled, first_level, last_level;
   };
   // Corners: top left, top right, bottom left, bottom right; a row of the head.
@@ -86,7 +84,7 @@ class Samples {
     T dot[4 * W];  // backward: <corner, grad_out>
   };
 
-  explicit Samples(const Attention& att)
+  explicit Samples(const DeformAttn& att)
       : att_(att), fused_(att.reference), count_(att.levels * att.samples), blocks_((count_ + W - 1) / W),
         total_(att.n * att.queries * att.heads * count_), lanes_(blocks_), block_(kBatch * blocks_),
         padded_(3 * blocks_ * W) {
@@ -102,8 +100,8 @@ class Samples {
         lanes.last_level = l;
         lanes.filled = i + 1;
         lanes.level[i] = l;
-        lanes.width[i] = lanes.columns[i] = w;
-        lanes.height[i] = lanes.rows[i] = h;
+        lanes.width[i] = w;
+        lanes.height[i] = h;
         lanes.scale_x[i] = fused_ ? 1 : w;
         lanes.scale_y[i] = fused_ ? 1 : h;
         lanes.start[i] = start;
@@ -172,7 +170,7 @@ class Samples {
   }
 
  private:
-  const Attention& att_;
+  const DeformAttn& att_;
   const bool fused_;
   const int64_t count_, blocks_, total_;
   const Scratch<Lanes> lanes_;
@@ -229,10 +227,10 @@ class Samples {
     const I inside = (level >= 0) & (x > T(-1)) & (x < width) & (y > T(-1)) & (y < height);
     x = inside ? x : F{};  // NaN and far positions: no conversion to an integer is defined for them
     y = inside ? y : F{};
-    const I x0 = V::floor(x), y0 = V::floor(y), columns = V::load(lanes.columns);
+    const I x0 = V::floor(x), y0 = V::floor(y), columns = __builtin_convertvector(width, I);
     const I zeros = I{} + Int(att_.pixels);
     const I left = inside & (x0 >= 0), right = inside & (x0 + 1 < columns);
-    const I top = y0 >= 0, bottom = y0 + 1 < V::load(lanes.rows);
+    const I top = y0 >= 0, bottom = y0 + 1 < __builtin_convertvector(height, I);
     const I row = V::load(lanes.start) + y0 * columns + x0;
     V::store(to.corner_row[0], (left & top) ? row : zeros);
     V::store(to.corner_row[1], (right & top) ? row + 1 : zeros);
@@ -257,7 +255,7 @@ class Kernel {
 
   // The numbers of a head: from number `first` on and far apart in a tensor, one after the other in `rows`, and a row of
   // zeros.
-  static void pack(const Attention& att, int64_t first, T* rows) {
+  static void pack(const DeformAttn& att, int64_t first, T* rows) {
     const int64_t stride = att.heads * att.width;
     if (att.value_type == Type::bfloat16)
       copy_rows(static_cast<const BFloat16*>(att.value) + first, stride, rows, att.width, att);
@@ -266,7 +264,7 @@ class Kernel {
     memset(rows + att.pixels * att.width, 0, att.width * sizeof(T));
   }
   template <class From, class To>
-  static void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, const Attention& att) {
+  static void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, const DeformAttn& att) {
     for (int64_t s = 0; s < att.pixels; ++s, from += from_stride, to += to_stride) {
       ask_for<0>(from + kAhead * from_stride, att.width * sizeof(From));
       copy<T, W>(from, to, att.width);
@@ -275,7 +273,7 @@ class Kernel {
 
   // Calls work(i, item, query) for the queries first..last, prepared as number i of a batch.
   template <class Work>
-  static void batches(const Attention& att, Set& set, int64_t item, int64_t head, int64_t first, int64_t last, Work work) {
+  static void batches(const DeformAttn& att, Set& set, int64_t item, int64_t head, int64_t first, int64_t last, Work work) {
     for (int64_t from = first; from < last; from += kBatch) {
       const int64_t count = last - from < kBatch ? last - from : kBatch;
       for (int64_t i = 0; i < count; ++i)
@@ -335,7 +333,7 @@ class Kernel {
   }
 
  public:
-  static void forward(const Attention& att, void* out_, int64_t begin, int64_t end) {
+  static void forward(const DeformAttn& att, void* out_, int64_t begin, int64_t end) {
     Set set(att);
     const int64_t stride = att.heads * att.width, width = att.width;
     const bool narrow = att.value_type == Type::bfloat16;
@@ -359,7 +357,7 @@ class Kernel {
     }
   }
 
-  static void backward(const Attention& att, const void* grad_out_, void* grad_value_, void* grad_points,
+  static void backward(const DeformAttn& att, const void* grad_out_, void* grad_value_, void* grad_points,
                        void* grad_weights, int64_t begin, int64_t end) {
     Set set(att);
     const int64_t stride = att.heads * att.width, width = att.width;
@@ -388,8 +386,8 @@ class Kernel {
 }  // namespace
 
 namespace themask {
-extern const Kernels KERNELS = {Kernel<float, WIDTH>::forward, Kernel<float, WIDTH>::backward};
-#ifdef WITH_DOUBLE
-extern const Kernels kernels_double = {Kernel<double, WIDTH>::forward, Kernel<double, WIDTH>::backward};
+const DeformKernels SET::deform = {Kernel<float, WIDTH / 4>::forward, Kernel<float, WIDTH / 4>::backward};
+#if WIDTH == 16  // float64 serves checks and need not be the fastest
+const DeformKernels SET::deform_double = {Kernel<double, WIDTH / 4>::forward, Kernel<double, WIDTH / 4>::backward};
 #endif
 }  // namespace themask

@@ -9,7 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <utility>  // integer_sequence, a type only
+#include <type_traits>
+#include <utility>  // of both only types
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -20,27 +21,31 @@
 #define THEMASK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
 #endif
 
+#define INLINE __attribute__((always_inline)) inline
+
 namespace {
 
-template <class T>
-struct IntOf;
-template <>
-struct IntOf<float> {
-  using type = int32_t;
-};
-template <>
-struct IntOf<double> {
-  using type = int64_t;
-};
+template <class V>
+INLINE V read(const void* from) {
+  V value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
 
 struct BFloat16 {
   uint16_t bits;  // the upper half of a float's
 };
 
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  return read<float>(&bits);
+}
+
 template <class T, int W>
 struct Simd {
   static constexpr int width = W;
-  using Int = typename IntOf<T>::type;
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef T F __attribute__((vector_size(W * sizeof(T))));
   typedef Int I __attribute__((vector_size(W * sizeof(T))));
   struct Pair {
@@ -48,20 +53,14 @@ struct Simd {
   };
   using Half = Simd<T, (W > 1 ? W / 2 : 1)>;
 
-  static F load(const T* p) {
-    F v;
-    memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static I load(const Int* p) {
-    I v;
-    memcpy(&v, p, sizeof v);
-    return v;
-  }
+  static F load(const T* p) { return read<F>(p); }
+  static I load(const Int* p) { return read<I>(p); }
   static F load(const BFloat16* p) {
-    Shorts s;
-    memcpy(&s, p, sizeof s);
-    return __builtin_convertvector((Floats)(__builtin_convertvector(s, Words) << 16), F);
+    return __builtin_convertvector((Floats)(__builtin_convertvector(read<Shorts>(p), Words) << 16), F);
+  }
+  // In two steps: GCC makes one by one what is four times as wide at once.
+  static I load(const uint8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(read<Bytes>(p), Shorts), I);
   }
   static void store(T* p, F v) { memcpy(p, &v, sizeof v); }
   static void store(Int* p, I v) { memcpy(p, &v, sizeof v); }
@@ -80,6 +79,14 @@ struct Simd {
       const auto [low, high] = halves(v);
       Half::store(p, low, n);
       Half::store(p + W / 2, high, n - W / 2);
+    }
+  }
+  static void store(uint8_t* p, I v, int64_t n) {
+    const Bytes s = __builtin_convertvector(v, Bytes);
+    if (n >= W) {
+      memcpy(p, &s, W);  // of a size that is known: no call
+    } else {
+      memcpy(p, &s, n);
     }
   }
   static F set(T x) { return F{} + x; }
@@ -159,15 +166,12 @@ struct Simd {
   using Floats = typename Vector<float>::type;
   using Words = typename Vector<uint32_t>::type;
   using Shorts = typename Vector<uint16_t>::type;
+  using Bytes = typename Vector<uint8_t>::type;
 
   struct Halves {
     typename Half::F low, high;
   };
-  static Halves halves(F v) {
-    Halves h;
-    memcpy(&h, &v, sizeof h);
-    return h;
-  }
+  static Halves halves(F v) { return read<Halves>(&v); }
   static typename Half::F folded(F v) {
     const auto [low, high] = halves(v);
     return low + high;

@@ -1,13 +1,13 @@
 """The decode head of THE-Mask: pixel decoder, mask decoder and criterion (arXiv 2309.08020).
 
 ``features -> pixel_decoder -> mask features, three maps -> predictor -> (class, mask) pairs``, and from these either
-scores of every pixel (:meth:`THEMaskHead.scores`) or losses (:meth:`THEMaskHead.loss`).
+scores of every pixel (:meth:`THEMaskHead.scores_of`) or losses (:meth:`THEMaskHead.loss`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class THEMaskHead(nn.Module):
     Raises:
         ConfigError: an unknown argument, or parts that do not fit each other.
     """
+
+    score_kind: Literal['mass', 'logits'] = 'mass'
 
     def __init__(
         self,
@@ -146,23 +148,22 @@ class THEMaskHead(nn.Module):
         """
         return self.pixel_decoder({name: features[i] for name, i in self.in_maps.items()})
 
-    def scores(self, features: Sequence[Tensor], num_frames: int) -> Tensor:
+    def scores_of(
+        self, encoded: tuple[Tensor, list[Tensor]], num_frames: int, state: Any = None
+    ) -> tuple[Tensor, Any]:
         """Scores of every pixel: the mean over levels of ``sum over q of p(class | q) * sigmoid(mask of q)``.
 
+        The queries of both levels are one list, so that a sum over them is the sum over levels too.
+
         Args:
-            features: as in :meth:`forward`.
+            encoded: both results of :meth:`encode`.
             num_frames: T.
+            state: without use: this head has no memory.
 
         Returns:
-            ``[B, T, K, h, w]`` at stride 4, not normalised over classes.
+            ``[B, T, K, h, w]`` at stride 4, not normalised over classes; and ``None``.
         """
-        return self.encoded_scores(*self.encode(features), num_frames)
-
-    def encoded_scores(self, mask_features: Tensor, maps: Sequence[Tensor], num_frames: int) -> Tensor:
-        """:meth:`scores` from both results of :meth:`encode`.
-
-        Queries of both levels stand side by side, so that a sum over them is the sum over levels too.
-        """
+        mask_features, maps = encoded
         output = self.predictor(maps, mask_features, num_frames, all_layers=False)
         levels = [stages[-1] for stages in output.levels]
         classes, embeddings = (
@@ -175,7 +176,7 @@ class THEMaskHead(nn.Module):
         pixels = mask_features.flatten(2).transpose(1, 2)
         frames = [_scores_of_pixels(*factors) for factors in zip(pixels, embeddings, classes)]
         scores = torch.stack(frames).transpose(1, 2).unflatten(2, mask_features.shape[2:])
-        return scores.unflatten(0, (-1, num_frames))
+        return scores.unflatten(0, (-1, num_frames)), None
 
     def loss(self, features: Sequence[Tensor], labels: Tensor, iteration: int = 0) -> dict[str, Tensor]:
         """Weighted losses of every prediction stage and level, to be summed.
@@ -192,6 +193,10 @@ class THEMaskHead(nn.Module):
         output = self(features, labels.shape[1], all_layers=True)
         losses = self.criterion(output, targets, iteration)
         return {f'decode.{name}': value * self.loss_weight for name, value in losses.items()}
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """Pixel decoder and mask decoder."""
+        return self.pixel_decoder, self.predictor
 
     def statistics(self) -> dict[str, Tensor]:
         """What the last :meth:`loss` matched: name -> (count, of how many), float32 ``[2]``; see the criterion."""

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmseg.kernels.label_map import ScoreView, label_map, resize_matrix, window_matrix, window_starts
+from mmseg.kernels.label_map import ScoreView, label_map
 from mmseg.kernels.layers import chunks
+from mmseg.models.segmentors.encoded import Axis, Encoded, Head, Scores
 from mmseg.registry import (
     BACKBONES,
     HEADS,
@@ -68,18 +69,15 @@ class EncoderDecoder(nn.Module):
 
     ::
 
-        loss(clip [B, T, 3, H, W], label [B, T, H, W])         predict(views of [B, T, 3, H, W], size)
-              |                                                      |
-              |  frames side by side: [B * T, 3, H, W]               |  scores(clip) [B, T, K, H/4, W/4]
-              v                                                      v
-        backbone  ->  4 maps, strides 4 .. 32  ------------->  decode_head.scores: mean over levels of
-              |                                                sum_q p(class | q) * sigmoid(mask_q)
-              v                                                      |
-        decode_head.loss                                             v
-           pixel_decoder: maps -> mask features at stride 4,   label_map: resize to the input, resize to the
-                          three maps of strides 32, 16, 8      original size, argmax -> [B, T, H0, W0]
-           predictor:     queries -> classes and mask tubes
-           criterion:     two matchings, two losses
+        training: loss(clip [B, T, 3, H, W], label [B, T, H, W])      inference: predict(views of [B, T, 3, H, W], size)
+              |                                                           |
+        backbone -> maps of strides 4 .. 32                           encode(frames): backbone and head.encode, every
+              |                                                           |            frame (or window) alone
+        decode_head.loss:                                             scores_of(encoded, T): head.scores_of
+           pixel_decoder: maps -> mask features at stride 4,              |   mean over levels of
+                          three maps of strides 32, 16, 8                 |   sum_q p(class | q) * sigmoid(mask_q)
+           predictor:     queries -> classes and mask factors         labels(views, size): resize to the input, resize
+           criterion:     rounds of matching and losses                       to size, argmax -> [B, T, H0, W0]
 
     Args:
         backbone: ``type`` and arguments of the backbone.
@@ -87,8 +85,8 @@ class EncoderDecoder(nn.Module):
         pretrained: local file with the backbone's weights, loaded by :meth:`init_weights`.
         train_cfg: accepted empty, as in mmsegmentation.
         test_cfg: fields of :class:`InferenceConfig`.
-        compile_cfg: arguments of ``torch.compile``, for backbone, pixel decoder and predictor; ``None`` runs them as
-            they are.  Matching, losses and label maps are not compiled.
+        compile_cfg: arguments of ``torch.compile``, for the backbone and the head's ``compiled_parts``; ``None`` runs
+            them as they are.  Matching, losses and label maps are not compiled.
 
     Attributes:
         cfg: the whole config, where :func:`mmseg.apis.init_segmentor` made the model.
@@ -122,12 +120,12 @@ class EncoderDecoder(nn.Module):
         with config_key('decode_head') as where:
             check(decode_head, where, HEADS)
         shape = _input_shape(self.backbone, decode_head)
-        self.decode_head = build(HEADS, decode_head, 'decode_head', input_shape=shape)
+        self.decode_head: Head = build(HEADS, decode_head, 'decode_head', input_shape=shape)
         self.compiled = compile_cfg is not None
         if compile_cfg is not None:
             with config_key('compile_cfg') as where:
                 options = check_arguments(torch.compile, compile_cfg, where)
-            for part in (self.backbone, self.decode_head.pixel_decoder, self.decode_head.predictor):
+            for part in (self.backbone, *self.decode_head.compiled_parts()):
                 try:
                     part.compile(**options)
                 except (TypeError, RuntimeError) as error:
@@ -137,6 +135,11 @@ class EncoderDecoder(nn.Module):
     def num_classes(self) -> int:
         """K, the number of classes."""
         return self.decode_head.num_classes
+
+    @property
+    def score_kind(self) -> str:
+        """``'mass'`` or ``'logits'``, see :class:`Head`."""
+        return self.decode_head.score_kind
 
     def init_weights(self) -> None:
         """Loads ``pretrained`` into the backbone; does nothing where it is ``None``.
@@ -185,10 +188,10 @@ class EncoderDecoder(nn.Module):
         Returns:
             Name -> (count, of how many), float32 ``[2]``.
         """
-        return getattr(self.decode_head, 'statistics', dict)()
+        return self.decode_head.statistics()
 
     def scores(self, clip: Tensor, size: Size | None = None) -> Tensor:
-        """Scores of every pixel (not normalised over classes); the argmax over K is the prediction.
+        """Scores of every pixel (see :attr:`Head.score_kind`); the argmax over K is the prediction.
 
         Args:
             clip: normalised frames ``[B, T, 3, H, W]``.
@@ -198,14 +201,14 @@ class EncoderDecoder(nn.Module):
             ``[B, T, K, h, w]``, at ``size``; without it at stride 4 (mode ``slide``: at the size of ``clip``).
         """
         self._check_clip(clip)
+        scores, _ = self.scores_of(self.encode(clip.flatten(0, 1)), clip.shape[1])
+        maps = scores.maps
         if self.inference.mode == 'slide':
-            scores, rows, columns = self._slide_scores(clip)
-            scores = rows.to(scores).T @ scores @ columns.to(scores)
-        else:
-            scores = self._whole_scores(clip)
-            if size is not None:
-                scores = _resize(scores, (clip.shape[3], clip.shape[4]))
-        return scores if size is None else _resize(scores, size)
+            rows, columns = scores.matrices()
+            maps = rows.to(maps).T @ maps @ columns.to(maps)
+        elif size is not None:
+            maps = _resize(maps, (clip.shape[3], clip.shape[4]))
+        return maps if size is None else _resize(maps, size)
 
     @torch.no_grad()
     def predict(self, views: Sequence[Tensor], flips: Sequence[str | None], size: Size) -> Tensor:
@@ -219,81 +222,92 @@ class EncoderDecoder(nn.Module):
         Returns:
             uint8 ``[B, T, height, width]``.
         """
-        if len(views) != len(flips) or not views:
-            raise ValueError(f'expected as many views as flips and at least one, got {len(views)} and {len(flips)}')
-        labels = label_map([self._view(clip, flip, size) for clip, flip in zip(views, flips)])
-        return labels.view(*views[0].shape[:2], *size)
+        for clip in views:
+            self._check_clip(clip)
+        scores = [self.scores_of(self.encode(clip.flatten(0, 1)), clip.shape[1])[0] for clip in views]
+        return self.labels(scores, size, flips)
 
-    def _view(self, clip: Tensor, flip: str | None, size: Size) -> ScoreView:
-        """Scores of one view and the matrices that bring them, flipped back, to ``size``."""
-        self._check_clip(clip)
-        height, width = clip.shape[3:]
-        if self.inference.mode == 'slide':
-            scores, rows, columns = self._slide_scores(clip)
-            rows, columns = rows @ resize_matrix(height, size[0]), columns @ resize_matrix(width, size[1])
-        else:
-            scores = self._whole_scores(clip)
-            rows = resize_matrix(scores.shape[3], height, size[0])
-            columns = resize_matrix(scores.shape[4], width, size[1])
-        if flip == 'horizontal':
-            columns = columns.flip(1)
-        elif flip == 'vertical':
-            rows = rows.flip(1)
-        elif flip is not None:
-            raise ValueError(f"flip: expected 'horizontal', 'vertical' or None, got {flip!r}")
-        return ScoreView(scores.flatten(0, 1), rows, columns)
+    def encode(self, frames: Tensor) -> Encoded:
+        """First step of inference: what backbone and head make of every frame alone, window by window.
 
-    def _whole_scores(self, clip: Tensor) -> Tensor:
-        """``[B, T, K, h, w]`` at stride 4."""
-        return self.decode_head.encoded_scores(*self.encode(clip.flatten(0, 1)), clip.shape[1])
-
-    def encode(self, frames: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What backbone and pixel decoder make of every frame alone; the first of the two steps to scores.
-
-        Without gradients on the CPU one frame follows the other, the same sums in the memory of one frame: a CPU has
+        Without gradients a CPU takes one frame after the other, the same sums in the memory of one frame: it gains
         nothing from a batch, and the C library gives tensors above 32 MiB back to the system after every use.
 
         Args:
             frames: normalised, ``[N, 3, H, W]``.
-
-        Returns:
-            Mask features (stride 4) and three maps (strides 32, 16, 8), each ``[N, ...]``: arguments of
-            ``decode_head.encoded_scores``.
         """
-        self.begin_step()
+        height, width = frames.shape[2:]
+        test = self.inference
+        if test.mode == 'slide':
+            rows, columns = (Axis.of(*each) for each in zip((height, width), test.window, test.step))
+        else:
+            rows, columns = Axis.of(height), Axis.of(width)
         batch = torch.is_grad_enabled() or self.compiled
-        parts = [self.decode_head.encode(self.backbone(x)) for x in ([frames] if batch else chunks(frames, 1))]
-        if len(parts) == 1:
-            return parts[0]
-        mask_features, maps = zip(*parts)
-        return torch.cat(mask_features), [torch.cat(level) for level in zip(*maps)]
+        parts = [self._encode(part, rows, columns) for part in ([frames] if batch else chunks(frames, 1))]
+        return Encoded.join(parts)
 
-    def _slide_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of overlapping windows side by side, and the matrices that average them at the size of ``clip``.
+    def _encode(self, frames: Tensor, rows: Axis, columns: Axis) -> Encoded:
+        windows: list[Any] = []
+        for y in rows.windows:
+            for x in columns.windows:
+                self.begin_step()
+                encoded = Encoded([self.decode_head.encode(self.backbone(frames[..., y, x]))], rows, columns)
+                windows += (encoded.clone() if self.compiled else encoded).windows  # a graph writes to it again
+        return Encoded(windows, rows, columns)
 
-        The windows stand on a grid, so the number of windows over a pixel is a product of one number per axis, and so
-        is the weight of each window.
+    def scores_of(self, encoded: Encoded, num_frames: int, state: Any = None) -> tuple[Scores, Any]:
+        """Second step: scores of clips.
+
+        Args:
+            encoded: ``B * T`` frames, those of a clip one after the other.
+            num_frames: T.
+            state: what the call for the clip before returned; ``None`` at the start of a video.
 
         Returns:
-            Scores ``[B, T, K, rows of windows * h, columns of windows * w]``; matrices ``[., H]`` and ``[., W]``.
+            The scores, and the memory for the next clip: ``None`` for a model without memory.
         """
-        height, width = clip.shape[3:]
-        crop_height, crop_width = self.inference.window
-        tops = window_starts(height, crop_height, self.inference.step[0])
-        lefts = window_starts(width, crop_width, self.inference.step[1])
-        scores = torch.cat([
-            torch.cat([self._whole_scores(clip[..., y : y + crop_height, x : x + crop_width]) for x in lefts], dim=4)
-            for y in tops
-        ], dim=3)
-        rows = window_matrix(height, crop_height, tops, scores.shape[3] // len(tops))
-        columns = window_matrix(width, crop_width, lefts, scores.shape[4] // len(lefts))
-        return scores, rows, columns
+        states = list(state or [None] * len(encoded.windows))
+        maps = []
+        for i, window in enumerate(encoded.windows):
+            self.begin_step()
+            own, states[i] = self.decode_head.scores_of(window, num_frames, states[i])
+            maps.append(own.clone() if self.compiled else own)
+        across = len(encoded.columns.starts)
+        bands = [torch.cat(maps[i : i + across], dim=4) for i in range(0, len(maps), across)]
+        kept = None if all(each is None for each in states) else states
+        return Scores(bands[0] if len(bands) == 1 else torch.cat(bands, dim=3), encoded.rows, encoded.columns), kept
+
+    @torch.no_grad()
+    def labels(self, views: Sequence[Scores], size: Size, flips: Sequence[str | None] | None = None) -> Tensor:
+        """Third step: the most probable class of every pixel, by the mean of the views' softmaxed scores.
+
+        Args:
+            views: scores of the same clips, each view resized and flipped in its own way.
+            size: (height, width) of the label maps.
+            flips: how each view is flipped: ``'horizontal'``, ``'vertical'`` or ``None``; by default none is.
+
+        Returns:
+            uint8 ``[B, T, height, width]``.
+        """
+        flips = [None] * len(views) if flips is None else flips
+        if len(views) != len(flips) or not views:
+            raise ValueError(f'expected as many views as flips and at least one, got {len(views)} and {len(flips)}')
+        parts = []
+        for scores, flip in zip(views, flips):
+            rows, columns = scores.matrices(*size)
+            if flip == 'horizontal':
+                columns = columns.flip(1)
+            elif flip == 'vertical':
+                rows = rows.flip(1)
+            elif flip is not None:
+                raise ValueError(f"flip: expected 'horizontal', 'vertical' or None, got {flip!r}")
+            parts.append(ScoreView(scores.maps.flatten(0, 1), rows, columns))
+        return label_map(parts).view(*views[0].maps.shape[:2], *size)
 
     def begin_step(self) -> None:
         """Tells CUDA graphs of compiled parts (mode ``reduce-overhead``) that results of the last call are done with.
 
-        Without it the backbone's maps would count as needed still when the next clip overwrites them.  Who calls parts
-        by themselves calls this first, and copies what is to outlive the next call.
+        Without it the backbone's maps would count as needed still when the next clip overwrites them.
         """
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()

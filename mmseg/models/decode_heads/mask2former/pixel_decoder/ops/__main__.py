@@ -2,7 +2,7 @@
 
 import sys
 
-from mmseg.kernels.ms_deform_attn.__main__ import main
+from mmseg.kernels.__main__ import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -1,7 +1,6 @@
 #!/bin/sh
-# Builds the native op, and the small libraries of attention, label maps and metrics, into the user's cache
-# (THEMASK_OPS_CACHE chooses another folder). Any shell, any directory:
-#   sh make.sh          what this torch can use: the CPU libraries, and the CUDA one beside a CUDA torch
+# Builds the native libraries into the user's cache (THEMASK_OPS_CACHE chooses another folder). Any shell, any directory:
+#   sh make.sh          what this torch can use: the CPU library, and the CUDA one beside a CUDA torch
 #   sh make.sh --cuda   the CUDA library too, whatever torch is installed (it compiles without a GPU)
 set -e
 here=$(dirname -- "$0")
@@ -9,8 +8,4 @@ if [ -z "$PYTHON" ]; then
     if command -v python >/dev/null 2>&1; then PYTHON=python; else PYTHON=python3; fi
 fi
 export PYTHONPATH="$here/../../../../../..${PYTHONPATH:+:$PYTHONPATH}"  # the package need not be installed
-status=0
-"$PYTHON" -m mmseg.kernels.ms_deform_attn.build "$@" || status=$?
-"$PYTHON" -m mmseg.kernels.native mmseg.kernels.run_lengths mmseg.kernels.cpu_native \
-    mmseg.kernels.label_map_native || status=$?
-exit $status
+exec "$PYTHON" -m mmseg.kernels.library "$@"

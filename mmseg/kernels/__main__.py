@@ -6,16 +6,19 @@ if the backend asked for cannot be had. ``benchmarks/ms_deform_attn.py`` measure
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
-from . import backend, build, ms_deform_attn_fused
-from .pytorch import ms_deform_attn_fused_pytorch
+from mmseg.kernels import library
+from mmseg.kernels.library import BackendError
+from mmseg.kernels.ms_deform_attn import ms_deform_attn_fused, ms_deform_attn_fused_pytorch
+from mmseg.kernels.torch_ops import uses_native
 
 SHAPES = ((15, 27), (30, 54), (60, 108))  # a 480x864 image at strides 32, 16, 8
 TOLERANCE = 1e-4
@@ -42,20 +45,13 @@ def evaluate(function, arguments: Arguments) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum() / 2, leaves)]
 
 
-def milliseconds(function, device: str, repeats: int = 5) -> float:
-    """The fastest of some calls."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        if device == 'cuda':
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times) * 1e3
+def milliseconds(function: Callable[[], object]) -> float:
+    """The mean of some calls."""
+    return Timer('run()', globals={'run': function}, num_threads=torch.get_num_threads()).timeit(5).mean * 1e3
 
 
 def check(device: str, shapes: Sequence[tuple[int, int]] = SHAPES) -> bool:
-    """Compare the op that serves the device with the PyTorch form and time both; False if they differ."""
+    """Compare the op of a device with the PyTorch form and time both; False if they differ."""
     arguments = example(device, shapes)
     good = True
     names = ('output', 'gradient of value', 'gradient of offsets', 'gradient of logits')
@@ -68,8 +64,8 @@ def check(device: str, shapes: Sequence[tuple[int, int]] = SHAPES) -> bool:
         print(f'  {name} differs by {difference:.1e} ({"ok" if difference < TOLERANCE else "WRONG"})')
     for label, function in (('op', ms_deform_attn_fused), ('PyTorch form', ms_deform_attn_fused_pytorch)):
         with torch.no_grad():
-            forward = milliseconds(lambda f=function: f(*arguments), device)
-        both = milliseconds(lambda f=function: evaluate(f, arguments), device)
+            forward = milliseconds(functools.partial(function, *arguments))
+        both = milliseconds(functools.partial(evaluate, function, arguments))
         print(f'  {label}: forward {forward:.1f} ms, with backward {both:.1f} ms')
     return good
 
@@ -77,11 +73,10 @@ def check(device: str, shapes: Sequence[tuple[int, int]] = SHAPES) -> bool:
 def main() -> int:
     """Print the report; the exit status."""
     print(f'torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.get_num_threads()} threads')
-    for variable, value in (('THEMASK_OPS_BACKEND', backend.requested()), ('THEMASK_OPS_CACHE', build.cache_dir())):
-        print(f'{variable}: {value}')
-    kinds: tuple[build.Kind, ...] = ('cpu', 'cuda')
+    print(f'THEMASK_OPS_BACKEND: {library.requested()}\nTHEMASK_OPS_CACHE: {library.cache_dir()}')
+    kinds: tuple[library.Kind, ...] = ('cpu', 'cuda')
     for kind in kinds:
-        compiler = build.find_compiler(kind)
+        compiler = library.find_compiler(kind)
         print(f'compiler for {kind}: {shlex.join(compiler) if compiler else "none"}')
     good = True
     for kind in kinds:
@@ -89,15 +84,14 @@ def main() -> int:
             print('cuda: no GPU that this torch can use')
             continue
         try:
-            uses_native = backend.uses_native(kind)
-        except backend.BackendError as error:
+            native = uses_native(kind)
+        except BackendError as error:
             print(f'{kind}: {error}')
             good = False
             continue
-        library = backend.native(kind) if uses_native else None
-        if isinstance(library, backend.Native):
-            detail = f', {backend.instruction_set(library)}' if kind == 'cpu' else f', {torch.cuda.get_device_name()}'
-            print(f'{kind}: native op{detail}, {library.path}')
+        if native:
+            detail = library.instruction_set() if kind == 'cpu' else torch.cuda.get_device_name()
+            print(f'{kind}: native op, {detail}, {library.library(kind)}')
         else:
             print(f'{kind}: PyTorch form')
         good &= check(kind)
