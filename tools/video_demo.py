@@ -11,9 +11,9 @@ import contextlib
 import json
 import resource
 import sys
-import time
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, user_path, write_atomically
 from mmseg.utils.logger import setup_logger
+from mmseg.utils.progress import Progress
 from mmseg.utils.signals import Interrupted, Interruption
 from mmseg.utils.visual import write_label_png, write_picture
 
@@ -137,47 +138,6 @@ class Outputs:
             write(*item)
 
 
-class Progress:
-    """Frames, rate and remaining time on standard error: one line that is renewed, or a line now and then in a file.
-
-    Args:
-        total: number of frames, where it is known.
-    """
-
-    def __init__(self, total: int | None) -> None:
-        self._total = total
-        self._live = sys.stderr.isatty()
-        self._start = self._shown = time.monotonic()
-        self.frames = 0
-
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self._start
-
-    def step(self) -> None:
-        """One more frame is done."""
-        self.frames += 1
-        now = time.monotonic()
-        if now - self._shown >= (0.2 if self._live else 5):
-            self._shown = now
-            self.show()
-
-    def show(self, end: bool = False) -> None:
-        """Writes the line."""
-        rate = self.frames / max(self.seconds, 1e-9)
-        text = f'frame {self.frames}' + (f'/{self._total}' if self._total else '') + f'  {rate:.1f} frames/s'
-        if self._total and not end:
-            text += f'  ETA {_clock(max(0, self._total - self.frames) / max(rate, 1e-9))}'
-        print(f'\r{text}\033[K' if self._live else text, end='' if self._live and not end else '\n', file=sys.stderr)
-        sys.stderr.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f'{minutes // 60}:{minutes % 60:02d}:{seconds:02d}'
-
-
 def choose_outputs(args: argparse.Namespace, source: Source) -> None:
     """Splits ``--out`` into ``args.video`` and ``args.pictures``.
 
@@ -212,8 +172,9 @@ def run(args: argparse.Namespace) -> int:
     choose_outputs(args, source)
     model = init_segmentor(args.config, args.checkpoint, args.device, args.options)
     segmenter = VideoSegmenter(model, args.clip_len, args.stride, args.overlap, args.online, args.dtype)
-    progress = Progress(min(filter(None, (source.num_frames, args.max_frames)), default=None))
+    total = min(filter(None, (source.num_frames, args.max_frames)), default=None)
     with (
+        Progress('frame', total, partial(print, file=sys.stderr), interval=5) as progress,
         Interruption('finishing the files') as interruption,
         Outputs(args, source, model) as outputs,
         contextlib.suppress(Interrupted),
@@ -221,10 +182,9 @@ def run(args: argparse.Namespace) -> int:
     ):
         for frame, labels in labelled:
             outputs.put(frame, labels)
-            progress.step()
+            progress.advance()
             if progress.frames == args.max_frames:
                 break
-    progress.show(end=True)
     if not progress.frames and not interruption:
         raise DataError(f"'{args.input}': no frame could be read")
     report(args, source, progress, bool(interruption))

@@ -1,6 +1,6 @@
 """Where predicted label maps go during a test: result files, palette PNGs, pictures, a window.
 
-A sink gets every predicted clip once.  It keeps no more than one clip in memory, and what it has written of a finished
+A sink gets every predicted clip once and keeps no more than one clip in memory.  What it has written of a finished
 video is whole on disk, whatever happens later.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -76,8 +75,13 @@ class Pictures(Sink):
         self.folder = None if folder is None else Path(folder)
         self.window = 'prediction' if window else None
         self.opacity = opacity
-        if window:
-            _open_window('prediction')
+        if self.window is not None:
+            try:
+                cv2.namedWindow(self.window, cv2.WINDOW_NORMAL)
+            except cv2.error:
+                raise ConfigError(
+                    '--show: this OpenCV cannot open windows (opencv-python-headless, or no display); install '
+                    'opencv-python on a machine with a screen, or write pictures with --show-dir') from None
 
     def write(self, item: dict[str, Any], labels: np.ndarray) -> None:
         """Draws the clip's pictures."""
@@ -99,15 +103,6 @@ class Pictures(Sink):
             self.window = None
 
 
-def _open_window(name: str) -> None:
-    try:
-        cv2.namedWindow(name, cv2.WINDOW_NORMAL)
-    except cv2.error:
-        raise ConfigError(
-            '--show: this OpenCV cannot open windows (opencv-python-headless, or no display); install opencv-python '
-            'on a machine with a screen, or write pictures with --show-dir') from None
-
-
 class VideoFiles(Sink):
     """``--out FOLDER``: one ``<video>.npz`` per video, with a uint8 [H, W] array per frame under the frame's name.
 
@@ -117,38 +112,34 @@ class VideoFiles(Sink):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._path: Path | None = None
+        self._file = contextlib.ExitStack()  # of the video whose clips are coming
         self._archive: zipfile.ZipFile | None = None
 
     def write(self, item: dict[str, Any], labels: np.ndarray) -> None:
         """Appends the clip to the file of its video."""
+        path = self.folder / f'{item["video"]}.npz'
         if self._archive is None:
-            self._path = self.folder / f'{item["video"]}.npz'
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._archive = zipfile.ZipFile(_unfinished(self._path), 'w', zipfile.ZIP_DEFLATED, compresslevel=1)
-        with named_errors(str(self._path)):
+            self._archive = self._file.enter_context(_new_archive(path))
+        with named_errors(path):
             for frame, label in zip(item['frames'], labels):
                 _add_array(self._archive, frame, label)
 
     def finish_video(self, video: str) -> None:
         """Gives the file of ``video`` its name."""
-        if self._archive is not None and self._path is not None:
-            with named_errors(self._path):
-                self._archive.close()
-                os.replace(_unfinished(self._path), self._path)
-            self._archive = None
+        self._archive = None
+        self._file.close()
 
     def close(self) -> None:
         """Drops the file of an unfinished video."""
-        if self._archive is not None and self._path is not None:
-            with contextlib.suppress(OSError):  # a full disk cannot take the archive's directory either
-                self._archive.close()
-            self._archive = None
-            _unfinished(self._path).unlink(missing_ok=True)
+        self._archive = None
+        with contextlib.suppress(OSError), self._file:
+            raise OSError  # a file that ends in an error gets no name
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f'.{path.name}.part')
+@contextlib.contextmanager
+def _new_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    with atomic_file(path) as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        yield archive
 
 
 def _add_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
@@ -183,7 +174,7 @@ def remove_parts(out: str | Path) -> None:
     folder = parts_folder(out)
     if folder == Path(out):
         return
-    for file in [*folder.rglob('*.npz'), *folder.rglob('.*.npz.part')]:
+    for file in [*folder.rglob('*.npz'), *folder.rglob('.*.npz*.part')]:
         file.unlink()
     for inside in sorted((path for path in folder.rglob('*') if path.is_dir()), reverse=True):
         inside.rmdir()
@@ -204,7 +195,7 @@ def join_parts(out: str | Path, videos: Sequence[str]) -> None:
     maps = ((video, frame, labels) for video in videos if (folder / f'{video}.npz').exists()
             for frame, labels in _read_archive(folder / f'{video}.npz'))
     if out.suffix.lower() == '.npz':
-        with atomic_file(out) as file, zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with _new_archive(out) as archive:
             for video, frame, labels in maps:
                 _add_array(archive, f'{video}/{frame}', labels)
     else:
@@ -254,17 +245,12 @@ def load_results(path: str | Path) -> Iterator[tuple[str, str, np.ndarray]]:
 
 def _read_archive(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Names and label maps in natural order, video by video."""
-    with _named_damage(path), zipfile.ZipFile(path) as archive:
-        names = [name.removesuffix('.npy') for name in archive.namelist()]
-        for name in sorted(names, key=lambda name: [natural_key(part) for part in name.rpartition('/')]):
-            with archive.open(f'{name}.npy') as member:
-                labels = as_label_map(np.lib.format.read_array(member, allow_pickle=False), name)
-            yield name, labels
-
-
-@contextlib.contextmanager
-def _named_damage(path: Path) -> Iterator[None]:
     try:
-        yield
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix('.npy') for name in archive.namelist()]
+            for name in sorted(names, key=lambda name: [natural_key(part) for part in name.rpartition('/')]):
+                with archive.open(f'{name}.npy') as member:
+                    labels = as_label_map(np.lib.format.read_array(member, allow_pickle=False), name)
+                yield name, labels
     except Exception as error:  # zipfile, zlib and NumPy have many for a damaged file
         raise DataError(f'{path} cannot be read: {error}') from error

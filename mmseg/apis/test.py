@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from mmseg.utils.dist import broadcast_object, fail_together, gather_objects, ge
 from mmseg.utils.errors import ConfigError, DataError, nearest
 from mmseg.utils.files import write_atomically
 from mmseg.utils.logger import get_logger
+from mmseg.utils.progress import Progress
 from mmseg.utils.signals import Interruption
 
 from .sinks import Sink
@@ -193,7 +193,7 @@ def stream_test(
     try:
         # One context for all clips: autocast keeps the cast weights as long as it lasts.
         with (fail_together(interrupted_together), _closing(sinks), torch.no_grad(), autocast(),
-              _Progress(loader, progress) as show):
+              _progress(loader, progress) as show):
             video = None
             for item in _until(interruption, loader):
                 if video is not None and item['video'] != video and left[video]:
@@ -274,53 +274,12 @@ def _closing(sinks: Sequence[Sink]) -> Any:
         yield
 
 
-class _Progress:
-    """Clips done, frames a second and remaining time of rank 0's share.
-
-    A terminal gets one line that is written anew; a file gets a line now and then.
-    """
-
-    def __init__(self, loader: Any, enabled: bool) -> None:
-        self.total = len(loader) if hasattr(loader, '__len__') else None
-        self.enabled = enabled and get_dist_info()[0] == 0
-        self.terminal = sys.stderr.isatty()
-        self.every = 0.2 if self.terminal else 30.0
-        self.clips = self.frames = 0
-
-    def __enter__(self) -> _Progress:
-        self.start = self.shown = time.perf_counter()
-        return self
-
-    def advance(self, frames: int) -> None:
-        """One more clip, with ``frames`` frames."""
-        self.clips += 1
-        self.frames += frames
-        now = time.perf_counter()
-        if self.enabled and now - self.shown >= self.every:
-            self.shown = now
-            self._show(now - self.start)
-
-    def __exit__(self, *_: object) -> None:
-        if self.enabled and self.clips:
-            self._show(time.perf_counter() - self.start)
-            if self.terminal:
-                sys.stderr.write('\n')
-
-    def _show(self, seconds: float) -> None:
-        text = f'clip {self.clips}'
-        if self.total:
-            text += f'/{self.total}'
-        world_size = get_dist_info()[1]
-        text += f' of rank 0 of {world_size}' if world_size > 1 else ''
-        text += f', {self.frames / seconds:.1f} frames/s'
-        if self.total:
-            left = seconds / self.clips * (self.total - self.clips)
-            text += f', ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}'
-        if self.terminal:
-            sys.stderr.write(f'\r\033[K{text}')
-            sys.stderr.flush()
-        else:
-            get_logger().info(text)
+def _progress(loader: Any, enabled: bool) -> Progress:
+    """What shows the progress of rank 0."""
+    rank, world_size = get_dist_info()
+    share = f'rank 0 of {world_size}: ' if world_size > 1 else ''
+    total = len(loader) if hasattr(loader, '__len__') else None
+    return Progress(f'{share}clip', total, get_logger().info if enabled and rank == 0 else None)
 
 
 def gather_by(tmpdir: str | None, gpu_collect: bool, device: torch.device) -> Gather:

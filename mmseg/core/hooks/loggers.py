@@ -6,13 +6,13 @@ import contextlib
 import datetime
 import io
 import json
-import logging
 import math
 import os
 import resource
 import socket
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,20 +41,17 @@ class LoggerHook(Hook):
         if interval < 1:
             raise ConfigError(f'log_config.interval: expected at least 1, got {interval}')
         self.interval = interval
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+        self._values: dict[str, list[float]] = defaultdict(list)
 
     def after_train_iter(self, runner: IterBasedRunner) -> None:
         """Adds this iteration; writes where a record is due."""
         if runner.rank:
             return
         for name, value in runner.log_buffer.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._values[name].append(value)
         if self.every_n_iters(runner, self.interval) or self.is_last_iter(runner):
-            means = {name: total / self._counts[name] for name, total in self._sums.items()}
-            self._sums.clear()
-            self._counts.clear()
+            means = {name: sum(values) / len(values) for name, values in self._values.items()}
+            self._values.clear()
             self.write(runner, 'train', runner.iters_run, self._info(runner, means) | means)
 
     @staticmethod
@@ -113,66 +110,63 @@ class TextLoggerHook(LoggerHook):
         )
 
 
-class _Records:
-    """A file that grows by whole records.  What cannot be written (the disk is full) is kept, and tried again with the
-    next record: a training neither ends nor has gaps in its curves for it.
+class _FileLoggerHook(LoggerHook):
+    """Writes to a file that grows by whole records.
+
+    What cannot be written (the disk is full) is kept and tried again with the next record: a training neither ends nor
+    has gaps in its curves for it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._unwritten = b''
-        self._failed = False
+    _path: Path | None = None
+    _unwritten = b''
+    _failed = False
 
-    def append(self, record: bytes, logger: logging.Logger) -> None:
+    def _append(self, runner: IterBasedRunner, record: bytes) -> None:
         """Writes ``record``; the first of several failures is an error in the log."""
+        if self._path is None:  # the run has not begun
+            return
         self._unwritten += record
         try:
-            self._write()
+            self._write(self._path)
         except OSError as error:
             if not self._failed:
-                logger.error('cannot write %s: %s; training goes on, and its records are kept until it can be written',
-                             self.path, error)
+                runner.logger.error('cannot write %s: %s; training goes on, and its records are kept until it can be '
+                                    'written', self._path, error)
             self._failed = True
-            return
-        self._unwritten = b''
-        self._failed = False
+        else:
+            self._unwritten, self._failed = b'', False
 
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open('ab') as file:
+    def _write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open('ab') as file:
             whole = file.tell()
         try:
-            with self.path.open('ab') as file:
+            with path.open('ab') as file:
                 file.write(self._unwritten)
         except OSError:
-            os.truncate(self.path, whole)  # no half record
+            os.truncate(path, whole)  # no half record
             raise
 
 
 @HOOKS.register_module()
 @retired(by_epoch=(False,), ignore_last=(), reset_flag=())
-class JsonLoggerHook(LoggerHook):
+class JsonLoggerHook(_FileLoggerHook):
     """One JSON object a line in ``<work dir>/<start time>.log.json``; the first line describes the run."""
-
-    def __init__(self, interval: int = 10) -> None:
-        super().__init__(interval)
-        self._file: _Records | None = None
 
     def before_run(self, runner: IterBasedRunner) -> None:
         """Writes the first line."""
         if runner.rank == 0:
-            self._file = _Records(Path(runner.work_dir) / f'{runner.timestamp}.log.json')
+            self._path = Path(runner.work_dir) / f'{runner.timestamp}.log.json'
             about = {key: runner.meta.get(key) for key in ('exp_name', 'mmseg_version', 'seed')}
-            self._append(runner, {**about, 'run': runner.run_id})
+            self._append_line(runner, {**about, 'run': runner.run_id})
 
     def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
         """Appends the line."""
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._append(runner, {'mode': mode, 'iter': iteration, **numbers})
+        self._append_line(runner, {'mode': mode, 'iter': iteration, **numbers})
 
-    def _append(self, runner: IterBasedRunner, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.append(f'{json.dumps(record)}\n'.encode(), runner.logger)
+    def _append_line(self, runner: IterBasedRunner, record: dict[str, Any]) -> None:
+        self._append(runner, f'{json.dumps(record)}\n'.encode())
 
 
 def was_evaluated(work_dir: str | Path, run_id: str | None, iteration: int) -> bool:
@@ -188,7 +182,7 @@ def was_evaluated(work_dir: str | Path, run_id: str | None, iteration: int) -> b
 
 @HOOKS.register_module()
 @retired(by_epoch=(False,), ignore_last=(), reset_flag=())
-class TensorboardLoggerHook(LoggerHook):
+class TensorboardLoggerHook(_FileLoggerHook):
     """TensorBoard scalars: ``train/<loss>``, ``val/<metric>``, ``learning_rate``, and time and memory under ``info/``.
 
     The event file is written here and not by a ``SummaryWriter``, whose thread ends for good at the first error.
@@ -207,16 +201,16 @@ class TensorboardLoggerHook(LoggerHook):
         except ImportError:
             raise ConfigError('TensorboardLoggerHook: tensorboard is not installed (pip install tensorboard)') from None
         self._events, self._summaries, self._record_writer = event_pb2, summary_pb2, RecordWriter
-        self._file: _Records | None = None
 
     def before_run(self, runner: IterBasedRunner) -> None:
         """Opens the event file; after a resume, points beyond the resumed iteration are hidden."""
         if runner.rank == 0:
             folder = Path(self.log_dir or Path(runner.work_dir) / 'tf_logs')
             name = f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}'
-            self._file = _Records(folder / name)
+            self._path = folder / name
             started = self._events.SessionLog(status=self._events.SessionLog.START)
-            self._append(runner, {'file_version': 'brain.Event:2'}, {'step': runner.iter + 1, 'session_log': started})
+            begin = {'step': runner.iter + 1, 'session_log': started}
+            self._append_events(runner, {'file_version': 'brain.Event:2'}, begin)
 
     def write(self, runner: IterBasedRunner, mode: str, iteration: int, record: dict[str, Any]) -> None:
         """Adds the scalars."""
@@ -225,13 +219,11 @@ class TensorboardLoggerHook(LoggerHook):
             if not isinstance(value, str):
                 tag = 'learning_rate' if name == 'lr' else f'info/{name}' if name in _INFO else f'{mode}/{name}'
                 values.append(self._summaries.Summary.Value(tag=tag, simple_value=value))
-        self._append(runner, {'step': iteration, 'summary': self._summaries.Summary(value=values)})
+        self._append_events(runner, {'step': iteration, 'summary': self._summaries.Summary(value=values)})
 
-    def _append(self, runner: IterBasedRunner, *events: dict[str, Any]) -> None:
-        if self._file is None:
-            return
+    def _append_events(self, runner: IterBasedRunner, *events: dict[str, Any]) -> None:
         records = io.BytesIO()
         for event in events:
             message = self._events.Event(wall_time=time.time(), **event)
             self._record_writer(records).write(message.SerializeToString())
-        self._file.append(records.getvalue(), runner.logger)
+        self._append(runner, records.getvalue())
