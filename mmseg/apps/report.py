@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -188,37 +190,28 @@ def run_of_predictions(
     """
     metrics = metrics_for(dataset, per_frame=True)
     sink = ReportSink(dataset, metrics, **options)
-    missing = {video.name: dict.fromkeys(video.frames) for video in dataset.videos}
-    frames = {video: set(names) for video, names in missing.items()}
-
-    def finish(video: str) -> None:
-        for frame in missing[video]:
-            metrics.skip(video, frame)
+    frames = {video.name: set(video.frames) for video in dataset.videos}
+    for video, found in groupby(predictions, key=itemgetter(0)):
+        for _, frame, pred in found:
+            if frame not in frames.get(video, ()):
+                raise DataError(f"split '{dataset.split}' of {dataset.data_root} has no frame {video}/{frame}")
+            path = dataset.mask_path(video, frame)
+            (raw,) = load_labels([path], False, None, pred.shape, video)
+            (gt,) = load_labels([path], dataset.reduce_zero_label, dataset.num_classes, pred.shape, video)
+            try:
+                metrics.update(video, frame, pred, raw)
+            except ValueError as error:
+                raise DataError(str(error)) from None
+            sink.add(video, frame, dataset.frame_path(video, frame), pred, gt)
         metrics.finish(video)
         sink.finish_video(video)
-
-    before: str | None = None
-    for video, frame, pred in predictions:
-        if frame not in frames.get(video, ()):
-            raise DataError(f"split '{dataset.split}' of {dataset.data_root} has no frame {video}/{frame}")
-        if before is not None and video != before:
-            finish(before)
-        before = video
-        path = dataset.mask_path(video, frame)
-        (raw,) = load_labels([path], False, None, pred.shape, video)
-        (gt,) = load_labels([path], dataset.reduce_zero_label, dataset.num_classes, pred.shape, video)
-        try:
-            metrics.update(video, frame, pred, raw)
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        sink.add(video, frame, dataset.frame_path(video, frame), pred, gt)
-        del missing[video][frame]
-    if before is None:
-        raise DataError('there are no predictions')
-    finish(before)
     results = metrics.results()
+    if not results.videos:
+        raise DataError('there are no predictions')
     results.check_scored()
-    partly = [f'{video} ({len(absent)} of {len(frames[video])} frames)' for video, absent in missing.items() if absent]
+    counted = {row['video']: row['frames'] for row in results.videos}
+    absent = {video: len(names) - counted.get(video, 0) for video, names in frames.items()}
+    partly = [f'{video} ({number} of {len(frames[video])} frames)' for video, number in absent.items() if number]
     return sink.run(results, name, {_LEFT_OUT: f'{len(partly)} videos: {some(partly)}'} if partly else None)
 
 

@@ -287,9 +287,9 @@ def test_latest_and_kept_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize('make', [
-    lambda: check_arguments(CheckpointHook, {'interval': 0}, 'checkpoint_config'), lambda: TextLoggerHook(0),
-    lambda: check_arguments(CheckpointHook, {'max_keep_ckpts': 0}, 'checkpoint_config'),
-    lambda: EvalHook(dict, interval=0), lambda: EvalHook(dict, rule='more'), lambda: EvalHook(dict, save_best=True),
+    *(lambda hook=hook, value=value: check_arguments(hook, value, 'section') for hook, value in (
+        (CheckpointHook, {'interval': 0}), (CheckpointHook, {'max_keep_ckpts': 0}), (TextLoggerHook, {'interval': 0}),
+        (EvalHook, {'interval': 0}), (EvalHook, {'rule': 'more'}), (EvalHook, {'save_best': True}))),
     lambda: EvalHook(dict, save_best='speed'), lambda: EMAHook(momentum=1.0),
     lambda: build(UpdateConfig, dict(cumulative_iters=0), ''),
     lambda: build(UpdateConfig, dict(grad_clip=dict(norm_type=2)), '')])

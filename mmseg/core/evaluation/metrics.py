@@ -210,7 +210,7 @@ class StreamingMetrics:
 
     def results(self) -> Results:
         """Summary, and scores per class, per video and, with ``per_frame``, per frame."""
-        records = self._records()
+        records = self.state()
         confusion = self._confusion(records.values())
         scores = class_scores(confusion)
         return Results(
@@ -229,7 +229,9 @@ class StreamingMetrics:
 
     def state(self) -> dict[str, Any]:
         """All counts so far as plain Python numbers, lists and dicts (JSON), for :meth:`merge` on another rank."""
-        return self._records()
+        unfinished = {name: self._record(copy.deepcopy(state)) for name, state in self._open.items()}
+        records = {**self._done, **unfinished}
+        return {name: records[name] for name in sorted(records, key=natural_key)}
 
     def merge(self, state: Mapping[str, Any]) -> None:
         """Adds the videos of another rank's :meth:`state`.
@@ -301,11 +303,6 @@ class StreamingMetrics:
             'areas': {name: measure.areas.tolist() for name, measure in state.extras.items()},
             'per_frame': state.per_frame,
         }
-
-    def _records(self) -> dict[str, dict[str, Any]]:
-        unfinished = {name: self._record(copy.deepcopy(state)) for name, state in self._open.items()}
-        records = {**self._done, **unfinished}
-        return {name: records[name] for name in sorted(records, key=natural_key)}
 
     def _confusion(self, records: Iterable[Mapping[str, Any]]) -> np.ndarray:
         """The confusion matrix of some videos together, int64 [K, K]."""

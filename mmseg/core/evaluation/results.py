@@ -63,19 +63,16 @@ class Results:
 
     def print(self, per_class: bool = False, per_video: bool = False) -> None:
         """Prints the summary, and on request the rows per class (those that occur) and per video, in per cent."""
-        from rich.table import Table
-
-        from mmseg.utils.console import table_console
+        from mmseg.utils.console import table, table_console
 
         console = table_console()
 
         def show(title: str, rows: list[dict[str, Any]]) -> None:
-            table = Table(title=title, title_justify='left')
-            for key in rows[0]:
-                table.add_column(key, justify='left' if isinstance(rows[0][key], str) else 'right', no_wrap=True)
-            for row in rows:
-                table.add_row(*map(_cell, row.values()))
-            console.print(table)
+            texts = isinstance(next(iter(rows[0].values())), str)
+            shown = table(list(rows[0]), [list(map(_cell, row.values())) for row in rows], title, texts)
+            for column in shown.columns:
+                column.no_wrap = True
+            console.print(shown)
 
         seen = [row for row in self.classes if not math.isnan(row['IoU'])]
         if per_class and seen:

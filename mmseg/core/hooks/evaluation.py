@@ -6,13 +6,14 @@ import contextlib
 import glob
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from mmseg.core.hooks.hook import Hook
 from mmseg.core.hooks.loggers import was_evaluated
 from mmseg.registry import HOOKS
+from mmseg.utils.arguments import Count
 from mmseg.utils.checkpoint import RUN, read_checkpoint
 from mmseg.utils.dist import broadcast_object, fail_together
 from mmseg.utils.errors import CheckpointError, ConfigError, nearest
@@ -21,8 +22,11 @@ from mmseg.utils.signals import Interrupted
 if TYPE_CHECKING:
     from mmseg.core.runner import IterBasedRunner
 
-_GREATER = ('iou', 'acc', 'dice', 'fscore', 'precision', 'recall', 'vc', 'vec', 'consistency')
-_LESS = ('loss', 'error')
+Rule = Literal['greater', 'less']
+_RULES: dict[Rule, tuple[str, ...]] = {  # by words in the name of a figure
+    'greater': ('iou', 'acc', 'dice', 'fscore', 'precision', 'recall', 'vc', 'vec', 'consistency'),
+    'less': ('loss', 'error'),
+}
 
 
 @HOOKS.register_module()
@@ -44,24 +48,18 @@ class EvalHook(Hook):
         self,
         evaluate: Callable[[nn.Module], Mapping[str, float]],
         /,
-        interval: int = 1,
+        interval: Count = 1,
         start: int | None = None,
         save_best: str | None = None,
-        rule: str | None = None,
+        rule: Rule | None = None,
     ) -> None:
-        if interval < 1:
-            raise ConfigError(f'evaluation.interval: expected at least 1, got {interval}')
-        if rule not in (None, 'greater', 'less'):
-            raise ConfigError(f"evaluation.rule: expected 'greater' or 'less', got {rule!r}")
-        if save_best is not None and not isinstance(save_best, str):
-            raise ConfigError(f"evaluation.save_best: expected a metric's name or 'auto', got {save_best!r}")
         self.evaluate = evaluate
         self.interval = interval
         self.start = start
         self.save_best = save_best
         self.rule = rule
-        if save_best not in (None, 'auto'):
-            self.rule = rule or _rule_of(str(save_best))
+        if save_best is not None and save_best != 'auto':
+            self.rule = rule or _rule_of(save_best)
         self.best_score: float | None = None
         self.best_path: Path | None = None
 
@@ -161,13 +159,12 @@ class EvalHook(Hook):
         return choose(found, key=lambda best: best[1])
 
 
-def _rule_of(name: str) -> str:
+def _rule_of(name: str) -> Rule:
     """Whether more or less is better, from the name of a figure."""
     lowered = name.lower()
-    if any(word in lowered for word in _GREATER):
-        return 'greater'
-    if any(word in lowered for word in _LESS):
-        return 'less'
+    for rule, words in _RULES.items():
+        if any(word in lowered for word in words):
+            return rule
     raise ConfigError(
         f"evaluation.save_best: is more of '{name}' better? Say so by evaluation.rule: 'greater' or 'less'"
     )

@@ -20,6 +20,7 @@ import torch
 
 from mmseg.core.hooks.hook import Hook
 from mmseg.registry import HOOKS, retired
+from mmseg.utils.arguments import Count
 from mmseg.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,9 +38,7 @@ class LoggerHook(Hook):
 
     priority = 'VERY_LOW'
 
-    def __init__(self, interval: int = 10) -> None:
-        if interval < 1:
-            raise ConfigError(f'log_config.interval: expected at least 1, got {interval}')
+    def __init__(self, interval: Count = 10) -> None:
         self.interval = interval
         self._values: dict[str, list[float]] = defaultdict(list)
 
@@ -192,7 +191,7 @@ class TensorboardLoggerHook(_FileLoggerHook):
         log_dir: folder of the event files; ``<work dir>/tf_logs`` where None.
     """
 
-    def __init__(self, interval: int = 10, log_dir: str | None = None) -> None:
+    def __init__(self, interval: Count = 10, log_dir: str | None = None) -> None:
         super().__init__(interval)
         self.log_dir = log_dir
         try:
