@@ -118,7 +118,9 @@ def low_copies(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         with _lock:
             for layer in layers:
-                held = _copies[layer]
+                held = _copies.get(layer)
+                if held is None:  # the layer is being freed together with a generator that is inside
+                    continue
                 held[dtype].users -= 1
                 if not held[dtype].users:
                     del held[dtype]

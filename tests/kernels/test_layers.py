@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import sys
 import threading
 
 import pytest
@@ -209,3 +211,21 @@ def test_evaluations_may_be_nested_suspended_and_in_threads(low, casts):
     with pytest.raises(KeyError), low.evaluation(model):
         raise KeyError
     assert not half._copies
+
+
+def test_a_model_may_be_freed_together_with_its_evaluation(low):
+    """A cycle that holds both; the collector clears weak references first."""
+    model, broken = Products().eval(), []
+
+    def forever():
+        with low.evaluation(model):
+            while True:
+                yield
+
+    model.labels = forever()
+    next(model.labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'unraisablehook', broken.append)
+        del model, forever
+        gc.collect()
+    assert not broken and not half._copies
