@@ -215,17 +215,16 @@ def test_evaluations_may_be_nested_suspended_and_in_threads(low, casts):
 
 def test_a_model_may_be_freed_together_with_its_evaluation(low):
     """A cycle that holds both; the collector clears weak references first."""
-    model, broken = Products().eval(), []
-
-    def forever():
+    def forever(model):
         with low.evaluation(model):
             while True:
                 yield
 
-    model.labels = forever()
+    model, broken = Products().eval(), []
+    model.labels = forever(model)
     next(model.labels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'unraisablehook', broken.append)
-        del model, forever
+        del model
         gc.collect()
     assert not broken and not half._copies
