@@ -11,10 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from mmseg.datasets.clip_sampler import check_clips, frames_needed
+from mmseg.datasets.labels import UnknownLabelError, describe_labels
 from mmseg.datasets.split import Split
 from mmseg.registry import DATASETS, config_key, find
+from mmseg.utils.arguments import named_parameters
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.images import VOID, label_table, read_frame, read_mask, to_training_labels
+from mmseg.utils.images import VOID, read_frame
 from mmseg.utils.names import natural_key
 
 Kind = Literal[
@@ -99,7 +101,7 @@ class SplitToCheck:
         with config_key(where):
             if dilation is not None or test_size is not None:
                 dilation, _ = check_clips(dilation, test_size)
-            options = ('data_root', 'split', 'classes', 'palette', 'layout', 'reduce_zero_label')
+            options = (named_parameters(Split.of) | named_parameters(describe_labels)) - {'component', 'where'}
             given: dict[str, Any] = {key: cfg.get(key) for key in options}
             files = Split.of(component, **given)
         return [cls(files, frames_needed(dilation) if dilation else 1, masks_needed=dilation is not None)]
@@ -172,17 +174,14 @@ def _check_mask(
     files: Split, path: str, size: tuple[int, int] | None, note: Callable[[Kind, str, str], None], pixels: np.ndarray
 ) -> None:
     """Adds the number of pixels of each label to ``pixels``; ``size`` is that of the frame, where it can be read."""
-    kind: Kind = 'unreadable mask'
     try:
-        mask = read_mask(path)
+        mask, _ = files.labels.read(path)
         if size is not None and mask.shape != size:
             note('size mismatch', path,
                  f'{path}: mask is {mask.shape[1]}x{mask.shape[0]}, its frame {size[1]}x{size[0]}')
-        kind = 'label out of range'
-        table = label_table(files.reduce_zero_label, len(files.classes))
-        pixels += np.bincount(to_training_labels(mask, table, len(files.classes), path).ravel(), minlength=256)
+        pixels += np.bincount(mask.ravel(), minlength=256)
     except DataError as error:
-        note(kind, path, str(error))
+        note('label out of range' if isinstance(error, UnknownLabelError) else 'unreadable mask', path, str(error))
 
 
 def _may_have_masks(files: Split, video: str) -> bool:
