@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmseg.datasets.clip_sampler import check_clips, frames_needed
+from mmseg.datasets.layout import Kind as FileKind
 from mmseg.datasets.split import Split
 from mmseg.registry import DATASETS, config_key, find
 from mmseg.utils.errors import ConfigError, DataError
@@ -123,7 +124,7 @@ def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> Report:
     def note(kind: Kind, path: str, message: str) -> None:
         (report.warnings if kind == _WARNING else report.problems).append(Problem(kind, video, path, message))
 
-    def names_of(kind: str) -> list[str] | None:
+    def names_of(kind: FileKind) -> list[str] | None:
         try:
             return files.files(kind, video)
         except (FileNotFoundError, NotADirectoryError):
@@ -135,7 +136,7 @@ def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> Report:
     folder = files.folder('frames', video)
     frames = names_of('frames')
     if frames is None:
-        note('missing video', folder, f'{folder}: no such folder')
+        note('missing video', folder, files.instead('frames', video))
         return report
     report.frames = len(frames)
     masks = set(names_of('masks') or ())

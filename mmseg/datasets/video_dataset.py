@@ -98,7 +98,7 @@ class VideoDataset(Dataset):
             pipeline: Sequence[Annotated[Mapping, PIPELINES] | Callable[[Results], Results]],
             dilation: Sequence[int] | int | None = None, test_size: int | None = None,
             classes: Sequence[str] | None = None, palette: Sequence[Sequence[int]] | None = None,
-            layout: Annotated[Layout | Mapping[str, str] | None, Layout] = None,
+            layout: Annotated[Layout | Mapping[str, Any] | None, Layout] = None,
             reduce_zero_label: bool | None = None,
             skip_short_videos: bool = False, skip_bad_clips: bool = False):
         self.dilation, self.test_size = check_clips(dilation, test_size)
@@ -144,9 +144,8 @@ class VideoDataset(Dataset):
             (videos if len(video.frames) >= needed else short).append(video)
         if missing:
             raise DataError(
-                f"split '{self.split}' of {self.data_root}: no folder of frames for {len(missing)} videos: "
-                f"{some(missing)} (looked for {self.files.folder('frames', missing[0])}); "
-                f'fetch them or take them out of the split file')
+                f"split '{self.split}' of {self.data_root}: no frames of {len(missing)} videos: {some(missing)} "
+                f"({self.files.instead('frames', missing[0])}); fetch them or take them out of the split file")
         if short and not (skip_short and videos):
             lengths = [f'{video.name} ({len(video.frames)} frames)' for video in short]
             empty = next((video.name for video in short if not video.frames), None)
@@ -177,7 +176,7 @@ class VideoDataset(Dataset):
 
     def frame_name(self, path: str) -> str:
         """Name of the frame whose file is ``path``."""
-        return Path(path).name.removesuffix(self.layout.frame_suffix)
+        return self.files.frame_name(path)
 
     def __len__(self) -> int:
         return len(self.videos) if self.clips is None else len(self.clips)
