@@ -105,6 +105,15 @@ class Split:
             return None
         return os.path.join(self.data_root, listed.format(split=self.name, video=''))
 
+    def is_there(self) -> bool:
+        """Whether there is a list of this split, or the folder in which its videos are searched for."""
+        if self.file is not None:
+            return os.path.isfile(self.file)
+        searched = (self.layout.split_file if self.layout.is_glob else None) or self.layout.frames
+        start, *rest = re.split(r'\{video\}|[*?[]', searched, maxsplit=1)
+        folder = start.rpartition('/')[0] if rest else start
+        return os.path.isdir(os.path.join(self.data_root, folder.format(split=self.name)))
+
     def inputs(self, name: str = '') -> dict[str, str]:
         """What :func:`~mmseg.utils.files.refuse_overwriting` must know of the split.
 
