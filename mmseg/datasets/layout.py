@@ -134,6 +134,12 @@ class Layout:
         return any(fnmatchcase(video, pattern) for pattern in self.exclude)
 
 
+def before_glob(path: str) -> str:
+    """The folders before the first wildcard; the whole path if it has none."""
+    start, *rest = _GLOB.split(path, maxsplit=1)
+    return start.rpartition('/')[0] if rest else start
+
+
 def video_and_frame(path: str, pattern: re.Pattern[str]) -> tuple[str, str] | None:
     """What a path says by its named groups; None where the pattern is another one.
 

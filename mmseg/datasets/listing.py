@@ -30,7 +30,8 @@ class Folders:
     def __init__(self, data_root: str, split: str, layout: Layout, kind: Kind) -> None:
         self.data_root, self.split, self.layout, self.kind = data_root, split, layout, kind
         self._pattern = layout.pattern(kind)
-        self._read: dict[str, dict[str, str]] = {}  # frame -> file's name, by video; what has been searched for
+        self._keep = layout.max_gap is not None or layout.own_pattern(kind) is not None
+        self._read: dict[str, dict[str, str]] = {}  # frame -> file's name, by video
 
     def folder(self, video: str) -> str:
         """Folder of a video."""
@@ -41,7 +42,12 @@ class Folders:
         if video in self._read:
             return self._read[video]
         names = visible(self.folder(video))
-        return None if names is None else self._frames(names, self.folder(video))
+        if names is None:
+            return None
+        frames = self._frames(names, self.folder(video))
+        if self._keep:  # otherwise a video is asked for once, and the name of a frame says that of its file
+            self._read[video] = frames
+        return frames
 
     def _frames(self, names: list[str], folder: str) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -53,11 +59,10 @@ class Folders:
 
     def path(self, video: str, frame: str) -> str:
         """File of a frame."""
-        if self.layout.own_pattern(self.kind) is None:
-            return os.path.join(self.folder(video), frame + self.layout.suffix(self.kind))
-        if video not in self._read:
-            self._read[video] = dict(self.files(video) or {})
-        return os.path.join(self.folder(video), self._read[video].get(frame, frame + self.layout.suffix(self.kind)))
+        name = frame + self.layout.suffix(self.kind)
+        if self.layout.own_pattern(self.kind) is not None:
+            name = (self.files(video) or {}).get(frame, name)
+        return os.path.join(self.folder(video), name)
 
     def frame_name(self, path: str) -> str:
         """Name of the frame of a file."""
@@ -69,12 +74,14 @@ class Folders:
         start, *rest = getattr(self.layout, self.kind).format(video='\0', split=self.split).split('\0')
         root, _, start = start.rpartition('/')
         inside = re.compile(re.escape(start) + '(?P<video>.+)' + '(?P=video)'.join(map(re.escape, rest)), re.DOTALL)
+        found = []
         for folder, names in walk(os.path.join(self.data_root, root)):
             match = inside.fullmatch(folder)
             frames = self._frames(names, folder) if match else {}
             if match and frames:
                 self._read[match['video']] = frames
-        return sorted(self._read, key=natural_key)
+                found.append(match['video'])
+        return sorted(found, key=natural_key)
 
     def instead(self, video: str) -> str:
         """For an error about a folder without files: what was looked for there, and what there is."""

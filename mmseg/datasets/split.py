@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
-import re
-import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +15,15 @@ from typing import Any, get_args
 from mmseg.registry import config_path
 from mmseg.utils.arguments import annotations_of, check_value
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.files import decoded
-from mmseg.utils.images import MAX_CLASSES, read_file
+from mmseg.utils.images import MAX_CLASSES
 from mmseg.utils.names import natural_key, some
 
-from .layout import Kind, Layout
-from .listing import Folders, Tree, visible
+from .layout import Kind, Layout, before_glob
+from .listing import Folders, Tree
+from .video_names import Part, cut_at_gaps, read_list
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
 
 @dataclass(frozen=True)
 class Split:
@@ -110,9 +108,8 @@ class Split:
         if self.file is not None:
             return os.path.isfile(self.file)
         searched = (self.layout.split_file if self.layout.is_glob else None) or self.layout.frames
-        start, *rest = re.split(r'\{video\}|[*?[]', searched, maxsplit=1)
-        folder = start.rpartition('/')[0] if rest else start
-        return os.path.isdir(os.path.join(self.data_root, folder.format(split=self.name)))
+        folder = before_glob(searched.replace('{video}', '*')).format(split=self.name)
+        return os.path.isdir(os.path.join(self.data_root, folder))
 
     def inputs(self, name: str = '') -> dict[str, str]:
         """What :func:`~mmseg.utils.files.refuse_overwriting` must know of the split.
@@ -159,8 +156,9 @@ class Split:
         return self._kept(list(dict.fromkeys(names)))
 
     def _globbed(self) -> list[str]:
-        pattern = (self.layout.split_file or '').format(split=glob.escape(self.name), video='')
-        first = next(i for i, part in enumerate(PurePosixPath(pattern).parts) if glob.has_magic(part))
+        listed = self.layout.split_file or ''
+        pattern = listed.format(split=glob.escape(self.name), video='')
+        first = len(PurePosixPath(before_glob(listed).format(split=self.name, video='')).parts)
         paths = [PurePath(path) for path in glob.glob(pattern, root_dir=self.data_root, recursive=True)]
         found = ['/'.join([*path.parts[first:-1], self._without_suffix(path)]) for path in paths]
         if not found:
@@ -230,84 +228,6 @@ class Split:
     def instead(self, kind: Kind, video: str) -> str:
         """For an error about a video without frames or masks: what was looked for, and what there is."""
         return self._kinds[kind].instead(self._whole(video))
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a video, from one key of :func:`~mmseg.utils.names.natural_key` up to the next part's; None is open."""
-
-    video: str
-    start: Any
-    stop: Any
-
-    def __contains__(self, frame: str) -> bool:
-        key = natural_key(frame)
-        return (self.start is None or key >= self.start) and (self.stop is None or key < self.stop)
-
-
-def cut_at_gaps(frames: Sequence[str], max_gap: int, video: str) -> list[list[str]]:
-    """Runs of frames whose numbers, the last in their names, grow by no more than ``max_gap``.
-
-    >>> cut_at_gaps(['1', '2', '9'], 1, 'a')
-    [['1', '2'], ['9']]
-    """
-    runs: list[list[str]] = []
-    last = None
-    for frame in frames:
-        numbers = re.findall(r'\d+', frame, re.ASCII)
-        if not numbers:
-            raise DataError(f"layout.max_gap needs a number in the name of every frame, and frame '{frame}' of video "
-                            f"'{video}' has none")
-        if last is None or int(numbers[-1]) - last > max_gap:
-            runs.append([])
-        runs[-1].append(frame)
-        last = int(numbers[-1])
-    return runs
-
-
-def read_list(file: str, split: str) -> list[str]:
-    """The videos that a text or JSON file names for a split.
-
-    Raises:
-        DataError: it is missing, cannot be read, names no video, or names one that leads out of the data set.
-    """
-    if not os.path.isfile(file):
-        folder, suffix = os.path.dirname(file), os.path.splitext(file)[1]
-        there = sorted(name for name in visible(folder) or () if name.endswith(suffix))
-        raise DataError(f'{file}: no such split file; there are {there}')
-    text = decoded(read_file(file), file)
-    if file.endswith('.json'):
-        named = [(name, file) for name in _json_names(text, file, split)]
-    else:
-        lines = enumerate(text.splitlines(), 1)
-        named = [(line.strip(), f'{file}, line {number}') for number, line in lines if line.strip()]
-    if not named:
-        raise DataError(f'{file}: the split names no video; write one video a line')
-    return [_video_name(name, where) for name, where in named]
-
-
-def _json_names(text: str, file: str, split: str) -> list[str]:
-    try:
-        names = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f'{file}: is no JSON: {error}') from None
-    if isinstance(names, dict):
-        if split not in names:
-            raise DataError(f"{file}: has no split '{split}'; it has {some(list(names))}")
-        names = names[split]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{file}: expected a list of names of videos, or a dict of such lists by split, got "
-                        f'{reprlib.repr(names)}')
-    return names
-
-
-def _video_name(name: str, where: str) -> str:
-    """A name without needless slashes; results are written to folders of that name, so it must not lead elsewhere."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or '..' in path.parts or not path.parts:
-        raise DataError(f"{where}: the video name '{name}' leads out of the data set; write the name of a folder in "
-                        "it, as 'video' or 'city/video'")
-    return str(path)
 
 
 def _check_own_names(component: Any, classes: Sequence[str] | None, palette: Any, where: str) -> None:
