@@ -417,7 +417,7 @@ def pairwise_bce(x: Tensor, t: Tensor) -> Tensor:
     """Mean BCE of every row of x ``[Q, P]`` against every row of t ``[n, P]``."""
     positive = F.binary_cross_entropy_with_logits(x, torch.ones_like(x), reduction='none')
     negative = F.binary_cross_entropy_with_logits(x, torch.zeros_like(x), reduction='none')
-    return (positive @ t.T + negative @ (1 - t).T) / x.shape[1]
+    return (positive @ t.T + negative @ (1 - t).T) / max(x.shape[1], 1)
 
 
 def pairwise_dice(x: Tensor, t: Tensor) -> Tensor:
@@ -427,7 +427,9 @@ def pairwise_dice(x: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def match(logits: Tensor, masks: Tensor, classes: Tensor, targets: Tensor, num_points: int, round2: str) -> list[tuple]:
+def match(
+    logits: Tensor, masks: Tensor, classes: Tensor, targets: Tensor, known: Tensor, num_points: int, round2: str
+) -> list[tuple]:
     """Both rounds for one clip: ``[(queries, targets) of round 1, .. of round 2]``.
 
     Args:
@@ -435,6 +437,7 @@ def match(logits: Tensor, masks: Tensor, classes: Tensor, targets: Tensor, num_p
         masks: ``[Q, T, h, w]``.
         classes: ``[n]``.
         targets: float ``[n, T, H, W]``.
+        known: bool ``[T, H, W]``, where labels are known; points elsewhere are dropped.
         num_points: points, the same for all masks and frames.
         round2: ``full`` or ``mask``, the cost of round 2.
     """
@@ -443,6 +446,9 @@ def match(logits: Tensor, masks: Tensor, classes: Tensor, targets: Tensor, num_p
     points = random_points(1, num_points, masks.device)
     x = point_sample(masks.flatten(0, 1)[None], points).view(len(masks), -1)
     t = point_sample(targets.flatten(0, 1)[None], points).view(len(targets), -1)
+    if not known.all():
+        kept = at_nearest_pixels(known[None], points.expand(len(known), -1, -1)[None])[0].flatten()
+        x, t = x[:, kept], t[:, kept]
     bce = pairwise_bce(x, t)
     cost = 2 * -logits.softmax(-1)[:, classes] + 5 * bce + 5 * pairwise_dice(x, t)
     rounds = []
@@ -456,15 +462,19 @@ def match(logits: Tensor, masks: Tensor, classes: Tensor, targets: Tensor, num_p
     return rounds
 
 
-def bce_and_dice(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over rows of mean BCE and of dice."""
+def bce_and_dice(x: Tensor, t: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over rows of mean BCE and of dice, over what is known ``[R, N]``."""
+    if not known.all():  # rows then have other numbers of points
+        ours = torch.ones(1, 1, dtype=torch.bool)
+        rows = [bce_and_dice(x[i, k][None], t[i, k][None], ours) for i, k in enumerate(known) if k.any()]
+        return sum((row[0] for row in rows), x.sum() * 0), sum((row[1] for row in rows), x.sum() * 0)
     p = x.sigmoid()
     bce = F.binary_cross_entropy_with_logits(x, t, reduction='none').mean(1).sum()
     dice = (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).sum()
     return bce, dice
 
 
-def primary_losses(x: Tensor, t: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
+def primary_losses(x: Tensor, t: Tensor, known: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
     """BCE and dice of masks ``[R, h, w]`` against targets ``[R, H, W]``, on mostly uncertain points."""
     x, t = x[:, None], t[:, None]
     with torch.no_grad():
@@ -475,14 +485,21 @@ def primary_losses(x: Tensor, t: Tensor, num_points: int) -> tuple[Tensor, Tenso
         rest = random_points(len(x), num_points - int(0.75 * num_points), x.device)
         points = torch.cat([chosen, rest], 1)
         t = point_sample(t, points)[:, 0]
-    return bce_and_dice(point_sample(x, points)[:, 0], t)
+        known = at_nearest_pixels(known[:, None], points[:, None])[:, 0]
+    return bce_and_dice(point_sample(x, points)[:, 0], t, known)
 
 
-def secondary_losses(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def at_nearest_pixels(maps: Tensor, points: Tensor) -> Tensor:
+    """Values ``[A, B, P]`` of maps ``[A, B, H, W]`` in the pixels where points ``[A, B, P, 2]`` lie."""
+    column, row = (points * points.new_tensor([maps.shape[3], maps.shape[2]])).long().unbind(3)
+    return maps.flatten(2).gather(2, row * maps.shape[3] + column)
+
+
+def secondary_losses(x: Tensor, t: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """BCE and dice on every pixel against what is both target and already predicted."""
     x = F.interpolate(x[:, None], size=t.shape[1:], mode='nearest').flatten(1)
     t = t.flatten(1) * (x.sigmoid() > 0.5)
-    return bce_and_dice(x, t)
+    return bce_and_dice(x, t, known.flatten(1))
 
 
 def matched_masks(outputs: Prediction, targets: list[Tensor], matches: list[tuple], frame_level: bool
@@ -511,13 +528,16 @@ def losses_of(
     num_points: int = 12544,
     warming_up: bool = False,
 ) -> dict[str, Tensor]:
-    """All weighted losses of labels ``[B, T, H, W]`` (255: void); the last prediction is the final one."""
+    """All weighted losses of labels ``[B, T, H, W]`` (255: void, 254: unknown); the last prediction is final."""
     num_classes = len(empty_weight) - 1
     batch, frames = labels.shape[:2]
     classes = [label.unique() for label in labels]
-    classes = [c[c != 255] for c in classes]
+    classes = [c[c < 254] for c in classes]
     targets = [(label[None] == c[:, None, None, None]).float() for label, c in zip(labels, classes)]
-    num_targets = max(sum(len(c) for c in classes), 1)
+    known = labels != 254
+    knowns = [k.expand(len(c), *k.shape) for k, c in zip(known, classes)]
+    known_frames = known.any(3).any(2)  # [B, T]
+    divisor = max(sum(len(c) * int(k.sum()) for c, k in zip(classes, known_frames)), 1)
     losses = {}
     for s, outputs in enumerate(clip):
         suffix = '' if s == len(clip) - 1 else f'_{s}'
@@ -525,7 +545,8 @@ def losses_of(
         if frame is not None:
             masks = frame[s][1].view(batch, frames, *frame[s][1].shape[1:2], *frame[s][1].shape[3:]).transpose(1, 2)
         rounds = [
-            match(outputs[0][b], masks[b], classes[b], targets[b], num_points, 'mask' if frame is None else 'full')
+            match(outputs[0][b], masks[b], classes[b], targets[b], known[b], num_points,
+                  'mask' if frame is None else 'full')
             for b in range(batch)
         ]
         first, second = ([clip_rounds[i] for clip_rounds in rounds] for i in (0, 1))
@@ -538,25 +559,33 @@ def losses_of(
             for clip_matches in (first,) if warming_up else (first, second):
                 for b, (query, index) in enumerate(clip_matches):
                     wanted[b, query] = classes[b][index]
-            if level:
-                wanted = wanted.repeat_interleave(frames, 0)
-            ce = F.cross_entropy(level_outputs[0].transpose(1, 2), wanted, empty_weight)
+            if level and not known_frames.all():
+                each = F.cross_entropy(level_outputs[0].transpose(1, 2), wanted.repeat_interleave(frames, 0),
+                                       empty_weight, reduction='none').view(batch, frames, -1)
+                means = [clip[k].sum() / k.sum() for clip, k in zip(each, known_frames) if k.any()]
+                ce = sum(means) / empty_weight[wanted].sum()
+            else:
+                if level:
+                    wanted = wanted.repeat_interleave(frames, 0)
+                ce = F.cross_entropy(level_outputs[0].transpose(1, 2), wanted, empty_weight)
             losses[f'loss_ce{end}'] = 2 * weight * ce
             bce, dice = zero, zero = level_outputs[1].sum() * 0, level_outputs[1].sum() * 0
             x, t = matched_masks(level_outputs, targets, first, bool(level))
+            _, k = matched_masks(level_outputs, knowns, first, bool(level))
             if len(x):
-                bce, dice = primary_losses(x, t, num_points)
+                bce, dice = primary_losses(x, t, k, num_points)
             prefix = '' if warming_up else 'r0_'
-            losses[f'{prefix}loss_mask{end}'] = 5 * weight * bce / num_targets / frames
-            losses[f'{prefix}loss_dice{end}'] = 5 * weight * dice / num_targets / frames
+            losses[f'{prefix}loss_mask{end}'] = 5 * weight * bce / divisor
+            losses[f'{prefix}loss_dice{end}'] = 5 * weight * dice / divisor
             if warming_up:
                 continue
             bce, dice = zero, zero
             x, t = matched_masks(level_outputs, targets, second, bool(level))
+            _, k = matched_masks(level_outputs, knowns, second, bool(level))
             if len(x):
-                bce, dice = secondary_losses(x, t)
-            losses[f'r1_loss_mask_unmatched{end}'] = 0.5 * 0.5 * weight * bce / num_targets / frames
-            losses[f'r1_loss_dice_unmatched{end}'] = 0.5 * 0.5 * weight * dice / num_targets / frames
+                bce, dice = secondary_losses(x, t, k)
+            losses[f'r1_loss_mask_unmatched{end}'] = 0.5 * 0.5 * weight * bce / divisor
+            losses[f'r1_loss_dice_unmatched{end}'] = 0.5 * 0.5 * weight * dice / divisor
     return losses
 
 

@@ -10,6 +10,7 @@ Parts:
 * train: a training step (loss, backward, clipping, AdamW) on one 480x480 clip, without and with activation
   checkpointing, and matching and losses alone, forward and backward.
 * data: a training clip of two frames from decoded images to tensors.
+* masks: a colour mask of 1920x1080 with 30 classes, to labels; the plain arm decodes its PNG and no more.
 * post: scores at stride 4 to label maps.
 * linear: linear layers of the model alone, BLAS beside what the model uses, in float32 and bfloat16.
 * attention: attention alone, torch's own beside what the model uses, in float32 and bfloat16.
@@ -32,14 +33,18 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also as `python benchmarks/speed.py`
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -47,6 +52,8 @@ from torch import Tensor, nn
 from benchmarks import plain
 from mmseg.config import load_config
 from mmseg.core import build_optimizer
+from mmseg.datasets import VSPWDataset
+from mmseg.datasets.labels import describe_labels
 from mmseg.datasets.pipelines.compose import Compose
 from mmseg.kernels.half import low_copies
 from mmseg.kernels.label_map import ScoreView, label_map, resize_matrix
@@ -54,11 +61,12 @@ from mmseg.kernels.layers import attention, linear
 from mmseg.models import EncoderDecoder, build_segmentor
 from mmseg.models.losses import THEMaskCriterion
 from mmseg.models.structures import ClipTarget, DecoderOutput, MaskPrediction
+from mmseg.utils.visual import write_picture
 
 ARMS = ('plain', 'ours')
 CLASSES = 124
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
-PARTS = ('eval', 'train', 'data', 'post', 'linear', 'attention')
+PARTS = ('eval', 'train', 'data', 'masks', 'post', 'linear', 'attention')
 Run = Callable[[], Any]
 
 
@@ -244,6 +252,35 @@ def data_cases(args: argparse.Namespace) -> Iterator[Case]:
     yield Case('train pipeline, 8 clips of 2 frames 480x853', make)
 
 
+def mask_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Reading a colour mask, beside decoding its PNG alone."""
+    rng = np.random.default_rng(4)
+    cells = cv2.resize(rng.integers(0, 30, (40, 60)).astype(np.uint8), (1920, 1080), interpolation=cv2.INTER_NEAREST)
+    component = SimpleNamespace(
+        CLASSES=tuple(map(str, range(30))), PALETTE=VSPWDataset.PALETTE[:30], label_map=None, colours=True,
+        decoder=None)
+    rule = describe_labels(component, 'benchmark')[2]
+    pixels = np.array(component.PALETTE, np.uint8)[cv2.medianBlur(cells, 21)][..., ::-1]
+
+    def make(arm: str) -> Run:
+        folder = tempfile.TemporaryDirectory()
+        path = str(Path(folder.name) / 'mask.png')
+        write_picture(path, pixels)
+        data = np.fromfile(path, np.uint8)
+
+        def run() -> None:
+            for _ in range(8):
+                if arm == 'plain':
+                    cv2.imdecode(data, cv2.IMREAD_COLOR)
+                else:
+                    rule.read(path)
+
+        weakref.finalize(run, folder.cleanup)
+        return run
+
+    yield Case('8 colour masks 1920x1080, 30 classes', make)
+
+
 def post_cases(args: argparse.Namespace) -> Iterator[Case]:
     """Scores at stride 4 to label maps."""
     height, width = args.size or (480, 864)
@@ -311,8 +348,8 @@ def attention_cases(args: argparse.Namespace) -> Iterator[Case]:
 def cases_of(args: argparse.Namespace, part: str) -> list[Case]:
     """The rows of one part."""
     cases = {
-        'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'post': post_cases, 'linear': linear_cases,
-        'attention': attention_cases,
+        'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'masks': mask_cases, 'post': post_cases,
+        'linear': linear_cases, 'attention': attention_cases,
     }  # fmt: skip
     return list(cases[part](args))
 

@@ -64,8 +64,8 @@ def sheet(item: dict[str, Any], source: VideoDataset, height: int, opacity: floa
     rows = [[(f'{video}/{name}  {frame.shape[1]}x{frame.shape[0]}', frame) for name, frame in zip(names, frames)]]
     shown: set[int] = set()
     if source.has_masks:
-        masks = [source.mask_path(video, name) for name in names]
-        labels = load_labels(masks, source.reduce_zero_label, source.num_classes, frames[0].shape[:2], video)
+        masks = [source.mask_of(video, name) for name in names]
+        labels, _ = load_labels(masks, source.labels, frames[0].shape[:2], video)
         shown.update(*(np.unique(label).tolist() for label in labels))
         rows.append([('labels', overlay(f, label, source.PALETTE, opacity)) for f, label in zip(frames, labels)])
     for i, (view, meta) in enumerate(zip(views, metas)):

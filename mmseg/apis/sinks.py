@@ -85,7 +85,8 @@ class Pictures(Sink):
 
     def write(self, item: dict[str, Any], labels: np.ndarray) -> None:
         """Draws the clip's pictures."""
-        truths: Sequence[np.ndarray | None] = item['label'] if item['label'] is not None else [None] * len(labels)
+        truths = item['label'] if item['label'] is not None else labels
+        truths = [truth if known else None for truth, known in zip(truths, item['labelled'])]
         for frame, label, truth in zip(item['frames'], labels, truths):
             image = read_frame(self.dataset.frame_path(item['video'], frame))
             picture = compare(image, label, truth, self.dataset.CLASSES, self.dataset.PALETTE, self.opacity)

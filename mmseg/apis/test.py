@@ -127,6 +127,8 @@ def run_test(model: Any, dataset: VideoDataset, loader: Iterable[dict[str, Any]]
     log_skipped(outcome)
     assert outcome.results is not None
     outcome.results.check_scored()
+    for note in outcome.results.notes if is_main_process() else ():
+        get_logger().warning(note)
     return outcome.results.summary
 
 
@@ -251,7 +253,8 @@ def predict_item(segmentor: Any, item: dict[str, Any], device: torch.device) -> 
 
 
 def _count(metrics: StreamingMetrics, dataset: VideoDataset, item: dict[str, Any], labels: np.ndarray) -> None:
-    for frame, pred, gt in zip(item['frames'], labels, item['raw_label']):
+    truths = (gt if known else None for gt, known in zip(item['raw_label'], item['labelled']))
+    for frame, pred, gt in zip(item['frames'], labels, truths):
         image = read_frame(dataset.frame_path(item['video'], frame)) if metrics.needs_images else None
         try:
             metrics.update(item['video'], frame, pred, gt, image)

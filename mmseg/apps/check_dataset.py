@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mmseg.datasets.clip_sampler import check_clips, frames_needed
+from mmseg.datasets.clip_sampler import can_draw, check_clips, frames_needed
+from mmseg.datasets.labels import UnknownLabelError, describe_labels
 from mmseg.datasets.layout import Kind as FileKind
 from mmseg.datasets.split import Split
 from mmseg.registry import DATASETS, config_key, find
+from mmseg.utils.arguments import named_parameters
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.images import VOID, label_table, read_frame, read_mask, to_training_labels
+from mmseg.utils.images import VOID, read_frame
 from mmseg.utils.names import natural_key
 
 Kind = Literal[
@@ -100,7 +102,7 @@ class SplitToCheck:
         with config_key(where):
             if dilation is not None or test_size is not None:
                 dilation, _ = check_clips(dilation, test_size)
-            options = ('data_root', 'split', 'classes', 'palette', 'layout', 'reduce_zero_label')
+            options = (named_parameters(Split.of) | named_parameters(describe_labels)) - {'component', 'where'}
             given: dict[str, Any] = {key: cfg.get(key) for key in options}
             files = Split.of(component, **given)
         return [cls(files, frames_needed(dilation) if dilation else 1, masks_needed=dilation is not None)]
@@ -140,8 +142,15 @@ def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> Report:
         return report
     report.frames = len(frames)
     masks = set(names_of('masks') or ())
-    if len(frames) < split.frames_needed and not report.problems:
+    orphans = sorted(masks.difference(frames), key=natural_key)
+    sparse = has_masks and files.unlabelled != 'error'
+    if sparse and files.unlabelled == 'skip':
+        frames = [name for name in frames if name in masks]
+    labelled = [i for i, name in enumerate(frames) if name in masks] if sparse and split.masks_needed else None
+    left_out = sparse and not masks  # the data set passes over such a video
+    if not can_draw(len(frames), split.frames_needed, labelled) and not left_out and not report.problems:
         note('short video', folder, f'{folder}: {len(frames)} frames, a clip needs {split.frames_needed}'
+             + ('' if labelled is None else ' that end or begin with one that has a mask')
              + ('' if frames else f'; {files.instead("frames", video)}'))
     ambiguity = _ambiguity(frames)
     if ambiguity:
@@ -161,9 +170,9 @@ def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> Report:
                      f'{path}: {width}x{height}, but frame {first[0]} of the video is {first[1][1]}x{first[1][0]}')
         if name in masks:
             _check_mask(files, mask_path, size, note, report.pixels)
-        elif has_masks:
+        elif has_masks and not sparse:
             note('missing mask', mask_path, f'{mask_path}: no such file, but its frame is there')
-    for name in sorted(masks.difference(frames), key=natural_key):
+    for name in orphans:
         path = files.path('masks', video, name)
         note('mask without frame', path, f'{path}: its frame is missing')
     return report
@@ -173,17 +182,14 @@ def _check_mask(
     files: Split, path: str, size: tuple[int, int] | None, note: Callable[[Kind, str, str], None], pixels: np.ndarray
 ) -> None:
     """Adds the number of pixels of each label to ``pixels``; ``size`` is that of the frame, where it can be read."""
-    kind: Kind = 'unreadable mask'
     try:
-        mask = read_mask(path)
+        mask, _ = files.labels.read(path)
         if size is not None and mask.shape != size:
             note('size mismatch', path,
                  f'{path}: mask is {mask.shape[1]}x{mask.shape[0]}, its frame {size[1]}x{size[0]}')
-        kind = 'label out of range'
-        table = label_table(files.reduce_zero_label, len(files.classes))
-        pixels += np.bincount(to_training_labels(mask, table, len(files.classes), path).ravel(), minlength=256)
+        pixels += np.bincount(mask.ravel(), minlength=256)
     except DataError as error:
-        note(kind, path, str(error))
+        note('label out of range' if isinstance(error, UnknownLabelError) else 'unreadable mask', path, str(error))
 
 
 def _may_have_masks(files: Split, video: str) -> bool:

@@ -28,7 +28,7 @@ from mmseg.datasets.pipelines.loading import load_labels
 from mmseg.datasets.video_dataset import VideoDataset
 from mmseg.utils.errors import DataError
 from mmseg.utils.files import write_atomically
-from mmseg.utils.images import VOID, read_frame, read_mask
+from mmseg.utils.images import UNKNOWN, VOID, read_frame, read_mask
 from mmseg.utils.names import natural_key, some
 from mmseg.version import __version__
 
@@ -103,7 +103,7 @@ class ReportSink(Sink):
         small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         quality = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
         labels = {key: cv2.resize(map_, size, interpolation=cv2.INTER_NEAREST) for key, map_ in
-                  (('pred', pred), ('gt', np.where(gt == self._dataset.ignore_index, VOID, gt).astype(np.uint8)))}
+                  (('pred', pred), ('gt', np.where(gt >= UNKNOWN, np.uint8(VOID), gt)))}
         return {'image': _base64(small, '.jpg', quality), **{k: _base64(v, '.png') for k, v in labels.items()}}
 
     def finish_video(self, video: str) -> None:
@@ -195,11 +195,10 @@ def run_of_predictions(
         for _, frame, pred in found:
             if frame not in frames.get(video, ()):
                 raise DataError(f"split '{dataset.split}' of {dataset.data_root} has no frame {video}/{frame}")
-            path = dataset.mask_path(video, frame)
-            (raw,) = load_labels([path], False, None, pred.shape, video)
-            (gt,) = load_labels([path], dataset.reduce_zero_label, dataset.num_classes, pred.shape, video)
+            path = dataset.mask_of(video, frame)
+            (gt,), (raw,) = load_labels([path], dataset.labels, pred.shape, video)
             try:
-                metrics.update(video, frame, pred, raw)
+                metrics.update(video, frame, pred, None if path is None else raw)
             except ValueError as error:
                 raise DataError(str(error)) from None
             sink.add(video, frame, dataset.frame_path(video, frame), pred, gt)

@@ -2,8 +2,8 @@
 
 from mmseg.registry import DATASETS
 
+from .labels import voc_colours
 from .layout import Layout
-from .palette import voc_palette
 from .video_dataset import VideoDataset
 
 
@@ -31,6 +31,6 @@ class ADE20K(VideoDataset):
         'screen', 'blanket', 'sculpture', 'hood', 'sconce', 'vase', 'traffic light', 'tray', 'ashcan', 'fan', 'pier',
         'crt screen', 'plate', 'monitor', 'bulletin board', 'shower', 'radiator', 'glass', 'clock', 'flag',
     )
-    PALETTE = voc_palette(150)
+    PALETTE = voc_colours(150)
     layout = Layout(split_file=None, frames='images/{split}', masks='annotations/{split}')
     reduce_zero_label = True

@@ -38,7 +38,15 @@ def frames_needed(dilation: Sequence[int]) -> int:
     return 1 - dilation[0]
 
 
-def sample_training_clip(num_frames: int, dilation: Sequence[int]) -> tuple[int, ...]:
+def can_draw(num_frames: int, needed: int, labelled: Sequence[int] | None = None) -> bool:
+    """Whether a video has a current frame, one with labels that is far enough from the first or the last frame."""
+    return num_frames >= needed and (
+        labelled is None or any(max(i, num_frames - 1 - i) >= needed - 1 for i in labelled))
+
+
+def sample_training_clip(
+    num_frames: int, dilation: Sequence[int], labelled: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Draws a training clip: frames at fixed offsets before a random current frame, with time reversed half the time.
 
     One ``random.random()`` and one ``np.random.choice`` are drawn, in this order, as the reference does.
@@ -46,14 +54,24 @@ def sample_training_clip(num_frames: int, dilation: Sequence[int]) -> tuple[int,
     Args:
         num_frames: length of the video, at least :func:`frames_needed`.
         dilation: ascending offsets <= 0 to the current frame, the farthest first.
+        labelled: positions of frames with labels, ascending, of which the current frame is one; None: all have them.
+            Where none is far enough from the end at which the clip would begin, time runs the other way.
 
     Returns:
         Positions in file order; the current frame is the last one.
     """
     positions = list(range(num_frames))
-    if random.random() < 0.5:
+    backwards = random.random() < 0.5
+    first = frames_needed(dilation) - 1
+    candidates = np.arange(first, num_frames)
+    if labelled is not None:
+        ends = np.asarray(labelled), num_frames - 1 - np.asarray(labelled)[::-1]
+        candidates, others = (each[each >= first] for each in (ends[backwards], ends[not backwards]))
+        if not len(candidates):
+            candidates, backwards = others, not backwards
+    if backwards:
         positions.reverse()
-    current = np.random.choice(np.arange(frames_needed(dilation) - 1, num_frames))
+    current = np.random.choice(candidates)
     offsets = [*dilation] if 0 in dilation else [*dilation, 0]
     return tuple(positions[current + offset] for offset in offsets)
 

@@ -2,8 +2,8 @@
 
 from mmseg.registry import DATASETS
 
+from .labels import voc_colours
 from .layout import Layout
-from .palette import voc_palette
 from .video_dataset import VideoDataset
 
 _NOT_ANNOTATED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # labels of things that no pixel has
@@ -37,6 +37,6 @@ class COCOStuff164k(VideoDataset):
         'wall-panel', 'wall-stone', 'wall-tile', 'wall-wood', 'water-other', 'waterdrops', 'window-blind',
         'window-other', 'wood',
     )
-    PALETTE = voc_palette(171)
+    PALETTE = voc_colours(171)
     layout = Layout(split_file=None, frames='images/{split}', masks='annotations/{split}')
     label_map = {raw: index for index, raw in enumerate(raw for raw in range(182) if raw not in _NOT_ANNOTATED)}

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from mmseg.registry import config_path
 from mmseg.utils.arguments import annotations_of, check_value
 from mmseg.utils.errors import ConfigError, DataError
-from mmseg.utils.images import MAX_CLASSES
 from mmseg.utils.names import natural_key, some
 
+from .labels import LabelRule, describe_labels
 from .layout import Kind, Layout, before_glob
 from .listing import Folders, Tree
 from .video_names import Part, cut_at_gaps, read_list
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Unlabelled = Literal['error', 'ignore', 'skip']
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Split:
         layout: where files lie.
         classes: class names.
         palette: [R,G,B] a class.
-        reduce_zero_label: raw label 0 is void and 1..K are the classes.
+        labels: what the values in mask files mean.
+        unlabelled: what a frame without a mask is, where others have one: an error; a frame without labels, to
+            ``'ignore'`` where labels are wanted; or a frame to ``'skip'`` as if it were not there.
     """
 
     data_root: str
@@ -43,14 +45,23 @@ class Split:
     layout: Layout
     classes: tuple[str, ...]
     palette: Sequence[Sequence[int]]
-    reduce_zero_label: bool
+    labels: LabelRule
+    unlabelled: Unlabelled = 'error'
 
     @classmethod
     def of(
-            cls, component: Any, data_root: str | Path, split: str, classes: Sequence[str] | None = None,
-            palette: Sequence[Sequence[int]] | None = None, layout: Layout | Mapping[str, Any] | None = None,
-            reduce_zero_label: bool | None = None) -> Split:
+            cls, component: Any, data_root: str | Path, split: str,
+            layout: Layout | Mapping[str, Any] | None = None, unlabelled: Unlabelled | None = None,
+            **labels: Any) -> Split:
         """The split that a config describes; what it leaves out is that of ``component``, a class of data sets.
+
+        Args:
+            component: the class, or one of its objects.
+            data_root: folder of the data set.
+            split: name of the split.
+            layout: where files lie, as far as it differs.
+            unlabelled: what a frame without a mask is.
+            **labels: see :func:`~mmseg.datasets.labels.describe_labels`.
 
         Raises:
             ConfigError: naming the key.
@@ -60,19 +71,13 @@ class Split:
             raise ConfigError(f'{where}.data_root: expected the folder of the data set, got {data_root!r}')
         if not split:
             raise ConfigError(f"{where}.split: expected the name of a split, as 'train', got {split!r}")
-        given = dict(data_root=data_root, split=split, classes=classes, palette=palette, layout=layout,
-                     reduce_zero_label=reduce_zero_label)
-        annotations = annotations_of(cls.of)
+        given = dict(data_root=data_root, split=split, layout=layout, unlabelled=unlabelled, **labels)
+        annotations = annotations_of(cls.of) | annotations_of(describe_labels)
         for key, value in given.items():
             check_value(value, annotations[key], f'{where}.{key}')
-        _check_own_names(component, classes, palette, where)
-        colours = component.PALETTE if palette is None else palette
-        names = tuple(component.CLASSES if classes is None else classes)
-        _check_colours(names, colours, where)
-        reduce = component.reduce_zero_label if reduce_zero_label is None else reduce_zero_label
         return cls(
-            os.path.expanduser(data_root), split.removesuffix('.txt'), component.layout.changed(layout), names,
-            colours if palette is None else [list(colour) for colour in palette], reduce)
+            os.path.expanduser(data_root), split.removesuffix('.txt'), component.layout.changed(layout),
+            *describe_labels(component, where, **labels), unlabelled or component.unlabelled)
 
     @cached_property
     def _kinds(self) -> dict[Kind, Folders | Tree]:
@@ -228,31 +233,3 @@ class Split:
     def instead(self, kind: Kind, video: str) -> str:
         """For an error about a video without frames or masks: what was looked for, and what there is."""
         return self._kinds[kind].instead(self._whole(video))
-
-
-def _check_own_names(component: Any, classes: Sequence[str] | None, palette: Any, where: str) -> None:
-    """Refuses class names that would not fit the labels in the files."""
-    names = component.CLASSES if classes is None else classes
-    if not names:
-        raise ConfigError(f'{where}: has no class names; set CLASSES or give classes=[...]')
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
-        raise ConfigError(f'{where}.classes: {twice} are there more than once')
-    if len(names) > MAX_CLASSES:
-        raise ConfigError(f'{where}.classes: 8-bit masks hold at most {MAX_CLASSES} classes, got {len(names)}')
-    own = tuple(component.CLASSES)
-    if own and palette is None and tuple(names) != own:
-        raise ConfigError(
-            f'{where}.classes: the masks are numbered by the {len(own)} classes of the data set; {len(names)} names, a '
-            'part of them or in another order, would not fit. Leave classes out; where masks hold labels of your own, '
-            'give the names of all of them and a palette')
-
-
-def _check_colours(names: Sequence[str], palette: Sequence[Sequence[int]], where: str) -> None:
-    """Refuses a palette that is not one [R,G,B] of 0..255 for every class."""
-    if len(palette) != len(names):
-        raise ConfigError(f'{where}.palette: {len(names)} classes but {len(palette)} colours')
-    for colour in palette:
-        if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
-            raise ConfigError(f'{where}.palette: expected [R, G, B] of whole numbers 0..255 for each of the '
-                              f'{len(names)} classes, got {colour!r}')

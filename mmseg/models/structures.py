@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from mmseg.kernels.layers import products
-
-IGNORE_INDEX = 255
+from mmseg.utils.images import UNKNOWN, VOID
 
 
 def mask_logits(embedding: Tensor, features: Tensor) -> Tensor:
@@ -94,15 +93,17 @@ class ClipTarget:
     """Ground truth of one clip.
 
     Attributes:
-        classes: int64 ``[n]``, ascending; the labels that are present, void left out.
-        labels: int64 ``[T, H, W]``; 255 is void.
+        classes: int64 ``[n]``, ascending; the labels that are present, void and unknown left out.
+        labels: int64 ``[T, H, W]``; 255 is void, 254 is unknown.
+        known_frames: for each frame whether it has a label that is not unknown; None where all pixels are known.
     """
 
     classes: Tensor
     labels: Tensor
+    known_frames: list[bool] | None = None
 
     @classmethod
-    def from_labels(cls, labels: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> list[ClipTarget]:
+    def from_labels(cls, labels: Tensor, num_classes: int, ignore_index: int = VOID) -> list[ClipTarget]:
         """Targets of a batch of clips, with one host synchronisation for all of them.
 
         Args:
@@ -111,25 +112,41 @@ class ClipTarget:
             ignore_index: the void label.
 
         Raises:
-            ValueError: a label is neither void nor below ``num_classes``.
+            ValueError: a label is neither void, unknown, nor below ``num_classes``.
         """
         labels = labels.long()
-        present = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
-        present.scatter_(1, labels.flatten(1), True)
-        present[:, ignore_index] = False
-        classes = [row.nonzero()[:, 0] for row in present.cpu()]
+        present = torch.zeros(*labels.shape[:2], 256, dtype=torch.bool, device=labels.device)
+        present = present.scatter_(2, labels.flatten(2), True).cpu()
+        unknown = present[..., UNKNOWN].any(1)
+        present[..., UNKNOWN] = False
+        known_frames = present.any(2).tolist()
+        present[..., ignore_index] = False
+        classes = [row.nonzero()[:, 0] for row in present.any(1)]
         wrong = sorted({int(c) for row in classes for c in row[row >= num_classes]})
         if wrong:
             raise ValueError(
                 f'labels {wrong} in a clip, but the model has {num_classes} classes (0 to {num_classes - 1}; void is '
                 f'{ignore_index}): check reduce_zero_label of LoadAnnotations and num_classes of the head'
             )
-        return [cls(row.to(labels.device, non_blocking=True), clip) for row, clip in zip(classes, labels)]
+        return [
+            cls(row.to(labels.device, non_blocking=True), clip, known if partly else None)
+            for row, clip, known, partly in zip(classes, labels, known_frames, unknown)
+        ]
 
     @property
     def masks(self) -> Tensor:
         """The bool masks ``[n, T, H, W]``: the pixels of each class; a class may be absent from a frame."""
         return self.labels[None] == self.classes[:, None, None, None]
+
+    @property
+    def known(self) -> Tensor:
+        """The bool map ``[T, H, W]`` of pixels whose label is not unknown."""
+        return self.labels != UNKNOWN
+
+    @property
+    def num_known_frames(self) -> int:
+        """Frames that are not unknown as a whole."""
+        return len(self.labels) if self.known_frames is None else sum(self.known_frames)
 
 
 @dataclass

@@ -99,8 +99,9 @@ def check_value(value: Any, annotation: Any, where: str) -> None:
     if fits(value, annotation):
         return
     others = [a for a in alternatives(annotation) if a is not type(None)]
-    if len(others) == 1:
-        for place, item, inner in entries(value, others[0]):
+    holding = [a for a in others if any(True for _ in entries(value, a))]
+    if len(holding) == 1:
+        for place, item, inner in entries(value, holding[0]):
             check_value(item, inner, where + place)
     words = [a for other in others if typing.get_origin(other) is Literal for a in typing.get_args(other)]
     close = difflib.get_close_matches(str(value), filter(lambda word: isinstance(word, str), words), 1, cutoff=0.5)

@@ -36,10 +36,14 @@ class OtherRankError(RuntimeError):
     """The run ends because of an error of another rank, which reports it."""
 
 
+_NAMES_SHOWN = 60
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the known name closest to ``name``, or a list of all where none is close."""
+    """`` (did you mean 'x'?)`` for the known name closest to ``name``, or the known names where none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f" (did you mean '{close[0]}'?)"
-    return f' (known: {", ".join(known)})' if known else ''
+    more = f' and {len(known) - _NAMES_SHOWN} more' if len(known) > _NAMES_SHOWN else ''
+    return f' (known: {", ".join(known[:_NAMES_SHOWN])}{more})' if known else ''

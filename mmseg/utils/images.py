@@ -27,17 +27,18 @@ from PIL.WebPImagePlugin import WebPImageFile
 from mmseg.utils.errors import ConfigError, DataError
 
 VOID = 255
+"""Label of what belongs to no class: a negative of every mask in training, as in the reference, and not scored."""
+
+UNKNOWN = 254
+"""Label of what nobody has labelled: takes no part in training, and is not scored."""
+
 LIMIT_VARIABLE = 'THEMASK_MAX_PIXELS'
 """Environment variable with the largest number of pixels that an image may have."""
 
 watch: Callable[[str], None] | None = None
 """Called with the path of every file before it is opened; None for nobody."""
 
-MAX_CLASSES = 253
-"""Number of classes that 8-bit labels can hold beside void and the mark of an unknown label."""
-
 _DEFAULT_LIMIT = 2**28  # pixels: 16384 x 16384
-_UNKNOWN_LABEL = 254  # label tables hold it for raw values that no class has
 _JPEG_MARKER = re.compile(rb'\xff[^\x00\xff\xd0-\xd7]')
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
 _PNG_START = b'\x89PNG\r\n\x1a\n'
@@ -53,6 +54,10 @@ _READERS: dict[bytes, Callable[[io.BytesIO], ImageFile]] = {
 _LABEL_SCALES = {'L': 1, 'P': 1, 'P;1': 1, 'P;2': 1, 'P;4': 1, '1': 1, 'L;2': 85, 'L;4': 17}
 """How masks may store their values -> the factor by which Pillow multiplies them."""
 _LOSSY = ('JPEG', 'WEBP', 'jpeg', 'tiff_jpeg', 'webp')  # formats, and compressions of a TIFF file
+_REMEDIES = {
+    'RGB': '; where its colours are the labels, set colours=True on the data set',
+    'I;16': '; where its values are ids of classes and instances, name their decoder on the data set',
+}
 _ORIENTATION = 274  # the EXIF and TIFF tag; 1 is upright
 
 
@@ -180,13 +185,54 @@ def read_frame(path: str, turn: bool = True) -> np.ndarray:
     data, image = _open(path)
     if not turn:
         _check_upright(image, path)
+    return _pixels(data, path)
+
+
+def _pixels(data: bytes, path: str, mode: int = cv2.IMREAD_COLOR) -> np.ndarray:
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
     except cv2.error as error:
         raise DataError(f'{path}: cannot be decoded: {error.err}') from None
     if pixels is None:
         raise DataError(f'{path}: not an image that OpenCV can decode')
     return pixels
+
+
+def _open_mask(path: str) -> tuple[bytes, ImageFile]:
+    """As :func:`_open`; refuses what holds no exact labels, or does not fit its frame."""
+    data, image = _open(path)
+    if image.format in _LOSSY or image.info.get('compression') in _LOSSY:
+        raise DataError(f'{path}: is compressed with loss: {image.format} holds no exact labels; save masks as PNG, '
+                        'from where they were made')
+    _check_upright(image, path)
+    return data, image
+
+
+def read_colours(path: str) -> np.ndarray:
+    """Reads a mask whose labels are colours, or indices of a palette of them, as [H,W,3] uint8 BGR.
+
+    Raises:
+        DataError: as :func:`read_mask`, but the image must have three channels or a palette.
+    """
+    data, image = _open_mask(path)
+    if image.mode not in ('RGB', 'RGBA', 'P'):
+        raise DataError(f"{path}: expected an RGB or palette image, whose colours are the labels, got mode "
+                        f"'{image.mode}'")
+    return _pixels(data, path)
+
+
+def read_stored(path: str) -> np.ndarray:
+    """Reads a mask from whose values a decoder takes the labels: [H,W] uint8 or uint16, or [H,W,3] uint8 RGB.
+
+    Raises:
+        DataError: the file is missing, empty, damaged, too large, no image, or lossy.
+    """
+    data, image = _open_mask(path)
+    if image.mode in ('RGB', 'RGBA'):
+        return cv2.cvtColor(_pixels(data, path), cv2.COLOR_BGR2RGB)
+    if image.mode.startswith('I'):
+        return _pixels(data, path, cv2.IMREAD_UNCHANGED)
+    return _values(image, path)
 
 
 def read_mask(path: str) -> np.ndarray:
@@ -195,11 +241,10 @@ def read_mask(path: str) -> np.ndarray:
     Raises:
         DataError: the file is missing, empty, damaged, too large, no image, lossy, or has not one channel of 8 bits.
     """
-    _, image = _open(path)
-    if image.format in _LOSSY or image.info.get('compression') in _LOSSY:
-        raise DataError(f'{path}: is compressed with loss: {image.format} holds no exact labels; save masks as PNG, '
-                        'from where they were made')
-    _check_upright(image, path)
+    return _values(_open_mask(path)[1], path)
+
+
+def _values(image: ImageFile, path: str) -> np.ndarray:
     scale = _label_scale(image, path)
     try:
         values = np.array(image)
@@ -211,47 +256,13 @@ def read_mask(path: str) -> np.ndarray:
 def _label_scale(image: ImageFile, path: str) -> int:
     """Factor by which Pillow multiplies the stored values; refuses what does not store labels of one channel."""
     if image.mode not in ('L', 'P', '1') or not image.tile:
-        raise DataError(f"{path}: expected an 8-bit image with one channel, got mode '{image.mode}'")
+        remedy = _REMEDIES.get(image.mode, '')
+        raise DataError(f"{path}: expected an 8-bit image with one channel, got mode '{image.mode}'{remedy}")
     codec, _, _, args = image.tile[0]
     stored = args if isinstance(args, str) or not args else args[0]
     if stored not in _LABEL_SCALES or codec.startswith('ppm'):  # inverted, or scaled by a maximum of its own
         raise DataError(f"{path}: expected an 8-bit image with one channel, got values stored as '{stored}' ({codec})")
     return _LABEL_SCALES[str(stored)]
-
-
-def label_table(reduce_zero_label: bool, num_classes: int | None = None) -> np.ndarray:
-    """Table [256] uint8 from raw label values to training labels.
-
-    Args:
-        reduce_zero_label: raw 0 is void and raw 1..K are the classes (VSPW); otherwise raw 0..K-1 are.
-        num_classes: K; raw values that no class has become 254, the mark of an unknown label.  Without it every value
-            is taken as it comes.
-    """
-    table = np.arange(256, dtype=np.uint8)
-    if reduce_zero_label:
-        table = (table - 1).astype(np.uint8)  # 0 wraps around to 255, void
-    table[VOID] = VOID
-    if num_classes is not None:
-        if num_classes > MAX_CLASSES:
-            raise ValueError(f'8-bit label maps hold at most {MAX_CLASSES} classes, got {num_classes}')
-        table[(table >= num_classes) & (table != VOID)] = _UNKNOWN_LABEL
-    return table
-
-
-def to_training_labels(mask: np.ndarray, table: np.ndarray, num_classes: int | None, path: str) -> np.ndarray:
-    """Maps raw label values by :func:`label_table`; [H,W] uint8, classes 0..K-1 and 255 for void.
-
-    Raises:
-        DataError: a value that no class has.
-    """
-    label = cv2.LUT(mask, table)
-    if num_classes is not None and (label == _UNKNOWN_LABEL).any():
-        values = np.unique(mask[label == _UNKNOWN_LABEL]).tolist()
-        allowed = np.flatnonzero(table < num_classes)
-        raise DataError(
-            f'{path}: label out of range: {values}; the data set has {num_classes} classes, stored as '
-            f'{allowed[0]}..{allowed[-1]}, and 255 for void')
-    return label
 
 
 def as_label_map(labels: np.ndarray, what: str) -> np.ndarray:

@@ -193,7 +193,7 @@ def test_dilation_may_come_in_any_form_a_command_line_gives(vspw, dilation):
 
 @pytest.mark.parametrize('dilation', [[], [-1, -3], [3], [0, 0], ['-3'], '-3', [-1.5]])
 def test_a_wrong_dilation_is_refused(vspw, dilation):
-    with pytest.raises(ConfigError, match='dilation: expected '):
+    with pytest.raises(ConfigError, match=r'dilation(\[0\])?: expected '):
         build_train(vspw, dilation=dilation)
 
 
@@ -304,12 +304,23 @@ def test_a_folder_without_permission_is_named(damaged, monkeypatch):
 
 @pytest.mark.parametrize('options,message', [
     (dict(test_size=True), 'test_size: expected (a whole number|int or None)'),
-    (dict(classes='classes.txt'), "data.test.classes: expected list of str or None, got 'cl"),
+    (dict(classes='no.txt'), "data.test.classes: 'no.txt' cannot be read: No such file"),
     (dict(classes=['car', 3]), r'data.test.classes\[1\]: expected str, got 3'),
-    (dict(classes=['car', 'road']), r'numbered by the 124 classes.*Leave classes out; .*and a palette'),
-    (dict(classes=list(reversed(VSPWDataset.CLASSES))), 'in another order'),
+    (dict(classes=['car', 'roat']), r"\['roat'\] are not among the 124 .*mean 'boat|road'.*and a palette"),
+    (dict(classes=['car'], other='car', label_map={1: 0}), r"other: collects .*in a label_map it is the key 'other'"),
+    (dict(other='rest'), r'data.test.other: collects what classes'),
+    (dict(label_map={1: 124}), r'data.test.label_map\[1\]: expected a class, 0..123 .*got 124'),
+    (dict(label_map={1: 'wal'}), r"data.test.label_map\[1\]: no class 'wal' .did you mean 'wall'"),
+    (dict(label_map={-1: 0}), r"data.test.label_map: -1 is no raw label 0..255, nor 'other'"),
+    (dict(label_map={200: 0}), r'label_map: masks of VSPWDataset hold no \[200\], but 0..124 and 255'),
+    (dict(label_map=[[1, 0], [1, 2]]), r'label_map: 1 is there more than once'),
+    (dict(label_map=[1]), r'data.test.label_map\[0\]: expected list, got 1'),
+    (dict(colour_map={(0, 0, 300): 0}), r"colour_map: \(0, 0, 300\) is no colour"),
+    (dict(label_map={1: 0}, colours=True), 'label_map: not together with colours'),
+    (dict(decoder='redd_channel'), r"unknown mask decoder 'redd_channel' .did you mean 'red_channel'"),
+    (dict(unlabelled='no'), r"unlabelled: expected 'error' or 'ignore' or 'skip'"),
     (dict(classes=['a', 'b', 'a'], palette=[[0, 0, 0]] * 3), r"classes: \['a'\] are there more than once"),
-    (dict(classes=[f'c{i}' for i in range(254)]), 'at most 253 classes, got 254'),
+    (dict(classes=[f'c{i}' for i in range(254)], palette=[[0, 0, 0]] * 254), 'at most 253 classes, got 254'),
     (dict(classes=['a', 'b'], palette=[[0, 0, 0]]), '2 classes but 1 colours'),
     (dict(classes=['a', 'b'], palette=[[0, 0, 0], [0, 0]]), r'data.test.palette: expected \[R, G, B\]'),
     (dict(classes=['a', 'b'], palette=[[0, 0, 0], [0, 0, 256]]), r'0..255 for each of the 2 classes'),
@@ -452,8 +463,6 @@ def test_a_data_set_of_ones_own_is_a_few_names(tmp_path):
         **cfg, 'type': 'VideoDataset', 'classes': ['background', 'thing'], 'palette': [[0, 0, 0], [9, 9, 9]],
         'layout': vars(OwnDataset.layout)})
     assert np.array_equal(by_config[0]['label'], item['label'])
-    with pytest.raises(ConfigError, match='2 classes but 0 colours'):
-        build_dataset({**cfg, 'type': 'VideoDataset', 'classes': ['a', 'b']})
     with pytest.raises(ConfigError, match=r"data.test.layout.frame: .*did you mean 'frames'"):
         build_dataset({**cfg, 'layout': dict(frame='x')}, 'data.test')
 

@@ -134,6 +134,53 @@ def test_equals_the_plain_formulation(seed, batch, frames, queries, size, label,
         assert_same_losses_and_gradients(output, labels, criterion)
 
 
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 3), frames=st.integers(1, 3), frame_level=st.booleans(),
+       share=st.sampled_from([0.1, 0.6]), whole=st.booleans())
+def test_what_is_unknown_takes_no_part(seed, batch, frames, frame_level, share, whole):
+    """Unknown pixels, and whole frames of them, are left out by the plain formulation, row by row."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (point_sampling, plain):
+            patch.setattr(module, 'random_points', seeded_points)
+        output, labels = small_case(seed, batch, frames, 2, 9, 7, frame_level=frame_level)
+        rng = np.random.default_rng(seed)
+        labels[torch.from_numpy(rng.random(labels.shape) < share)] = 254
+        if whole and frames > 1:
+            labels[0, rng.integers(frames)] = 254
+        assert_same_losses_and_gradients(output, labels, THEMaskCriterion(7, train_num_points=33, warmup_iters=0))
+
+
+def test_an_unlabelled_frame_changes_nothing(reference_points):
+    """Whatever its masks and classes at the frame level are, losses stay, and it gets no gradient from the masks."""
+    output, labels = small_case(3, batch=1, frames=2)
+    labels[0, 0] = 254
+    criterion = THEMaskCriterion(7, train_num_points=33)
+
+    def losses():
+        return criterion(output.output, ClipTarget.from_labels(labels, 7))
+
+    before = losses()
+    gradients = torch.autograd.grad(sum(before.values()), [stage.masks for stage in output.frame])
+    assert all(gradient[0].abs().max() == 0 and gradient[1].abs().max() > 0 for gradient in gradients)
+    with torch.no_grad():
+        for stage in output.frame:
+            stage.masks[0] += 100
+            stage.logits[0] *= -3
+        for stage in output.clip:
+            stage.masks[:, :, 0] -= 50
+    assert losses() == before
+
+
+def test_a_loss_that_knows_nothing_of_unknown_pixels_sees_the_others():
+    x, t = torch.randn(2, 3, 8, requires_grad=True), torch.rand(2, 3, 8)
+    known = torch.rand(2, 3, 8) < 0.5
+    known[0, 0] = False
+    ours = mask_losses.loss_of_known(mask_losses.bce_loss, x, t, known)
+    theirs = mask_losses.loss_of_known(lambda x, t: mask_losses.bce_loss(x, t), x, t, known)
+    torch.testing.assert_close(ours, theirs)
+    assert ours[0, 0] == 0 and torch.autograd.grad(theirs.sum(), x)[0].isfinite().all()
+
+
 @pytest.mark.parametrize('void', [(0,), (0, 1)])
 def test_void_clips_give_zero_mask_losses_with_a_graph(reference_points, void):
     output, labels = small_case(1)
@@ -298,7 +345,7 @@ def test_a_third_round(reference_points):
     assert len(set(torch.cat([match.query for match in matches]).tolist())) == 3 * n
     pairs = [(matches[2].query, matches[2].target)]
     x, t = plain.matched_masks(tuple(case.clip[0]), masks, pairs, False)
-    dice = plain.secondary_losses(x, t)[1]
+    dice = plain.secondary_losses(x, t, torch.ones_like(t, dtype=torch.bool))[1]
     torch.testing.assert_close(after['r2_loss_dice_unmatched'], 0.25 * 3 * dice / n / 2)
 
 

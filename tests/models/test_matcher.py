@@ -59,7 +59,7 @@ def test_reference_costs_and_assignments(reference, reference_points, name, roun
         torch.from_numpy(2 * recipe.image(100 + n, 1, 100, 125)),
         torch.from_numpy(4 * recipe.image(101 + n, 1, 100, frames, 12, 20)),
     )
-    costs = Matcher(num_points=256).costs(stage, target.classes, target.masks.float(), ['full', round2_cost])
+    costs = Matcher(num_points=256).costs(stage, target, target.masks.float(), ['full', round2_cost])
     ((primary, secondary),) = match(stage, [target], round2_cost)
 
     cost2 = costs[-1].clone()  # as the paper writes round 2

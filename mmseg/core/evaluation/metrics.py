@@ -55,11 +55,11 @@ class ConsistencyOptions:
 
 @dataclass
 class _Frame:
-    """A frame that waits for its turn."""
+    """A frame that waits for its turn; without ground truth it has no labels."""
 
     name: Frame
-    compared: np.ndarray  # ground truth as VC compares it
-    gt: np.ndarray
+    compared: np.ndarray | None  # ground truth as VC compares it
+    gt: np.ndarray | None
     pred: np.ndarray
     image: np.ndarray | None
     iou: float
@@ -154,7 +154,7 @@ class StreamingMetrics:
         """Whether :meth:`update` needs the frames themselves."""
         return 'TC' in self._extras
 
-    def update(self, video: str, frame: Frame, pred: np.ndarray, gt: np.ndarray,
+    def update(self, video: str, frame: Frame, pred: np.ndarray, gt: np.ndarray | None,
                image: np.ndarray | None = None) -> None:
         """Counts one frame.
 
@@ -162,31 +162,34 @@ class StreamingMetrics:
             video: name of the video.
             frame: its position (int) or its name.
             pred: predicted labels [H, W], 0..K-1.
-            gt: ground truth [H, W], 0..K-1 and ``ignore_index`` (or as in the files, with ``reduce_zero_label``).
+            gt: ground truth [H, W], 0..K-1 and ``ignore_index`` (or as in the files, with ``reduce_zero_label``); None
+                for a frame without labels, which is not scored and lies in no window.
             image: the frame, uint8 [H, W, 3] BGR; only ``TC`` looks at it.
 
         Raises:
             ValueError: a label out of range, sizes that differ, or a frame that has come before.
         """
         where = f'{video}/{frame}'
-        raw, pred = as_label_map(gt, f'{where}: ground truth'), as_label_map(pred, f'{where}: prediction')
-        if raw.shape != pred.shape:
+        pred = as_label_map(pred, f'{where}: prediction')
+        raw = None if gt is None else as_label_map(gt, f'{where}: ground truth')
+        if raw is not None and raw.shape != pred.shape:
             raise ValueError(f'{where}: the prediction is {_size(pred)}, the ground truth {_size(raw)}')
-        labels = raw if self._reduce is None else self._reduce[raw]
-        confusion = self._scored(joint_histogram(labels, pred), where)
+        labels = raw if self._reduce is None or raw is None else self._reduce[raw]
+        confusion = None if labels is None else self._scored(joint_histogram(labels, pred), where)
         state, position = self._arrive(video, frame)
-        state.confusion += confusion
-        state.frames += 1
+        if confusion is not None:
+            state.confusion += confusion
+            state.frames += 1
         if self._in_order:
-            if state.shape not in (None, raw.shape):
-                raise ValueError(f'{where}: {_size(raw)}, but the frames before are {state.shape[1]}x{state.shape[0]}; '
-                                 f'video consistency needs one size per video')
-            state.shape = raw.shape
-            compared = (labels if self.consistency.remap_void else raw).copy()
+            if state.shape not in (None, pred.shape):
+                raise ValueError(f'{where}: {_size(pred)}, but the frames before are {state.shape[1]}x{state.shape[0]}'
+                                 '; video consistency needs one size per video')
+            state.shape = pred.shape
+            compared = _copy(labels if self.consistency.remap_void else raw)
             state.waiting[position] = _Frame(
-                frame, compared, labels.copy() if self._extras else compared, pred.copy(),
-                image.copy() if image is not None and self.needs_images else None,
-                mean_scores(confusion)['mIoU'] if self._per_frame else math.nan)
+                frame, compared, _copy(labels) if self._extras else compared, pred.copy(),
+                _copy(image) if self.needs_images else None,
+                mean_scores(confusion)['mIoU'] if self._per_frame and confusion is not None else math.nan)
         self._advance(video, state)
 
     def skip(self, video: str, frame: Frame) -> None:
@@ -219,7 +222,7 @@ class StreamingMetrics:
                      for i, name in enumerate(self.class_names)],
             videos=[{'video': name, 'frames': record['frames'], **self._scores([record])}
                     for name, record in records.items()],
-            confusion=confusion,
+            confusion=confusion, notes=self._notes(records.values()),
             frames={name: [dict(zip(('frame', 'mIoU', 'consistency'), row)) for row in record['per_frame']]
                     for name, record in records.items() if self._per_frame})
 
@@ -280,7 +283,9 @@ class StreamingMetrics:
     def _count(self, state: _Video, frame: _Frame | None) -> None:
         if frame is None:
             return
-        if state.stream is not None:
+        if state.stream is not None and frame.compared is None:
+            state.add(state.stream.gap())
+        elif state.stream is not None and frame.compared is not None:
             state.add(state.stream.push(frame.compared, frame.pred))
             if self._per_frame:
                 both, constant = state.stream.runs.count(_PAIR) or (0, 0)
@@ -324,6 +329,13 @@ class StreamingMetrics:
             scores[name] = mean_iou(sum(areas, np.zeros((2, self.num_classes), np.int64)))
         return scores
 
+    def _notes(self, records: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Scores that do not exist, and why."""
+        records = [record for record in records if record['frames']]
+        return [f'VC{n} has no value: no video has {n + (not self.consistency.last_window)} labelled frames in a row'
+                for n in self.consistency.lengths
+                if records and not any(record['windows'][str(n)][1] for record in records)]
+
     def _scored(self, counts: np.ndarray, where: str) -> np.ndarray:
         """The scored part [K, K] of joint counts [256, 256]; a label outside it is an error."""
         counts[self.ignore_index] = 0
@@ -337,6 +349,10 @@ class StreamingMetrics:
             raise ValueError(f'{where}: the prediction holds label {classes + int(outside[0])}; '
                              f'expected 0..{classes - 1}')
         return counts[:classes, :classes]
+
+
+def _copy(array: np.ndarray | None) -> np.ndarray | None:
+    return None if array is None else array.copy()
 
 
 def _frame_order(frame: Frame) -> tuple[bool, Any]:

@@ -28,6 +28,7 @@ class Results:
         videos: one row a video: ``video``, ``frames`` and the keys of ``summary``.
         confusion: int64 [K, K], rows = ground truth.
         frames: video -> one row a frame, in order: ``frame``, ``mIoU``, and ``consistency`` with the frame before.
+        notes: sentences about scores that have no value.
     """
 
     summary: dict[str, float]
@@ -35,6 +36,7 @@ class Results:
     videos: list[dict[str, Any]]
     confusion: np.ndarray
     frames: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def check_scored(self) -> None:
         """Raises :class:`DataError` where no pixel was scored: scores that do not exist are no result."""
@@ -80,6 +82,8 @@ class Results:
         if per_video and self.videos:
             show('Videos', self.videos)
         show('All frames, per cent', [self.summary])
+        for note in self.notes:
+            console.print(note, markup=False, highlight=False)
 
 
 def _cell(value: Any) -> str:

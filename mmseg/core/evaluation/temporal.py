@@ -27,8 +27,11 @@ class TemporalMeasure(Protocol):
 
     areas: np.ndarray
 
-    def push(self, gt: np.ndarray, pred: np.ndarray, image: np.ndarray | None) -> None:
-        """Takes the next frame: labels uint8 [H, W] (void = the ignored label), picture uint8 [H, W, 3] BGR or None."""
+    def push(self, gt: np.ndarray | None, pred: np.ndarray, image: np.ndarray | None) -> None:
+        """Takes the next frame: labels uint8 [H, W] (void = the ignored label), picture uint8 [H, W, 3] BGR or None.
+
+        A frame without labels has no ``gt``.
+        """
 
 
 class PersistentRegions:
@@ -55,10 +58,13 @@ class PersistentRegions:
         self._runs = ConstantRuns([n])
         self._held = np.zeros_like(self.areas)
 
-    def push(self, gt: np.ndarray, pred: np.ndarray, image: np.ndarray | None = None) -> None:
+    def push(self, gt: np.ndarray | None, pred: np.ndarray, image: np.ndarray | None = None) -> None:
         """Takes the next frame; the window that ends here counts once another frame has come (as in VC_n)."""
-        self._runs.push(gt, pred)
         self.areas += self._held
+        if gt is None:  # no window holds this frame
+            self._runs, self._held = ConstantRuns([self.n]), np.zeros_like(self.areas)
+            return
+        self._runs.push(gt, pred)
         constant = self._runs.constant(self.n)
         if constant is None:
             return
@@ -85,7 +91,7 @@ class FlowConsistency:
         self.areas = np.zeros((2, num_classes), np.int64)
         self._previous: tuple[np.ndarray, np.ndarray] | None = None
 
-    def push(self, gt: np.ndarray, pred: np.ndarray, image: np.ndarray | None) -> None:
+    def push(self, gt: np.ndarray | None, pred: np.ndarray, image: np.ndarray | None) -> None:
         """Takes the next frame."""
         if image is None:
             raise ValueError('TC follows the optical flow: it needs the frame itself beside its labels')

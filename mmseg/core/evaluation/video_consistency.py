@@ -83,8 +83,18 @@ class WindowCounts:
     def __init__(self, lengths: Sequence[int], last_window: bool = False, native: bool = True) -> None:
         self.lengths = tuple(lengths)
         self.last_window = last_window
-        self.runs = _fastest_runs(self.lengths) if native else ConstantRuns(self.lengths)
+        self._native = native
+        self.runs = self._none()
         self._held: list[tuple[int, int, int]] = []
+
+    def _none(self) -> _Runs:
+        return _fastest_runs(self.lengths) if self._native else ConstantRuns(self.lengths)
+
+    def gap(self) -> list[tuple[int, int, int]]:
+        """As :meth:`push`, for a frame without labels, which no window may hold."""
+        ready, self._held = self._held, []
+        self.runs = self._none()
+        return ready
 
     def push(self, gt: np.ndarray, pred: np.ndarray) -> list[tuple[int, int, int]]:
         """Takes the next frame; returns (n, pixels constant in both, pixels constant in the ground truth) per window.

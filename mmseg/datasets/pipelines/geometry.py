@@ -19,7 +19,7 @@ from mmseg.registry import PIPELINES, retired
 from mmseg.utils.arguments import Count, Label, Ratio, Share, Weight
 from mmseg.utils.errors import ConfigError
 
-from .loading import VOID
+from .loading import UNKNOWN, VOID
 from .transform import Direction, LabelView, Results, Transform, last_frame, map_clip
 
 _CROP_REDRAWS = 10
@@ -158,7 +158,7 @@ class RandomCrop(Transform):
 
     def _is_mixed(self, label: np.ndarray) -> bool:
         counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel().astype(np.int64)
-        counts[VOID] = 0
+        counts[[VOID, UNKNOWN]] = 0
         return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio)
 
     def apply(self, results: Results) -> Results:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmseg.datasets.labels import MAX_CLASSES, LabelMap, LabelRule
 from mmseg.registry import PIPELINES, retired
-from mmseg.utils.errors import DataError
-from mmseg.utils.images import VOID, jpeg_is_whole, label_table, read_frame, read_mask, to_training_labels
+from mmseg.utils.errors import ConfigError, DataError
+from mmseg.utils.images import UNKNOWN, VOID, jpeg_is_whole, read_frame, read_mask
 
 from .transform import Results, Transform
 
 __all__ = [
-    'VOID', 'LoadAnnotations', 'LoadImageFromFile', 'jpeg_is_whole', 'label_table', 'load_labels', 'located',
-    'read_frame', 'read_mask', 'to_training_labels',
+    'UNKNOWN', 'VOID', 'LoadAnnotations', 'LoadImageFromFile', 'jpeg_is_whole', 'load_labels', 'located', 'read_frame',
+    'read_mask',
 ]
 
 _REPAIR = 'restore the file, take its video out of the split file, or set skip_bad_clips=True'
@@ -95,59 +96,79 @@ def _size(image: np.ndarray) -> str:
 class LoadAnnotations(Transform):
     """Loads the label maps of a clip's frames.
 
-    Reads ``results['masks']`` (paths, one a frame) and, where the data set gives them, ``num_classes`` and
-    ``reduce_zero_label``.  Writes ``gt_semantic_seg``: [H,W] uint8, classes 0..K-1, 255 for void.
+    Reads ``results['masks']``: paths, one a frame, and None for a frame without labels.  Where a data set gives them,
+    ``label_rule`` says what the files mean, and with ``void='ignore'`` void becomes unknown.  Writes
+    ``gt_semantic_seg``: [H,W] uint8, classes 0..K-1, 255 for void, 254 for unknown.
 
     Args:
         reduce_zero_label: raw 0 becomes void and the other values go down by one (255 stays).  ``None`` takes what the
             data set says.
+        colours: masks hold the colours of the data set's palette.  The data set has the same argument, which testing
+            follows, too.
+        colour_map: colour (R, G, B) -> class, or None for void: where the colours are others than the palette's.
 
     Raises:
         DataError: a file that cannot be read, a label that no class has, or a mask of another size than its frame.
     """
 
-    def __init__(self, reduce_zero_label: bool | None = None):
+    def __init__(
+            self, reduce_zero_label: bool | None = None, colours: bool | None = None,
+            colour_map: LabelMap | None = None):
         self.reduce_zero_label = reduce_zero_label
+        self.colours = colours
+        self.colour_map = colour_map
 
-    def apply(self, results: Results) -> Results:
-        """Adds the label maps to ``results``."""
+    def _rule(self, results: Results) -> LabelRule:
+        if 'label_rule' in results:
+            return results['label_rule']
+        if self.colours or self.colour_map is not None:
+            raise ConfigError('LoadAnnotations: colours need a data set, which has the palette and the classes')
         reduce = self.reduce_zero_label
         if reduce is None:
             reduce = results.get('reduce_zero_label', False)
+        return LabelRule.plain(results.get('num_classes', MAX_CLASSES), reduce)
+
+    def apply(self, results: Results) -> Results:
+        """Adds the label maps to ``results``."""
         masks = results['masks']
-        single = isinstance(masks, (str, Path))
+        single = masks is None or isinstance(masks, (str, Path))
         shape = results['ori_shape'][:2] if 'ori_shape' in results else None
-        labels = load_labels(
-            [masks] if single else masks, reduce, results.get('num_classes'), shape, results.get('video'))
+        labels, _ = load_labels([masks] if single else masks, self._rule(results), shape, results.get('video'))
+        if results.get('void') == 'ignore':
+            labels = [np.where(label == VOID, np.uint8(UNKNOWN), label) for label in labels]
         results['gt_semantic_seg'] = labels[0] if single else labels
         results['seg_fields'] = [*results.get('seg_fields', ()), 'gt_semantic_seg']
         return results
 
 
 def load_labels(
-        paths: list[str], reduce_zero_label: bool, num_classes: int | None = None,
-        shape: tuple[int, int] | None = None, video: str | None = None) -> list[np.ndarray]:
-    """Reads label maps and turns them into training labels.
+        paths: Sequence[str | Path | None], rule: LabelRule, shape: tuple[int, int] | None = None,
+        video: str | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Reads mask files; a frame without one is unknown everywhere.
 
     Args:
-        paths: mask files.
-        reduce_zero_label: see :func:`label_table`.
-        num_classes: number of classes; without it the range is not checked.
-        shape: height and width that the maps must have.
+        paths: mask files; None where there is none.
+        rule: what they mean.
+        shape: height and width that the maps must have; needed where a file is None.
         video: name of the video, for errors.
 
     Returns:
-        One [H,W] uint8 array a path.
+        Labels, and what the video consistency compares (:meth:`~mmseg.datasets.labels.LabelRule.read`): one [H,W]
+        uint8 array a path.
 
     Raises:
         DataError: see :class:`LoadAnnotations`.
     """
-    table = label_table(reduce_zero_label, num_classes)
-    labels = []
-    for path in map(str, paths):
-        with located(video, Path(path).stem):
-            label = to_training_labels(read_mask(path), table, num_classes, path)
-            if shape is not None and label.shape != tuple(shape):
-                raise DataError(f'{path}: mask is {_size(label)}, its frame is {shape[1]}x{shape[0]}')
+    labels, compared = [], []
+    for path in paths:
+        if path is None:
+            assert shape is not None
+            label = stored = np.broadcast_to(np.uint8(UNKNOWN), tuple(shape))
+        else:
+            with located(video, Path(path).stem):
+                label, stored = rule.read(str(path))
+                if shape is not None and label.shape != tuple(shape):
+                    raise DataError(f'{path}: mask is {_size(label)}, its frame is {shape[1]}x{shape[0]}')
         labels.append(label)
-    return labels
+        compared.append(stored)
+    return labels, compared

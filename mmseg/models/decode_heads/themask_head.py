@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmseg.kernels.layers import chunked, linear
 from mmseg.models.losses.criterion import THEMaskCriterion
-from mmseg.models.structures import IGNORE_INDEX, ClipTarget, DecoderOutput
+from mmseg.models.structures import ClipTarget, DecoderOutput
 from mmseg.registry import (
     HEADS,
     PIXEL_DECODERS,
@@ -25,6 +25,7 @@ from mmseg.registry import (
 )
 from mmseg.utils.arguments import Count, Index, Label, Weight
 from mmseg.utils.errors import ConfigError
+from mmseg.utils.images import VOID
 from mmseg.utils.state_dict_alias import drop_dead_keys
 
 
@@ -61,7 +62,7 @@ class THEMaskHead(nn.Module):
         in_index: Sequence[Index] = (0, 1, 2, 3),
         in_features: Sequence[str] = ('res2', 'res3', 'res4', 'res5'),
         loss_weight: Weight = 1.0,
-        ignore_value: Label = IGNORE_INDEX,
+        ignore_value: Label = VOID,
         frame_level: bool = True,
     ) -> None:
         super().__init__()

@@ -36,6 +36,9 @@ class THEMaskCriterion(nn.Module):
     cost, and both levels use the result.  Without one (one-frame stage) round 2 minimises the mask cost, and starts at
     ``warmup_iters``.  While only the first of several rounds takes part, its losses have no ``name`` in front.
 
+    Pixels whose label is unknown take no part: they are left out of costs and mask losses, and frames without a known
+    pixel also of the frame level's cross-entropy and of the divisors.
+
     Over several processes, divisors are averaged (one all-reduce of one small vector a call, in training and
     wherever a process group exists), so that ranks on parts of a batch give the gradients of one process on all of it.
 
@@ -142,14 +145,16 @@ class THEMaskCriterion(nn.Module):
         matches = self.matcher(self._stages(output), targets, target_masks, [each.cost for each in rounds])
         table = MatchTable.of(matches, output, targets, self.num_classes)
         self.last_statistics = _statistics(output.clip[-1].logits, table, [each in rounds for each in all_rounds])
-        num_targets, num_classified = self._divisors(table, targets)
-        divisor = num_targets * output.clip[-1].num_frames
+        divisor, num_classified = self._divisors(table, targets)
         all_targets = torch.cat(target_masks).flatten(0, 1)
+        known = None
+        if any(target.known_frames is not None for target in targets):
+            known = torch.cat([each.known.expand(len(each.classes), -1, -1, -1) for each in targets]).flatten(0, 1)
 
-        losses = {'loss_ce': self.class_weight * self._class_losses(output, table) / num_classified[:, None]}
+        losses = {'loss_ce': self.class_weight * self._class_losses(output, table, targets) / num_classified[:, None]}
         for own, masks, rows in zip(rounds, table.masks(output), table.targets):
             alone = len(rounds) == 1 < len(all_rounds)
-            for name, value in self._mask_losses(own, masks, all_targets, rows).items():
+            for name, value in self._mask_losses(own, masks, all_targets, rows, known).items():
                 losses[name if alone else own.name + name] = own.weight * value / divisor
         earlier = range(len(output.clip) - 1)
         stages = [(len(earlier), ''), *((stage, f'_{stage}') for stage in earlier)]
@@ -175,26 +180,41 @@ class THEMaskCriterion(nn.Module):
         return [MaskPrediction(stage.logits, each, frames) for stage, each in zip(output.clip, embeddings)]
 
     def _divisors(self, table: MatchTable, targets: list[ClipTarget]) -> tuple[Tensor, Tensor]:
-        """Number of targets (at least 1) and sum of class weights of each stage ``[S]``, means over processes."""
-        num_targets = self.empty_weight.new_full((1,), sum(len(target.classes) for target in targets))
-        divisors = torch.cat([num_targets, self.empty_weight[table.classes].sum((1, 2))])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(divisors)
-            divisors /= dist.get_world_size()
-        return divisors[0].clamp(min=1), divisors[1:]
+        """Number of targets, each counted once a known frame, and class weights of each stage ``[S]``.
 
-    def _class_losses(self, output: DecoderOutput, table: MatchTable) -> Tensor:
-        """Weighted cross-entropy over all queries, ``[S, L]``; a mean over the frames at the frame level."""
+        Both are means over processes; the number of targets is at least 1.
+        """
+        numbers = [len(target.classes) for target in targets]
+        in_frames = sum(number * target.num_known_frames for number, target in zip(numbers, targets))
+        counts = [self.empty_weight.new_full((1,), count) for count in (sum(numbers), in_frames)]
+        sums = torch.cat([*counts, self.empty_weight[table.classes].sum((1, 2))])
+        world_size = 1
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+            world_size = dist.get_world_size()
+        frames = (sums[1] / sums[0].clamp(min=1)).clamp(min=1)  # of a target
+        return (sums[0] / world_size).clamp(min=1) * frames, sums[2:] / world_size
+
+    def _class_losses(self, output: DecoderOutput, table: MatchTable, targets: list[ClipTarget]) -> Tensor:
+        """Weighted cross-entropy over all queries, ``[S, L]``; a mean over known frames at the frame level."""
         losses = []
+        partly = any(target.known_frames is not None for target in targets)
         for stages in output.levels:
             logits = torch.stack([stage.logits for stage in stages]).float()  # [S, B or B * T, Q, K + 1]
             frames = logits.shape[1] // table.classes.shape[1]
             classes = table.classes.repeat_interleave(frames, 1)
             each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.empty_weight.float(), reduction='none')
-            losses.append(each.view(len(stages), -1).sum(1) / frames)
+            if stages is output.frame and partly:
+                weights = [known / max(target.num_known_frames, 1) for target in targets
+                           for known in target.known_frames or [True] * frames]
+                losses.append(each.view(len(stages), len(weights), -1).sum(2) @ each.new_tensor(weights))
+            else:
+                losses.append(each.view(len(stages), -1).sum(1) / frames)
         return torch.stack(losses, 1)
 
-    def _mask_losses(self, own: Round, masks: Tensor, targets: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    def _mask_losses(
+        self, own: Round, masks: Tensor, targets: Tensor, rows: Tensor, known: Tensor | None
+    ) -> dict[str, Tensor]:
         """Weighted sums over the masks and frames of a round, each ``[S, L]``.
 
         Args:
@@ -202,19 +222,28 @@ class THEMaskCriterion(nn.Module):
             masks: float ``[S, L, R, h, w]``.
             targets: float ``[sum(n) * T, H, W]``.
             rows: the target of each mask, int64 ``[S, L, R]``.
+            known: bool, as ``targets``: pixels that take part; None: all.
         """
         weights = own.losses or {}
         if own.labels == 'self':
-            counts, area = mask_losses.count_labels(targets, (masks.shape[-2], masks.shape[-1]))
+            size = masks.shape[-2], masks.shape[-1]
+            counts, area = mask_losses.count_labels(targets, size)
+            if known is not None:
+                area = mask_losses.count_labels(known.float(), size)[0][rows]
             values = dict(zip(('mask', 'dice'), mask_losses.self_labelled_losses(masks, counts[rows], area)))
             return {f'loss_{name}_unmatched': weights[name] * values[name].sum(2) for name in weights}
         if not masks.shape[2]:
             return dict.fromkeys((f'loss_{name}' for name in weights), masks.sum((2, 3, 4)))  # zero, in the graph
-        logits, wanted = self._at_points(masks, targets, rows)
-        return {f'loss_{name}': weight * _loss(name)(logits, wanted).sum(2) for name, weight in weights.items()}
+        at_points = self._at_points(masks, targets, rows, known)
+        return {
+            f'loss_{name}': weight * mask_losses.loss_of_known(find(LOSSES, name, 'losses'), *at_points).sum(2)
+            for name, weight in weights.items()
+        }
 
-    def _at_points(self, masks: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and targets at points where the masks are uncertain, each ``[S, L, R, N]``.
+    def _at_points(
+        self, masks: Tensor, targets: Tensor, rows: Tensor, known: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, targets and what is known at points where the masks are uncertain, each ``[S, L, R, N]``.
 
         The targets of all stages and levels are read in one sampling, one row of points for each prediction that a
         target mask is matched with: no target is copied.
@@ -231,11 +260,11 @@ class THEMaskCriterion(nn.Module):
         by_target[rows, sets] = points
         sampled = point_sampling.sample_points(targets[:, None], by_target.flatten(1, 2))
         wanted = sampled.view(by_target.shape[:3])[rows, sets]
-        return logits.view(*masks.shape[:3], -1), wanted.view(*masks.shape[:3], -1)
-
-
-def _loss(name: str) -> Any:
-    return find(LOSSES, name, 'losses')
+        shape = (*masks.shape[:3], -1)
+        if known is not None:
+            row, column = point_sampling.pixels_of(points, *known.shape[1:])
+            known = known[rows[..., None], row, column].view(shape)
+        return logits.view(shape), wanted.view(shape), known
 
 
 @torch.no_grad()

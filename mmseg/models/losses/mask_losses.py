@@ -1,10 +1,14 @@
 """Mask losses as pure functions: at points against the target, and on the cells of a map against self-labels.
 
 Formulas: Mask2Former (arXiv 2112.01527) for the points; THE-Mask (arXiv 2309.08020) for the self-labels.  A loss in the
-registry ``LOSSES`` maps logits and targets ``[..., N]`` at N points to one value ``[...]`` for each mask.
+registry ``LOSSES`` maps logits and targets ``[..., N]`` at N points to one value ``[...]`` for each mask.  It may take
+``known`` (bool ``[..., N]``), without which it is called for each mask anew where labels are unknown.
 """
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +18,40 @@ from mmseg.registry import LOSSES
 
 
 @LOSSES.register_module(name='mask')
-def bce_loss(logits: Tensor, targets: Tensor, /) -> Tensor:
+def bce_loss(logits: Tensor, targets: Tensor, /, known: Tensor | None = None) -> Tensor:
     """Binary cross-entropy, mean over the last axis: ``[..., N]`` logits and targets in [0, 1] -> ``[...]``."""
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction='none').mean(-1)
+    each = F.binary_cross_entropy_with_logits(logits, targets, reduction='none')
+    return each.mean(-1) if known is None else (each * known).sum(-1) / known.sum(-1).clamp(min=1)
 
 
 @LOSSES.register_module(name='dice')
-def dice_loss(logits: Tensor, targets: Tensor, /) -> Tensor:
+def dice_loss(logits: Tensor, targets: Tensor, /, known: Tensor | None = None) -> Tensor:
     """Dice loss with 1 added to numerator and denominator over the last axis: ``[..., N]`` -> ``[...]``, in [0, 1]."""
     probability = logits.sigmoid()
+    if known is not None:
+        probability, targets = probability * known, targets * known
     overlap = (probability * targets).sum(-1)
     return 1 - (2 * overlap + 1) / (probability.sum(-1) + targets.sum(-1) + 1)
+
+
+def loss_of_known(
+    loss: Callable[..., Tensor], logits: Tensor, targets: Tensor, known: Tensor | None
+) -> Tensor:
+    """``loss`` of each mask over the points whose label is known, ``[..., N]`` -> ``[...]``; 0 where none is.
+
+    Args:
+        loss: of the registry ``LOSSES``.
+        logits: float ``[..., N]``.
+        targets: float ``[..., N]``.
+        known: bool ``[..., N]``; None: all are known.
+    """
+    if known is None:
+        return loss(logits, targets)
+    if 'known' in inspect.signature(loss).parameters:
+        return loss(logits, targets, known=known)
+    rows = zip(logits.flatten(0, -2), targets.flatten(0, -2), known.flatten(0, -2))
+    values = [loss(x[k][None], t[k][None])[0] if k.any() else x.sum() * 0 for x, t, k in rows]
+    return torch.stack(values).view(logits.shape[:-1])
 
 
 def nearest_source(size: int, source: int, device: torch.device | str | None = None) -> Tensor:
@@ -67,15 +94,19 @@ def self_labelled_losses(logits: Tensor, counts: Tensor, area: Tensor) -> tuple[
     Args:
         logits: float ``[..., h, w]``.
         counts: pixels of the target in each cell, float ``[..., h, w]`` (:func:`count_labels`).
-        area: pixels of each cell, float ``[h, w]``.
+        area: pixels of each cell, float ``[h, w]``, or known pixels of each mask's cells, ``[..., h, w]``.
 
     Returns:
         (bce, dice), each ``[...]``: mean over pixels, and dice with 1 in numerator and denominator.
     """
-    logits, counts, area = logits.flatten(-2), counts.flatten(-2), area.flatten()
+    logits, counts, area = logits.flatten(-2), counts.flatten(-2), area.flatten(-2)
+
+    def total(values: Tensor) -> Tensor:
+        return values @ area if area.dim() == 1 else (values * area).sum(-1)
+
     probability = logits.sigmoid()
     positives = counts * (probability.detach() > 0.5)
-    bce = (F.softplus(logits) @ area - (logits * positives).sum(-1)) / area.sum()
+    bce = (total(F.softplus(logits)) - (logits * positives).sum(-1)) / area.sum(-1).clamp(min=1)
     overlap = (probability * positives).sum(-1)
-    dice = 1 - (2 * overlap + 1) / (probability @ area + positives.sum(-1) + 1)
+    dice = 1 - (2 * overlap + 1) / (total(probability) + positives.sum(-1) + 1)
     return bce, dice

@@ -24,6 +24,7 @@ Cost = Literal['full', 'mask']
 Matches = list[list[list[Match]]]  # [stage][clip][round]
 
 _PRODUCT_LENGTH = 64
+_ABSENT = -1e4  # a logit whose softplus and sigmoid are exactly 0: with target 0 the point adds nothing to any sum
 
 
 def classification_cost(logits: Tensor, classes: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def classification_cost(logits: Tensor, classes: Tensor) -> Tensor:
     return -logits.softmax(-1)[:, classes]
 
 
-def mask_cost(logits: Tensor, targets: Tensor) -> Tensor:
+def mask_cost(logits: Tensor, targets: Tensor, number: Tensor | int | None = None) -> Tensor:
     """Mean binary cross-entropy of every mask against every target.
 
     BCE(x, t) = softplus(x) - x t, so one sum over points for each mask and one matrix product are all there is to it.
@@ -47,11 +48,13 @@ def mask_cost(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: float ``[Q, P]``, masks at P points.
         targets: float ``[n, P]`` in [0, 1].
+        number: what sums are divided by, P by default.
 
     Returns:
         float ``[Q, n]``.
     """
-    return (_sum_of_softplus(logits)[:, None] - logits @ targets.t()) / logits.shape[1]
+    number = logits.shape[1] if number is None else number
+    return (_sum_of_softplus(logits)[:, None] - logits @ targets.t()) / number
 
 
 def dice_cost(logits: Tensor, targets: Tensor) -> Tensor:
@@ -172,7 +175,7 @@ class Matcher:
         """
         kinds = sorted(set(rounds))
         on_device = [
-            self.costs(stage.of(clip), target.classes, wanted, kinds)
+            self.costs(stage.of(clip), target, wanted, kinds)
             for stage in stages
             for clip, (target, wanted) in enumerate(zip(targets, target_masks))
         ]
@@ -190,25 +193,31 @@ class Matcher:
         return matches
 
     def costs(
-        self, prediction: MaskPrediction, classes: Tensor, target_masks: Tensor, kinds: Sequence[Cost]
+        self, prediction: MaskPrediction, target: ClipTarget, target_masks: Tensor, kinds: Sequence[Cost]
     ) -> Tensor:
-        """Cost matrices of one clip, float32 ``[kinds, Q, n]``.
+        """Cost matrices of one clip, float32 ``[kinds, Q, n]``; points on unknown pixels are dropped.
 
         Args:
             prediction: of the clip alone, N = 1, of any floating dtype.
-            classes: int64 ``[n]``.
-            target_masks: float ``[n, T, H, W]``.
+            target: of the clip.
+            target_masks: its masks, float ``[n, T, H, W]``.
             kinds: which costs are wanted.
         """
         logits = prediction.logits[0].float()
         points = point_sampling.random_points(1, self.num_points, logits.device)
         sampled = masks_at(prediction, points)
         wanted = point_sampling.sample_points(target_masks, points).flatten(1)
-        bce = mask_cost(sampled, wanted)
+        number: Tensor | int = sampled.shape[1]
+        if target.known_frames is not None:
+            row, column = point_sampling.pixels_of(points[0], *target_masks.shape[2:])
+            known = target.known[:, row, column].flatten()
+            number = known.sum().clamp(min=1)
+            sampled, wanted = sampled.masked_fill(~known, _ABSENT), wanted * known
+        bce = mask_cost(sampled, wanted, number)
         if 'full' not in kinds:
             return bce[None]
         full = (
-            self.class_weight * classification_cost(logits, classes)
+            self.class_weight * classification_cost(logits, target.classes)
             + self.mask_weight * bce
             + self.dice_weight * dice_cost(sampled, wanted)
         )

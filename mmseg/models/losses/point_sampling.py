@@ -38,6 +38,12 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, grid, align_corners=False).squeeze(3)
 
 
+def pixels_of(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Row and column of the pixel in which each point lies, int64 ``[...]``; points ``[..., 2]``."""
+    column, row = points.unbind(-1)
+    return (row * height).long().clamp_(max=height - 1), (column * width).long().clamp_(max=width - 1)
+
+
 def sample_features(maps: Tensor, points: Tensor) -> list[Tensor]:
     """What :func:`sample_points` gives for many channels, one point after the other; without a gradient for points.
 
