@@ -30,10 +30,13 @@ from mmseg.utils.files import refuse_overwriting, write_json
 from mmseg.utils.images import VOID
 from mmseg.utils.signals import Interrupted, Interruption, end_now
 
+SPLITS = ('train', 'val', 'test', 'training', 'validation', 'train2017', 'val2017')
+"""Names that data sets give their splits."""
+
 EXAMPLES = """examples:
   python tools/check_dataset.py local_configs/themask/video_themask_mit_b5.py
   python tools/check_dataset.py data/mini_vspw --splits val --min-frames 4 --json report.json
-  python tools/check_dataset.py data/camvid_vspw --type CamVidDataset
+  python tools/check_dataset.py data/cityscapes --type CityscapesVideo
 """
 
 
@@ -51,14 +54,16 @@ def splits_of(args: argparse.Namespace) -> list[SplitToCheck]:
             there = ', '.join(sorted({split.files.name for split in found.values()})) or 'none'
             raise ConfigError(f'{args.target}: no split {", ".join(sorted(missing)) or "to check"}; it has {there}')
         return chosen
-    names = args.splits or [name for name in ('train', 'val', 'test') if (args.target / f'{name}.txt').exists()]
-    if not names:
-        raise DataError(f'{args.target}: neither a config file nor a folder with train.txt, val.txt or test.txt')
     described = dict(type=args.type, data_root=str(args.target))
-    return [
-        replace(split, frames_needed=args.min_frames)
-        for name in names for split in SplitToCheck.from_config({**described, 'split': name}, '--type')
+    splits = [
+        replace(split, frames_needed=args.min_frames) for name in args.splits or SPLITS
+        for split in SplitToCheck.from_config({**described, 'split': name}, '--type')
+        if args.splits or split.files.is_there()
     ]
+    if not splits:
+        raise DataError(f'{args.target}: neither a config file nor a folder with a split {", ".join(SPLITS[:-1])} or '
+                        f'{SPLITS[-1]} of {args.type}; name others with --splits')
+    return splits
 
 
 def show(report: Report, console: Console) -> None:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mmseg.datasets.clip_sampler import check_clips, frames_needed
+from mmseg.datasets.clip_sampler import can_draw, check_clips, frames_needed
 from mmseg.datasets.labels import UnknownLabelError, describe_labels
+from mmseg.datasets.layout import Kind as FileKind
 from mmseg.datasets.split import Split
 from mmseg.registry import DATASETS, config_key, find
 from mmseg.utils.arguments import named_parameters
@@ -126,7 +127,7 @@ def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> Report:
     def note(kind: Kind, path: str, message: str) -> None:
         (report.warnings if kind == _WARNING else report.problems).append(Problem(kind, video, path, message))
 
-    def names_of(kind: str) -> list[str] | None:
+    def names_of(kind: FileKind) -> list[str] | None:
         try:
             return files.files(kind, video)
         except (FileNotFoundError, NotADirectoryError):
@@ -138,12 +139,19 @@ def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> Report:
     folder = files.folder('frames', video)
     frames = names_of('frames')
     if frames is None:
-        note('missing video', folder, f'{folder}: no such folder')
+        note('missing video', folder, files.instead('frames', video))
         return report
     report.frames = len(frames)
     masks = set(names_of('masks') or ())
-    if len(frames) < split.frames_needed and not report.problems:
+    orphans = sorted(masks.difference(frames), key=natural_key)
+    sparse = has_masks and files.unlabelled != 'error'
+    if sparse and files.unlabelled == 'skip':
+        frames = [name for name in frames if name in masks]
+    labelled = [i for i, name in enumerate(frames) if name in masks] if sparse and split.masks_needed else None
+    left_out = sparse and not masks  # the data set passes over such a video
+    if not can_draw(len(frames), split.frames_needed, labelled) and not left_out and not report.problems:
         note('short video', folder, f'{folder}: {len(frames)} frames, a clip needs {split.frames_needed}'
+             + ('' if labelled is None else ' that end or begin with one that has a mask')
              + ('' if frames else f'; {files.instead("frames", video)}'))
     ambiguity = _ambiguity(frames)
     if ambiguity:
@@ -163,9 +171,9 @@ def _check_video(split: SplitToCheck, video: str, has_masks: bool) -> Report:
                      f'{path}: {width}x{height}, but frame {first[0]} of the video is {first[1][1]}x{first[1][0]}')
         if name in masks:
             _check_mask(files, mask_path, size, note, report.pixels)
-        elif has_masks:
+        elif has_masks and not sparse:
             note('missing mask', mask_path, f'{mask_path}: no such file, but its frame is there')
-    for name in sorted(masks.difference(frames), key=natural_key):
+    for name in orphans:
         path = files.path('masks', video, name)
         note('mask without frame', path, f'{path}: its frame is missing')
     return report

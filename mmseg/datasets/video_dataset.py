@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -132,7 +131,7 @@ class VideoDataset(Dataset):
             pipeline: Sequence[Annotated[Mapping, PIPELINES] | Callable[[Results], Results]],
             dilation: Sequence[int] | int | None = None, test_size: int | None = None,
             classes: Sequence[str] | str | None = None, palette: Sequence[Sequence[int]] | None = None,
-            layout: Annotated[Layout | Mapping[str, str] | None, Layout] = None,
+            layout: Annotated[Layout | Mapping[str, Any] | None, Layout] = None,
             reduce_zero_label: bool | None = None, label_map: LabelMap | None = None, other: str | None = None,
             colours: bool | None = None, colour_map: LabelMap | None = None, decoder: str | None = None,
             unlabelled: Unlabelled | None = None, void: Literal['negative', 'ignore'] | None = None,
@@ -200,9 +199,8 @@ class VideoDataset(Dataset):
                 short.append(video)
         if missing:
             raise DataError(
-                f"split '{self.split}' of {self.data_root}: no folder of frames for {len(missing)} videos: "
-                f"{some(missing)} (looked for {self.files.folder('frames', missing[0])}); "
-                f'fetch them or take them out of the split file')
+                f"split '{self.split}' of {self.data_root}: no frames of {len(missing)} videos: {some(missing)} "
+                f"({self.files.instead('frames', missing[0])}); fetch them or take them out of the split file")
         if short and not (skip_short and videos):
             lengths = [f'{video.name} ({len(video.frames)} frames'
                        + ('' if video.labelled is None else f', {len(video.labelled)} of them labelled') + ')'
@@ -249,7 +247,7 @@ class VideoDataset(Dataset):
 
     def frame_name(self, path: str) -> str:
         """Name of the frame whose file is ``path``."""
-        return Path(path).name.removesuffix(self.layout.frame_suffix)
+        return self.files.frame_name(path)
 
     def __len__(self) -> int:
         return len(self.videos) if self.clips is None else len(self.clips)

@@ -229,3 +229,22 @@ def test_a_check_whose_files_do_not_come_obeys(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130 and 'SIGINT: stopping' in error and 'Traceback' not in error
+
+
+def test_frames_without_masks_may_be_as_they_should(tmp_path):
+    root = write_vspw(tmp_path / 'data', {'train': {'a': 7, 'b': 7, 'none': 7}})
+    for video, kept in (('a', {2}), ('b', {4}), ('none', set())):
+        for path in (root / 'data' / video / 'mask').iterdir():
+            if int(path.stem) not in kept:
+                path.unlink()
+    found = {}
+    for unlabelled in ('error', 'ignore', 'skip'):
+        (tmp_path / 'c.py').write_text(
+            f'data = dict(train=dict(type="VSPWDataset", data_root={str(root)!r}, split="train", dilation=[-5], '
+            f'unlabelled={unlabelled!r}))')
+        main([str(tmp_path / 'c.py'), '--json', str(tmp_path / 'r.json')])
+        problems = json.loads((tmp_path / 'r.json').read_text())['train']['problems']
+        found[unlabelled] = [(p['kind'], p['video']) for p in problems]
+    assert [kind for kind, _ in found['error']] == ['missing mask'] * 19
+    assert found['ignore'] == [('short video', 'b')], 'its masked frame is too near to both ends for a clip'
+    assert found['skip'] == [('short video', 'a'), ('short video', 'b')]

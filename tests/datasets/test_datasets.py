@@ -379,7 +379,8 @@ def test_a_frame_that_is_turned_has_no_fitting_mask(damaged):
 
 
 @pytest.mark.parametrize('break_it,message', [
-    (lambda root: shutil.rmtree(root / 'data' / 'b'), 'no folder of frames for 1 videos: b .*split file'),
+    (lambda root: shutil.rmtree(root / 'data' / 'b'),
+     r'no frames of 1 videos: b \(.*data/b/origin: no such folder\); .*split file'),
     (lambda root: (root / 'train.txt').write_text('\n \n'), 'names no video'),
     (lambda root: (root / 'train.txt').unlink(), r"train.txt: no such split file; there are \['test.txt', 'val.txt'\]"),
     (lambda root: shutil.rmtree(root), 'no such folder; set data_root'),
