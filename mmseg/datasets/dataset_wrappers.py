@@ -82,7 +82,7 @@ class ConcatDataset(torch.utils.data.ConcatDataset):
         """Item ``index``; with weights any item, drawn by NumPy's generator."""
         if self.shares is None:
             return super().__getitem__(index)
-        part = self.datasets[np.random.choice(len(self.datasets), p=self.shares)]
+        part: Any = self.datasets[np.random.choice(len(self.datasets), p=self.shares)]
         return part[np.random.randint(len(part))]
 
 
