@@ -30,6 +30,7 @@ from mmseg.utils.errors import DataError
 from mmseg.utils.files import write_atomically
 from mmseg.utils.images import UNKNOWN, VOID, read_frame, read_mask
 from mmseg.utils.names import natural_key, some
+from mmseg.utils.visual import overlay
 from mmseg.version import __version__
 
 GROUPS = ('worst', 'median', 'best', 'always')
@@ -44,6 +45,8 @@ _DATA = re.compile(r'<script id="data" type="application/json">(.*?)</script>', 
 _PLACE = '"DATA"'
 _JPEG_QUALITY = 80
 _DIGITS = 4
+_SHEET = 12  # frames on the contact sheet of the data set
+_SHEET_WIDTH = 200  # pixels
 _SPARE = 6  # videos around the running median that are kept beside those shown
 
 
@@ -71,6 +74,9 @@ class ReportSink(Sink):
         self._names = {video.name: list(video.frames) for video in dataset.videos}
         spread = np.linspace(0, len(self._names), per_group, endpoint=False, dtype=int)
         self._always = {list(self._names)[i] for i in spread}
+        spread = np.linspace(0, len(self._names), _SHEET, endpoint=False, dtype=int)
+        self._first = {list(self._names)[i]: math.inf for i in spread}
+        self._sheet: dict[str, dict[str, str]] = {}
         self._pictures: dict[str, dict[str, str]] = {}  # of the video whose frames are coming
         self._ious: dict[str, float] = {}
         self._players: dict[str, dict[str, Any]] = {}
@@ -92,8 +98,21 @@ class ReportSink(Sink):
             pred: labels, uint8 [H, W].
             gt: training labels, uint8 [H, W].
         """
+        if video in self._first:  # of videos on the sheet, the first frame with labels
+            position = self._names[video].index(frame)
+            if position < self._first[video] and (gt < UNKNOWN).any():
+                self._first[video], self._sheet[video] = position, self._sample(video, frame, image, gt)
         if frame in self._names[video][:self._max_frames]:
             self._pictures[frame] = self._picture(image, pred, gt)
+
+    def _sample(self, video: str, frame: str, image: str | np.ndarray, gt: np.ndarray) -> dict[str, str]:
+        """A frame under its labels, for the contact sheet of the data set."""
+        pixels = image if isinstance(image, np.ndarray) else read_frame(image)
+        shown = overlay(pixels, np.where(gt >= UNKNOWN, np.uint8(VOID), gt), self._dataset.PALETTE)
+        height = max(1, round(_SHEET_WIDTH * pixels.shape[0] / pixels.shape[1]))
+        small = cv2.resize(shown, (_SHEET_WIDTH, height), interpolation=cv2.INTER_AREA)
+        picture = _base64(small, '.jpg', [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+        return {'video': video, 'frame': frame, 'image': picture}
 
     def _picture(self, image: str | np.ndarray, pred: np.ndarray, gt: np.ndarray) -> dict[str, str]:
         """Frame as JPEG, labels as grey PNGs (the page gives them colours), in base64."""
@@ -141,20 +160,23 @@ class ReportSink(Sink):
             about: more that is known, for the head of the page: config, checkpoint, options.
             gather: collects a value from all ranks on every rank; every rank must then call this.
         """
-        for players in gather(self._players):
+        for players, sheet in gather((self._players, self._sheet)):
             self._players.update(players)
+            self._sheet.update(sheet)
         step = -(-sum(map(len, results.frames.values())) // MAX_POINTS)
         shown = results.as_dict()
         ious = {row['video']: row['mIoU'] for row in shown['per_video']}
+        notes = {'note': '; '.join(results.notes)} if results.notes else {}
         groups = self._groups({row['video']: row['mIoU'] for row in results.videos})
         return {
             'name': name,
-            'about': {key: str(value) for key, value in (about or {}).items()},
+            'about': {key: str(value) for key, value in {**(about or {}), **notes}.items()},
             'results': shown,
             'confusion': results.confusion.tolist(),
             'palette': [list(map(int, colour)) for colour in self._dataset.PALETTE],
             'lines': {video: _line(rows[::step]) for video, rows in results.frames.items() if rows},
             'line_step': step,
+            'sheet': [self._sheet[name] for name in self._names if name in self._sheet],
             'players': [{'group': group, 'mIoU': ious[video], **self._players[video]}
                         for group, videos in groups.items() for video in videos],
         }  # fmt: skip
@@ -301,6 +323,9 @@ def read_report(path: str | Path) -> list[dict[str, Any]]:
         raise DataError(f"'{path}' is no report: {error}") from error
     if data is None:
         raise DataError(f"'{path}' is no report: it holds no data")
+    for run in data.get('runs', ()) if isinstance(data, dict) and isinstance(data.get('runs'), list) else ():
+        if isinstance(run, dict):
+            run.setdefault('sheet', [])  # of a page from before there were any
     fault = next(_faults(data, _PAGE, 'data'), None) or next(_faults_of_sizes(data['runs']), None)
     if fault is not None:
         raise DataError(f"'{path}' is a damaged report: {fault}; make it again")
@@ -323,6 +348,7 @@ _PAGE = {'runs': [{
     'palette': [[int]],
     'lines': {str: {'frames': [str], 'iou': [_NUMBER], 'consistency': [_NUMBER]}},
     'line_step': int,
+    'sheet': [{'video': str, 'frame': str, 'image': str}],
     'players': [{
         'group': str, 'video': str, 'mIoU': _NUMBER, 'of': int, 'frames': [str],
         'pictures': [{'image': str, 'pred': str, 'gt': str}],

@@ -144,9 +144,9 @@ def test_two_ranks_are_one():
     lengths, shares = [4, 6, 5, 3], [0.1, 0.4, 0.2, 0.3]
     whole, results = collect(lengths, shares, per_group=1)
     parts = [collect(lengths, shares, per_group=1, keep=keep) for keep in ((0, 2), (1, 3))]
-    players = [json.loads(json.dumps(sink._players)) for sink, _ in parts]
+    own = [json.loads(json.dumps((sink._players, sink._sheet))) for sink, _ in parts]
     for sink, _ in parts:
-        assert json.dumps(sink.run(results, 'run', gather=lambda _: players)) == json.dumps(whole.run(results, 'run'))
+        assert json.dumps(sink.run(results, 'run', gather=lambda _: own)) == json.dumps(whole.run(results, 'run'))
 
 
 def test_the_page_is_bounded_and_gives_its_runs_back(tmp_path):
@@ -243,7 +243,9 @@ def test_what_an_incomplete_file_leaves_out_is_named(nested, tmp_path, capsys):
     left_out = '2 videos: city/v10 (1 of 4 frames), city/v8 (3 of 3 frames)'
     assert f"run 'part' has left out {left_out}" in capsys.readouterr().err
     (part,), (whole,) = read_report(tmp_path / 'part'), read_report(tmp_path / 'whole')
-    assert part['about'] == {'left out': left_out} and whole['about'] == {}
+    assert part['about'].pop('left out') == left_out and part['about'].keys() == whole['about'].keys() == {'note'}
+    assert 'VC8 has no value: no video has 9 labelled frames in a row' in whole['about']['note']
+    assert {shown['video'] for shown in whole['sheet']} == {'city/v8', 'city/v9', 'city/v10'}
     assert list(whole['lines']) == ['city/v8', 'city/v9', 'city/v10'] and list(part['lines']) == ['city/v9', 'city/v10']
     assert [row['frames'] for row in part['results']['per_video']] == [3, 3]
     assert {player['video'] for player in whole['players']} == set(whole['lines'])
