@@ -73,7 +73,9 @@ class TopLevel:
         work_dir: folder for logs and checkpoints.
         resume_from: checkpoint or work dir to go on from; ``auto``: the work dir itself where it holds a checkpoint.
         finetune_from: checkpoint or work dir to start from, as the section ``finetune`` says.
-        load_from: checkpoint or work dir whose weights the training starts from.
+        load_from: checkpoint or work dir whose weights the training starts from; all must fit.
+        load_from_fresh: parts of parameter names, as they stand in checkpoints; those that ``load_from`` may leave at
+            their start values, such as ``['class_embed']`` for other classes.
         log_level: what the log shows at least.
         gpu_ids: as ``tools/train.py --gpu-ids``, which goes before it.
     """
@@ -92,6 +94,7 @@ class TopLevel:
     resume_from: str | None = None
     finetune_from: str | None = None
     load_from: str | None = None
+    load_from_fresh: Sequence[str] = ()
     log_level: Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'] = 'INFO'
     gpu_ids: int | Sequence[int] | None = None
 

@@ -54,7 +54,7 @@ from mmseg.utils.errors import CheckpointError, ConfigError, DataError, nearest
 from mmseg.utils.files import write_atomically
 from mmseg.utils.lock import FolderLock
 from mmseg.utils.logger import get_logger, setup_logger
-from mmseg.utils.names import order_changed
+from mmseg.utils.names import order_changed, some
 from mmseg.utils.seed import draw_seed, set_random_seed
 from mmseg.version import __version__
 
@@ -297,7 +297,8 @@ def _initialise(
             frozen, _ = freeze(model, former['train'])
             logger.info('resumed fine-tuning: %d parameters stay frozen', len(frozen))
         return former
-    config = build(FinetuneConfig, section, 'finetune') if top.finetune_from else FinetuneConfig(train='')
+    start = FinetuneConfig(train='', fresh=top.load_from_fresh)
+    config = build(FinetuneConfig, section, 'finetune') if top.finetune_from else start
     if not top.finetune_from:
         warn_of_unused(section)
     source = top.finetune_from or top.load_from
@@ -307,13 +308,15 @@ def _initialise(
         return None
     path, checkpoint = _open_on_all_ranks(source)
     report = load_for_finetune(model, checkpoint['state_dict'], config)
-    start = 'fine-tuning' if top.finetune_from else 'weights'
-    logger.info('%s from %s\n  %s', start, path, '\n  '.join(report.lines()))
+    what = 'fine-tuning' if top.finetune_from else 'weights'
+    logger.info('%s from %s\n  %s', what, path, '\n  '.join(report.lines()))
     if top.finetune_from:
         return {'train': list(config.train), 'frozen_eval': config.frozen_eval}
-    lost = [name for name in (*report.missing, *report.mismatched) if name.startswith('backbone.')]
+    lost = report.lost(report.trained)
     if lost:
-        raise CheckpointError(f"'{path}' is of another backbone: {len(lost)} tensors do not fit, such as {lost[0]}")
+        raise CheckpointError(
+            f"'{path}' is of another model: {len(lost)} tensors do not fit: {some(lost)}; parts that may keep their "
+            "start values are named in load_from_fresh, as load_from_fresh=['class_embed']")
     return None
 
 

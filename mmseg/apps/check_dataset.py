@@ -105,7 +105,8 @@ class SplitToCheck:
             options = (named_parameters(Split.of) | named_parameters(describe_labels)) - {'component', 'where'}
             given: dict[str, Any] = {key: cfg.get(key) for key in options}
             files = Split.of(component, **given)
-        return [cls(files, frames_needed(dilation) if dilation else 1, masks_needed=dilation is not None)]
+        needed = frames_needed(dilation) if dilation and not cfg.get('as_clip') else 1
+        return [cls(files, needed, masks_needed=dilation is not None)]
 
 
 def _ambiguity(names: list[str]) -> str | None:

@@ -59,6 +59,11 @@ class FinetuneReport:
     frozen: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
 
+    def lost(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that got no weights, with their shapes where these differ."""
+        wanted = set(names)
+        return [text for text in (*self.missing, *self.mismatched) if text.split(' ')[0] in wanted]
+
     def lines(self) -> list[str]:
         """The report, one line a subject; a part whose tensors all share a fate is named once."""
         everything = [*self.trained, *self.frozen]
@@ -67,7 +72,7 @@ class FinetuneReport:
         return [
             f'loaded by name: {len(self.loaded)}',
             f'copied to a new name: {_counted(self.copied, known)}',
-            f'kept fresh (finetune.fresh): {_counted(self.fresh, known)}',
+            f'kept fresh, as asked: {_counted(self.fresh, known)}',
             f'missing in the checkpoint, kept at their start values: {_counted(self.missing, known)}',
             f'of another shape, kept at their start values: {_counted(mismatched, known)}'
             + ''.join(f'\n    {text}' for text in self.mismatched),
@@ -119,8 +124,7 @@ def load_for_finetune(model: nn.Module, weights: Mapping[str, torch.Tensor], con
     report.unexpected = [name for name in weights if name in left and name in unexpected]
     report.frozen, report.trained = freeze(model, config.train)
 
-    frozen = set(report.frozen)
-    lost = [text for text in (*report.missing, *report.mismatched) if text.split(' ')[0] in frozen]
+    lost = report.lost(report.frozen)
     if lost:
         more = f' and {len(lost) - _SHOWN} more' if len(lost) > _SHOWN else ''
         raise CheckpointError(

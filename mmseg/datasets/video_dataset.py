@@ -22,7 +22,8 @@ from mmseg.utils.names import some
 from .clip_sampler import can_draw, check_clips, cut_test_clips, frames_needed, sample_training_clip
 from .labels import LabelMap
 from .pipelines.compose import Compose
-from .pipelines.loading import LoadAnnotations, load_labels
+from .pipelines.loading import LoadAnnotations, LoadImageFromFile, load_labels
+from .pipelines.motion import RandomMotion
 from .pipelines.transform import Results
 from .split import Layout, Split, Unlabelled
 
@@ -96,6 +97,8 @@ class VideoDataset(Dataset):
             it teaches and scores nothing), or it is left out (``'skip'``).
         void: in training, pixels of void are ``'negative'``, in no mask (as in the reference), or ``'ignore'``: they
             take no part.
+        as_clip: an image instead of consecutive frames, for image data sets in clip training: the current frame
+            ``'repeat'``-ed, or in ``'motion'`` (:class:`~mmseg.datasets.pipelines.motion.RandomMotion`).
         skip_short_videos: leave out videos that are too short for a clip, instead of raising an error.
         skip_bad_clips: pass over clips with unreadable or inconsistent files, and list them in ``skipped``.
 
@@ -132,6 +135,7 @@ class VideoDataset(Dataset):
             reduce_zero_label: bool | None = None, label_map: LabelMap | None = None, other: str | None = None,
             colours: bool | None = None, colour_map: LabelMap | None = None, decoder: str | None = None,
             unlabelled: Unlabelled | None = None, void: Literal['negative', 'ignore'] | None = None,
+            as_clip: Literal['repeat', 'motion'] | None = None,
             skip_short_videos: bool = False, skip_bad_clips: bool = False):
         self.dilation, self.test_size = check_clips(dilation, test_size)
         self.pipeline = Compose(pipeline)
@@ -146,9 +150,13 @@ class VideoDataset(Dataset):
         self.labels, self.unlabelled = self.files.labels, self.files.unlabelled
         self.reduce_zero_label = self.labels.reduce_zero_label
         self.void = void or self.void
+        self.as_clip = as_clip
         self.skip_bad_clips = skip_bad_clips
         max_pixels()  # a wrong limit is found here, and not in a worker
-        self._check_pipeline(load)
+        self._check_pipeline(load, reduce_zero_label, label_map)
+        if as_clip == 'motion':
+            loaded = [isinstance(step, (LoadImageFromFile, LoadAnnotations)) for step in self.pipeline.transforms]
+            self.pipeline.transforms.insert(len(loaded) - loaded[::-1].index(True), RandomMotion())
         self.has_masks = any(self.files.has('masks', name) for name in self.files.videos())
         self.videos, self.short_videos = self._list_videos(skip_short_videos)
         if self.is_training and not self.has_masks:
@@ -160,8 +168,10 @@ class VideoDataset(Dataset):
             for positions in cut_test_clips(len(video.frames), self.test_size)
         ]
 
-    def _check_pipeline(self, load: LoadAnnotations) -> None:
-        own = {'reduce_zero_label': self.reduce_zero_label, 'colours': self.labels.colours}
+    def _check_pipeline(self, load: LoadAnnotations, reduce: bool | None, label_map: LabelMap | None) -> None:
+        own: dict[str, Any] = {'colours': self.labels.colours}
+        if label_map is None:
+            own['reduce_zero_label'] = type(self).reduce_zero_label if reduce is None else reduce
         for key, value in own.items():
             asked = getattr(load, key)
             if asked is not None and asked != value:
@@ -170,7 +180,7 @@ class VideoDataset(Dataset):
                     'evaluation labels would differ; leave it out of LoadAnnotations, or set it on the data set')
 
     def _list_videos(self, skip_short: bool) -> tuple[list[Video], list[str]]:
-        needed = 1 if self.dilation is None else frames_needed(self.dilation)
+        needed = 1 if self.dilation is None or self.as_clip else frames_needed(self.dilation)
         videos: list[Video] = []
         short: list[Video] = []
         unlabelled: list[str] = []
@@ -263,7 +273,10 @@ class VideoDataset(Dataset):
         skipped: list[str] = []
         for _ in range(_MAX_DRAWS):
             video = self.videos[index]
-            positions = sample_training_clip(len(video.frames), self.dilation, video.labelled)
+            offsets = (0,) if self.as_clip else self.dilation
+            positions = sample_training_clip(len(video.frames), offsets, video.labelled)
+            if self.as_clip:
+                positions *= len({*self.dilation, 0})
             try:
                 item = self.pipeline(self._results(Clip(index, positions)))
             except DataError as error:

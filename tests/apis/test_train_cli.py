@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -333,12 +334,28 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, data_root, tool, 
     monkeypatch.chdir(tmp_path)
     config = write_tiny_config(tmp_path / 'tiny.py', data_root)
     expected = {
-        '--load-from': 'another backbone', '--finetune-from': 'another backbone', '--resume-from': 'another model'}
+        '--load-from': 'another model', '--finetune-from': 'another backbone', '--resume-from': 'another model'}
     for option, words in expected.items():
         status, error = run_tool(
             tool, monkeypatch, capsys, config, '--work-dir', 'w', option, one_frame[0], '--options',
             'model.backbone.type=mit_b1')
         assert status == 1 and words in error, error
+
+
+def test_a_model_of_other_classes_starts_from_named_parts(tmp_path, data_root, tool, monkeypatch, capsys, one_frame):
+    """Weights must fit, but for the parts that ``load_from_fresh`` names."""
+    monkeypatch.chdir(tmp_path)
+    config = write_tiny_config(tmp_path / 'tiny.py', data_root, iters=2, extra=(
+        "for each in (data['train']['dataset'], data['val'], data['test']):\n    each['classes'] = ['wall', 'ceiling', "
+        "'door']\n    each['other'] = 'rest'\nmodel['decode_head']['num_classes'] = 4"))
+    command = (config, '--no-validate', '--load-from', one_frame[0], '--work-dir')
+    status, error = run_tool(tool, monkeypatch, capsys, *command, 'w')
+    assert status == 1 and 'tensors do not fit: ' in error and 'class_embed.weight (125, ' in error
+    status, error = run_tool(tool, monkeypatch, capsys, *command, 'v', '--options', 'load_from_fresh=[class_embed]')
+    assert status == 0, error
+    (log,) = (tmp_path / 'v').glob('*.log')
+    text = log.read_text()
+    assert re.search(r'kept fresh, as asked: 2 \(.*class_embed', text) and 'their start values: 0\n' in text
 
 
 def test_bad_data_names_the_file_and_keeps_the_state(tmp_path, tool, monkeypatch, capsys):

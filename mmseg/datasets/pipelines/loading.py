@@ -61,6 +61,10 @@ class LoadImageFromFile(Transform):
         paths: list[str | None] = []
         for index, frame in enumerate(frames):
             path = None if isinstance(frame, np.ndarray) else str(frame)
+            if path is not None and path in paths:  # an image as a clip
+                images.append(images[paths.index(path)])
+                paths.append(path)
+                continue
             name = f'#{index}' if path is None else Path(path).stem
             with located(video, name):
                 image = _checked_array(frame) if path is None else read_frame(path, turn)
@@ -159,16 +163,15 @@ def load_labels(
     Raises:
         DataError: see :class:`LoadAnnotations`.
     """
-    labels, compared = [], []
-    for path in paths:
+    read: dict[str | Path | None, tuple[np.ndarray, np.ndarray]] = {}
+    for path in dict.fromkeys(paths):  # an image as a clip has one file
         if path is None:
             assert shape is not None
-            label = stored = np.broadcast_to(np.uint8(UNKNOWN), tuple(shape))
-        else:
-            with located(video, Path(path).stem):
-                label, stored = rule.read(str(path))
-                if shape is not None and label.shape != tuple(shape):
-                    raise DataError(f'{path}: mask is {_size(label)}, its frame is {shape[1]}x{shape[0]}')
-        labels.append(label)
-        compared.append(stored)
-    return labels, compared
+            unknown = np.broadcast_to(np.uint8(UNKNOWN), tuple(shape))
+            read[path] = unknown, unknown
+            continue
+        with located(video, Path(path).stem):
+            read[path] = label, _ = rule.read(str(path))
+            if shape is not None and label.shape != tuple(shape):
+                raise DataError(f'{path}: mask is {_size(label)}, its frame is {shape[1]}x{shape[0]}')
+    return [read[path][0] for path in paths], [read[path][1] for path in paths]
