@@ -16,10 +16,12 @@ from mmseg import datasets
 from mmseg.apis.train import train_segmentor
 from mmseg.config import load_config
 from mmseg.datasets.labels import voc_colours
+from mmseg.utils.errors import CheckpointError
 from mmseg.utils.visual import write_picture
 from tests.reference import recipe
 from tests.tiny import TINY_BACKBONE
 from tests.tiny_config import CONFIGS
+from tests.vspw_fixture import write_vspw
 from tools import browse_dataset, check_dataset, report
 from tools import test as test_tool
 
@@ -229,3 +231,22 @@ def test_the_snippets_of_cityscapes_train_from_its_images(tmp_path):
     assert runner.iter == 2 and trained and len(trained) < len([*runner.model.parameters()])
     same = [torch.equal(weights[0][key], weights[1][key]) for key in weights[0] if key.startswith('backbone')]
     assert len(same) > 50 and all(same)
+
+
+@pytest.mark.parametrize('name', ['ADE20K', 'COCOStuff164k'])
+def test_weights_of_an_image_set_start_the_training_on_vspw(name, tmp_path):
+    made = SETS[name]
+    made.write(tmp_path / 'data', len(getattr(datasets, name).CLASSES))
+    options = {'work_dir': str(tmp_path / '1')}
+    train_segmentor(load_config(config_of(name, made, tmp_path / 'data'), options), validate=False)
+    vspw = tmp_path / 'vspw.py'
+    vspw.write_text(f"_base_ = '{CONFIGS}/1f_themask_mit_b1.py'\ndata_root = '{write_vspw(tmp_path / 'vspw')}'\n{TINY}")
+    options = {'work_dir': str(tmp_path / '2'), 'load_from': str(tmp_path / '1')}
+    with pytest.raises(CheckpointError, match=r"load_from_fresh=\['class_embed'\]"):
+        train_segmentor(load_config(vspw, options), validate=False)
+    options |= {'load_from_fresh': ['class_embed'], 'lr_config.policy': 'fixed', 'optimizer.lr': 0.0}
+    runner = train_segmentor(load_config(vspw, options), validate=False)
+    before = torch.load(tmp_path / '1' / 'iter_2.pth', weights_only=False)['state_dict']
+    kept = {key: torch.equal(value, before[key]) for key, value in runner.model.state_dict().items()
+            if 'criterion' not in key}
+    assert [key for key, same in kept.items() if not same] == [key for key in kept if 'class_embed' in key]
