@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmseg.apps.check_dataset import Report, SplitToCheck, check_split
+from mmseg.apps.check_dataset import Report, SplitToCheck, check_split, same_pictures
 from mmseg.config import config_inputs, load_config
 from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.console import table, table_console
@@ -73,18 +73,23 @@ def show(report: Report, console: Console) -> None:
     for warning in report.warnings:
         console.print(f'warning: {warning.kind}: {warning.message}', style='yellow', highlight=False, soft_wrap=True)
     total = int(report.pixels.sum())
+    names = {**dict(enumerate(report.classes)), VOID: 'void'}
+    if report.raw:
+        before = [(str(raw), names[label], f'{pixels:,}') for (raw, label), pixels in sorted(report.raw.items())]
+        console.print(table(('in the files', 'class', 'pixels'), before, f'{report.split}: what masks hold'))
     if total:
-        named = [(name, str(index), report.pixels[index]) for index, name in enumerate(report.classes)]
-        rows = [(name, label, f'{pixels:,}', f'{pixels / total:.2%}')
-                for name, label, pixels in [*named, ('void', str(VOID), report.pixels[VOID])] if pixels]
-        console.print(table(('class', 'label', 'pixels', 'share'), rows, f'{report.split}: pixels of each class'))
-        absent = [name for name, _, pixels in named if not pixels]
+        rows = [(name, str(label), f'{pixels:,}', f'{pixels / total:.2%}', str(report.class_videos[label]))
+                for label, name in names.items() if (pixels := report.pixels[label])]
+        console.print(table(('class', 'label', 'pixels', 'share', 'videos'), rows,
+                            f'{report.split}: pixels and videos of each class'))
+        absent = sum(not report.pixels[label] for label in range(len(report.classes)))
         if absent:
-            console.print(f'{report.split}: {len(absent)} of {len(named)} classes do not occur', highlight=False)
+            console.print(f'{report.split}: {absent} of {len(report.classes)} classes do not occur', highlight=False)
     counts = Counter(problem.kind for problem in report.problems)
     kinds = ', '.join(f'{count} {kind}' for kind, count in counts.most_common())
+    labelled = f', {report.labelled} of them labelled' if 0 < report.labelled < report.frames else ''
     console.print(
-        f'{report.split}: {report.videos} videos, {report.frames} frames, '
+        f'{report.split}: {report.videos} videos, {report.frames} frames{labelled}, '
         f'{len(report.problems)} problems{f" ({kinds})" if kinds else ""}', highlight=False, soft_wrap=True)
 
 
@@ -126,6 +131,7 @@ def check(args: argparse.Namespace) -> int:
                     reports.append(check_split(split, args.workers, track))
         except Interrupted:
             end_now(interruption.status)  # a thread may be waiting for a file that never comes
+    same_pictures(reports)
     try:
         write_json(args.json, named(splits, reports))
     finally:  # what was found is shown on a full disk, too

@@ -109,18 +109,41 @@ class LabelRule:
             DataError: the file cannot be read.
             UnknownLabelError: it holds a value or a colour that no class has.
         """
+        raw = self.raw(path)
+        labels = self.labels_of(raw, path)
+        return labels, raw if self.as_stored else labels
+
+    def raw(self, path: str) -> np.ndarray:
+        """What a mask file holds: values ``[H,W]``, decoded ids ``[H,W]``, or colours ``[H,W,3]`` BGR.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
         if self.colours:
-            raw = read_colours(path)
+            return read_colours(path)
+        return self._decoded(path) if self.decoder else read_mask(path)
+
+    def labels_of(self, raw: np.ndarray, path: str) -> np.ndarray:
+        """Labels ``[H,W]`` uint8 of what :meth:`raw` has read.
+
+        Raises:
+            UnknownLabelError: a value or a colour that no class has.
+        """
+        if self.colours:
             labels = _labels_of_colours(raw, self.table)
-        elif self.decoder:
-            raw = self._decoded(path)
-            labels = self.table.take(raw)
         else:
-            raw = read_mask(path)
-            labels = cv2.LUT(raw, self.table)
+            labels = self.table.take(raw) if self.decoder else cv2.LUT(raw, self.table)
         if self.other is None and (labels == _NO_CLASS).any():
             raise UnknownLabelError(f'{path}: {self._unknown(raw, labels == _NO_CLASS)}')
-        return labels, raw if self.as_stored else labels
+        return labels
+
+    def counts(self, raw: np.ndarray) -> Counter[tuple[Any, int]]:
+        """Pixels of each value that :meth:`raw` has read, or colour (R, G, B), with its label."""
+        if self.colours:
+            raw = raw @ np.array([1, 1 << 8, 1 << 16])  # BGR
+        values, counts = np.unique(raw, return_counts=True)
+        return Counter({((v >> 16, v >> 8 & 255, v & 255) if self.colours else v, int(self.table[v])): n
+                        for v, n in zip(values.tolist(), counts.tolist())})
 
     def _decoded(self, path: str) -> np.ndarray:
         assert self.decoder is not None

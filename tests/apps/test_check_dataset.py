@@ -248,3 +248,45 @@ def test_frames_without_masks_may_be_as_they_should(tmp_path):
     assert [kind for kind, _ in found['error']] == ['missing mask'] * 19
     assert found['ignore'] == [('short video', 'b')], 'its masked frame is too near to both ends for a clip'
     assert found['skip'] == [('short video', 'a'), ('short video', 'b')]
+
+
+def test_the_same_picture_in_two_splits_is_a_warning(tmp_path, capsys):
+    """Also after another compression; other pictures, and pictures of one grey, are not reported."""
+    root = write_vspw(tmp_path / 'set', {'train': {'a': 4}, 'val': {'b': 4, 'c': 4}})
+    origin = root / 'data'
+    for name in ('00000002', '00000003'):
+        cv2.imwrite(str(origin / 'b/origin' / f'{name}.jpg'), cv2.imread(str(origin / f'a/origin/{name}.jpg')),
+                    [cv2.IMWRITE_JPEG_QUALITY, 70])
+    for video in 'ac':
+        cv2.imwrite(str(origin / video / 'origin/00000001.jpg'), np.full((60, 107, 3), 90, np.uint8))
+    assert main([str(root), '--json', str(tmp_path / 'report.json')]) == 0
+    report = json.loads((tmp_path / 'report.json').read_text())
+    assert [(w['kind'], w['video'], w['message']) for w in report['val']['warnings']] == [(
+        'same picture', 'b', "2 frames of 'b', the first 00000002, show the same as frames of 'a' in split 'train'")]
+    assert 'same picture' in capsys.readouterr().out
+
+
+def test_gaps_and_labels_before_and_after_the_map_are_counted(tmp_path, capsys):
+    root = write_vspw(tmp_path / 'set', {'val': {'a': 6, 'b': 6}})
+    for video in 'ab':
+        for number in (3, 5):
+            (root / f'data/{video}/mask/0000000{number}.png').unlink()
+    for folder, suffix in (('origin', 'jpg'), ('mask', 'png')):
+        for number in (4, 5, 6):
+            path = root / f'data/b/{folder}/0000000{number}.{suffix}'
+            if path.exists():
+                path.rename(path.with_stem(f'000000{number + 10}'))
+    (tmp_path / 'c.py').write_text(
+        f"data = dict(test=dict(type='VSPWDataset', data_root='{root}', split='val', test_size=1, pipeline=[],"
+        "unlabelled='ignore', classes=['low', 'high'], label_map={**{i: 0 for i in range(1, 60)}, 'other': 'high', "
+        '0: None}))\n')
+    assert main([str(tmp_path / 'c.py'), '--json', str(tmp_path / 'report.json')]) == 0
+    report = json.loads((tmp_path / 'report.json').read_text())['val']
+    (gap,) = report['warnings']
+    assert gap['kind'] == 'gaps' and "jump 1 times, in 1 of 2 videos, first in 'b' after 00000003" in gap['message']
+    assert (report['frames'], report['labelled']) == (12, 8) and report['class_videos'] == {'low': 2, 'high': 2}
+    for label, name in ((0, 'low'), (1, 'high')):
+        assert report['pixels'][name] == sum(row['pixels'] for row in report['raw'] if row['label'] == label) > 0
+    assert all((row['raw'] < 60) == (row['label'] == 0) for row in report['raw'] if row['raw'] not in (0, 255))
+    out = capsys.readouterr().out
+    assert 'val: what masks hold' in out and '12 frames, 8 of them labelled, 0 problems' in out

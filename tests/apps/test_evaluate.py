@@ -16,9 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmseg.apis.test import metrics_for
 from mmseg.apps.evaluate import main
+from mmseg.config import load_config
 from mmseg.core.evaluation import StreamingMetrics
+from mmseg.datasets import build_dataset
+from mmseg.utils.visual import write_label_png
 from tests.reference import recipe
+from tests.vspw_fixture import write_vspw
 
 KEYS = ['mIoU', 'mIoU_vspw', 'fwIoU', 'aAcc', 'mAcc', 'VC8', 'VC16']
 
@@ -253,3 +258,33 @@ def test_help_has_examples(score, capsys):
     with pytest.raises(SystemExit):
         score('--help')
     assert 'examples:' in capsys.readouterr().out
+
+
+def test_ground_truth_may_be_a_data_set(tmp_path, score):
+    """With its label map and its frames without labels; the scores are those that the test of the data set gives."""
+    root = write_vspw(tmp_path / 'set')
+    for path in (root / 'data/v0/mask').glob('*[345].png'):
+        path.unlink()
+    config = tmp_path / 'c.py'
+    config.write_text(
+        f"data = dict(test=dict(type='VSPWDataset', data_root='{root}', split='val', test_size=1, pipeline=[], "
+        "unlabelled='ignore', classes=['low', 'high'], label_map={**{i: 0 for i in range(1, 60)}, 'other': 'high', "
+        '0: None}))\n')
+    dataset = build_dataset(load_config(config).data.test, 'data.test')
+    rng = np.random.default_rng(0)
+    metrics = metrics_for(dataset, ['VC2'])
+    for video in dataset.videos:
+        for frame in video.frames:
+            pred = rng.integers(0, 2, (60, 107)).astype(np.uint8)
+            write_label_png(tmp_path / 'pred' / video.name / f'{frame}.png', pred, dataset.PALETTE)
+            mask = dataset.mask_of(video.name, frame)
+            metrics.update(video.name, frame, pred, mask and dataset.labels.read(mask)[0])
+    common = (tmp_path / 'pred', '--data', config)
+    score(*common, '--vc', 2, '--json', tmp_path / 'scores.json', '--per-class')
+    stored = json.loads((tmp_path / 'scores.json').read_text())
+    assert {key: stored[key] for key in ('mIoU', 'VC2')} == {key: metrics.compute()[key] for key in ('mIoU', 'VC2')}
+    assert [row['class'] for row in stored['per_class']] == ['low', 'high']
+    assert 'leave out GT_DIR' in score(*common, '--num-classes', 2, status=1).stderr
+    assert 'expected PRED_DIR GT_DIR' in score(tmp_path / 'pred', status=1).stderr
+    done = score(*common, '--vc', 7)
+    assert 'VC7 has no value: no video has 8 labelled frames in a row' in done.stdout
