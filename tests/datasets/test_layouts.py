@@ -69,6 +69,13 @@ def test_further_groups_are_joined_to_the_name(tmp_path):
     assert split_of(tmp_path, **{**CITY, 'frame_pattern': pattern}).videos() == ['aachen/000000']
 
 
+def test_a_path_that_names_no_video_is_none(tmp_path):
+    touch(tmp_path, 'f/a_1.jpg', 'f/2.jpg')
+    pattern = r'(?:(?P<video>[a-z]+)_)?(?P<frame>\d+)\.jpg'
+    split = split_of(tmp_path, split_file=None, frames='f', masks='m/{video}', frame_pattern=pattern)
+    assert split.videos() == ['a'] and split.files('frames', 'a') == ['1']
+
+
 def test_patterns_of_names_in_the_folders_of_videos(tmp_path):
     touch(tmp_path, 'data/a/origin/left_2.jpeg', 'data/a/origin/left_10.jpeg', 'data/a/origin/right_2.jpeg',
           'data/a/mask/label-2.png')
@@ -260,7 +267,17 @@ def test_folders_that_lead_back_are_read_once(tmp_path):
     assert split_of(tmp_path, **IMAGES).videos() == ['a']
 
 
-def test_each_folder_is_read_once(tmp_path, monkeypatch):
+@pytest.fixture
+def read(monkeypatch):
+    """How often each folder has been read."""
+    found: Counter[str] = Counter()
+    for name in ('listdir', 'scandir'):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, real=real: (found.update([str(path)]), real(path))[1])
+    return found
+
+
+def test_a_folder_of_many_videos_is_read_once(tmp_path, read):
     for city in ('a', 'b'):
         folder = tmp_path / 'images' / 'train' / city
         folder.mkdir(parents=True)
@@ -268,11 +285,15 @@ def test_each_folder_is_read_once(tmp_path, monkeypatch):
             for frame in range(30):
                 (folder / f'{city}_{sequence:06d}_{frame:06d}_image.png').touch()
     touch(tmp_path, 'fine/train/a/a_000000_000019_labels.png')
-    read: Counter[str] = Counter()
-    for name in ('listdir', 'scandir'):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda path, real=real: (read.update([str(path)]), real(path))[1])
     split = split_of(tmp_path, **CITY, max_gap=1)
     frames = sum(len(split.files('frames', video)) for video in split.videos())
     assert frames == 3000 and sum(split.has('masks', video) for video in split.videos()) == 1
     assert max(read.values()) == 1 and len(read) == 5, read
+
+
+@pytest.mark.parametrize('layout', [dict(max_gap=1), dict(max_gap=1, split_file=None), dict(split_file=None)])
+def test_the_folder_of_a_video_is_read_once_however_it_is_cut(tmp_path, read, layout):
+    touch(tmp_path, *(f'data/a/{kind}' for i in (1, 5, 9) for kind in (f'origin/{i}.jpg', f'mask/{i}.png')))
+    (tmp_path / 'train.txt').write_text('a')
+    assert len(cut(tmp_path, **layout)[1]) == (3 if 'max_gap' in layout else 1)
+    assert read[str(tmp_path / 'data/a/origin')] == 1

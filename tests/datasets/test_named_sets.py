@@ -9,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmseg import datasets
 from mmseg.apis.train import train_segmentor
 from mmseg.config import load_config
 from mmseg.datasets.labels import voc_colours
+from mmseg.utils.errors import CheckpointError
 from mmseg.utils.visual import write_picture
 from tests.reference import recipe
 from tests.tiny import TINY_BACKBONE
 from tests.tiny_config import CONFIGS
-from tools import check_dataset
+from tests.vspw_fixture import write_vspw
+from tools import browse_dataset, check_dataset, report
 from tools import test as test_tool
 
 SIZE = (60, 107)
@@ -199,9 +202,51 @@ def test_a_set_in_its_own_layout(name, tmp_path, capsys):
     out = tmp_path / 'scores'
     assert test_tool.main([
         str(config), str(tmp_path / 'work'), '--work-dir', str(out), '--report', str(tmp_path / 'page'),
-        '--show-dir', str(tmp_path / 'pictures')]) == 0, capsys.readouterr().err
-    scores = json.loads(next(out.glob('*.json')).read_text())
-    assert 'mIoU' in json.dumps(scores)
-    assert made.splits and (tmp_path / 'page' / 'index.html').stat().st_size > 10_000
-    first = dataset.videos[0]
-    assert (tmp_path / 'pictures' / first.name / f'{first.frames[0]}.jpg').is_file()
+        '--show-dir', str(tmp_path / 'pictures'), '--out', str(tmp_path / 'maps')]) == 0, capsys.readouterr().err
+    scores = json.loads((out / 'metrics.json').read_text())
+    assert 0 <= scores['mIoU'] <= 1
+    for video in dataset.videos:
+        pictures = sorted(path.name for path in (tmp_path / 'pictures' / video.name).iterdir())
+        assert pictures == [f'{frame}.jpg' for frame in video.frames]
+    again = tmp_path / 'again.json'
+    assert report.main([
+        str(tmp_path / 'maps'), '--config', str(config), '--out', str(tmp_path / 'page2'), '--json', str(again)]) == 0
+    assert json.loads(again.read_text())['mIoU'] == pytest.approx(scores['mIoU'])
+    sheets = [str(config), '--part', 'train', '--number', '1', '--out', str(tmp_path / 'sheets')]
+    assert browse_dataset.main(sheets) == 0 and len([*(tmp_path / 'sheets').iterdir()]) == 1
+
+
+def test_the_snippets_of_cityscapes_train_from_its_images(tmp_path):
+    root = tmp_path / 'data'
+    configs = {}
+    for name in ('Cityscapes', 'CityscapesVideo'):
+        SETS[name].write(root, 19)
+        configs[name] = config_of(name, SETS[name], root)
+    stage1 = load_config(configs['Cityscapes'], {'work_dir': str(tmp_path / '1')})
+    train_segmentor(stage1, validate=False)
+    options = {'work_dir': str(tmp_path / '2'), 'finetune_from': str(tmp_path / '1')}
+    runner = train_segmentor(load_config(configs['CityscapesVideo'], options), validate=False)
+    weights = [torch.load(tmp_path / stage / 'iter_2.pth', weights_only=False)['state_dict'] for stage in '12']
+    trained = {name for name, parameter in runner.model.named_parameters() if parameter.requires_grad}
+    assert runner.iter == 2 and trained and len(trained) < len([*runner.model.parameters()])
+    same = [torch.equal(weights[0][key], weights[1][key]) for key in weights[0] if key.startswith('backbone')]
+    assert len(same) > 50 and all(same)
+
+
+@pytest.mark.parametrize('name', ['ADE20K', 'COCOStuff164k'])
+def test_weights_of_an_image_set_start_the_training_on_vspw(name, tmp_path):
+    made = SETS[name]
+    made.write(tmp_path / 'data', len(getattr(datasets, name).CLASSES))
+    options = {'work_dir': str(tmp_path / '1')}
+    train_segmentor(load_config(config_of(name, made, tmp_path / 'data'), options), validate=False)
+    vspw = tmp_path / 'vspw.py'
+    vspw.write_text(f"_base_ = '{CONFIGS}/1f_themask_mit_b1.py'\ndata_root = '{write_vspw(tmp_path / 'vspw')}'\n{TINY}")
+    options = {'work_dir': str(tmp_path / '2'), 'load_from': str(tmp_path / '1')}
+    with pytest.raises(CheckpointError, match=r"load_from_fresh=\['class_embed'\]"):
+        train_segmentor(load_config(vspw, options), validate=False)
+    options |= {'load_from_fresh': ['class_embed'], 'lr_config.policy': 'fixed', 'optimizer.lr': 0.0}
+    runner = train_segmentor(load_config(vspw, options), validate=False)
+    before = torch.load(tmp_path / '1' / 'iter_2.pth', weights_only=False)['state_dict']
+    kept = {key: torch.equal(value, before[key]) for key, value in runner.model.state_dict().items()
+            if 'criterion' not in key}
+    assert [key for key, same in kept.items() if not same] == [key for key in kept if 'class_embed' in key]
