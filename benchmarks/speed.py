@@ -11,6 +11,7 @@ Parts:
   checkpointing, and matching and losses alone, forward and backward.
 * data: a training clip of two frames from decoded images to tensors.
 * masks: a colour mask of 1920x1080 with 30 classes, to labels; the plain arm decodes its PNG and no more.
+* sparse: training clips from files; the plain arm has a label for every frame, ours for one of 30.
 * post: scores at stride 4 to label maps.
 * linear: linear layers of the model alone, BLAS beside what the model uses, in float32 and bfloat16.
 * attention: attention alone, torch's own beside what the model uses, in float32 and bfloat16.
@@ -29,6 +30,7 @@ import gc
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -52,7 +54,7 @@ from torch import Tensor, nn
 from benchmarks import plain
 from mmseg.config import load_config
 from mmseg.core import build_optimizer
-from mmseg.datasets import VSPWDataset
+from mmseg.datasets import VSPWDataset, build_dataset
 from mmseg.datasets.labels import describe_labels
 from mmseg.datasets.pipelines.compose import Compose
 from mmseg.kernels.half import low_copies
@@ -66,7 +68,7 @@ from mmseg.utils.visual import write_picture
 ARMS = ('plain', 'ours')
 CLASSES = 124
 CONFIGS = Path(__file__).parents[1] / 'local_configs' / 'themask'
-PARTS = ('eval', 'train', 'data', 'masks', 'post', 'linear', 'attention')
+PARTS = ('eval', 'train', 'data', 'masks', 'sparse', 'post', 'linear', 'attention')
 Run = Callable[[], Any]
 
 
@@ -281,6 +283,37 @@ def mask_cases(args: argparse.Namespace) -> Iterator[Case]:
     yield Case('8 colour masks 1920x1080, 30 classes', make)
 
 
+def sparse_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Reading and drawing clips of two frames, around labelled frames alone."""
+    rng = np.random.default_rng(5)
+    height, width = args.size or (480, 864)
+    frames = [np.kron(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8), np.ones((height // 8, width // 9, 1), np.uint8))
+              for _ in range(4)]
+    masks = list(labels_of(4, height, width)[0].numpy().astype(np.uint8))
+    cfg = load_config(CONFIGS / 'video_themask_mit_b1.py').data.train.dataset
+
+    def make(arm: str) -> Run:
+        folder = tempfile.TemporaryDirectory()
+        for i in range(60):
+            write_picture(Path(folder.name) / f'data/video/origin/{i:03d}.jpg', frames[i % 4])
+            if arm == 'plain' or i % 30 == 19:
+                write_picture(Path(folder.name) / f'data/video/mask/{i:03d}.png', masks[i % 4] + 1)
+        (Path(folder.name) / 'train.txt').write_text('video')
+        dataset = build_dataset({
+            **cfg, 'data_root': folder.name, 'unlabelled': 'error' if arm == 'plain' else 'ignore'})
+
+        def run() -> None:
+            for seed in range(8):
+                random.seed(seed)
+                np.random.seed(seed)
+                dataset[0]
+
+        weakref.finalize(run, folder.cleanup)
+        return run
+
+    yield Case('8 training clips of 2 frames from files', make)
+
+
 def post_cases(args: argparse.Namespace) -> Iterator[Case]:
     """Scores at stride 4 to label maps."""
     height, width = args.size or (480, 864)
@@ -348,8 +381,8 @@ def attention_cases(args: argparse.Namespace) -> Iterator[Case]:
 def cases_of(args: argparse.Namespace, part: str) -> list[Case]:
     """The rows of one part."""
     cases = {
-        'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'masks': mask_cases, 'post': post_cases,
-        'linear': linear_cases, 'attention': attention_cases,
+        'eval': eval_cases, 'train': train_cases, 'data': data_cases, 'masks': mask_cases, 'sparse': sparse_cases,
+        'post': post_cases, 'linear': linear_cases, 'attention': attention_cases,
     }  # fmt: skip
     return list(cases[part](args))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import runpy
 import shlex
@@ -101,6 +102,34 @@ def test_the_config_of_the_readme_trains_and_is_tested(tmp_path):
     done = run_tool('test', file, tmp_path / 'work', '--work-dir', tmp_path / 'scores', '--options', *small)
     assert done.returncode == 0, done.stderr
     assert 'person' in done.stdout and 'mIoU' in done.stdout
+
+
+def test_the_recipe_for_sparse_colour_masks_trains_and_is_tested(tmp_path, monkeypatch):
+    ours = re.compile('data/mine/frames|^mine =', re.MULTILINE)
+    split, config = (block for block in blocks('python', PAGES['data.md']) if ours.search(block))
+    assert len((split + config).splitlines()) <= 25
+    (colours,) = re.findall(r'palette=(\[\[.*?\]\])', config)
+    palette = np.array(json.loads(colours), np.uint8)
+    for video in ('one', 'two'):
+        labels = recipe.raw_mask(3, 12, 60, 107) % 5
+        for i, label in enumerate(labels):
+            write_picture(tmp_path / f'data/mine/frames/{video}/{i:03d}.jpg', recipe.frame(3, i, 60, 107))
+            if i % 10 == 0:
+                write_picture(tmp_path / f'data/mine/masks/{video}/{i:03d}.png', palette[label][..., ::-1])
+    monkeypatch.chdir(tmp_path)
+    exec(split, {})
+    file = tmp_path / 'mine.py'
+    base, _, own = config.replace("'./", f"'{ROOT}/local_configs/").partition('\n')
+    own = own.replace('model = dict(decode_head=dict(num_classes=5))', "model['decode_head']['num_classes'] = 5")
+    file.write_text(f'{base}\n{TINY_MODEL}\n{own}')
+    small = ('img_scale=(107,60)', 'crop_size=(64,64)', 'data.workers_per_gpu=0', 'runner.max_iters=2',
+             f'data_root={tmp_path}/data/mine')
+    for each in ('train.dataset', 'val', 'test'):
+        small += (f'data.{each}.data_root={tmp_path}/data/mine',)
+    done = run_tool('train', file, '--work-dir', tmp_path / 'work', '--options', *small)
+    assert done.returncode == 0, done.stderr
+    done = run_tool('test', file, tmp_path / 'work', '--work-dir', tmp_path / 'scores', '--options', *small)
+    assert done.returncode == 0 and 'water' in done.stdout and 'VC8 has no value' in done.stdout, done.stderr
 
 
 def test_the_data_set_of_the_docs_reads_its_layout(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def test_rows_and_printed_table(tmp_path, capsys):
 def test_both_arms_of_every_part_do_the_same_kind_of_work():
     args = speed.parse(['--backbone', 'mit_b0', '--size', '32', '64', '--frames', '2'])
     names = {part: [case.name for case in speed.cases_of(args, part)] for part in speed.PARTS}
-    assert [len(names[part]) for part in speed.PARTS] == [2, 3, 1, 1, 1, 8, 8]
+    assert [len(names[part]) for part in speed.PARTS] == [2, 3, 1, 1, 1, 1, 8, 8]
     for arm in speed.ARMS:
         labels = speed.cases_of(args, 'eval')[0].make(arm)()
         assert labels.shape == (1, 2, 32, 64)

@@ -7,7 +7,7 @@ Draws and their order are those of mmsegmentation 0.x, so seeds mean what they m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import methodcaller
 from typing import Any, Literal
@@ -214,7 +214,7 @@ class Pad(Transform):
         size: (height, width) to reach.
         size_divisor: instead of ``size``: reach the next multiple of it.
         pad_val: value for frames.
-        seg_pad_val: value for label maps.
+        seg_pad_val: value for label maps; a frame without labels stays without any (254).
     """
 
     def __init__(
@@ -241,9 +241,12 @@ class Pad(Transform):
         if bottom or right:
             pad = partial(
                 cv2.copyMakeBorder, top=0, bottom=bottom, left=0, right=right, borderType=cv2.BORDER_CONSTANT)
-            map_clip(results, partial(pad, value=[self.pad_val] * 3),
-                     lambda label: pad(label.array(), value=[self.seg_pad_val]))
+            map_clip(results, partial(pad, value=[self.pad_val] * 3), lambda label: self._padded(label.array(), pad))
         results.update(
             pad_shape=last_frame(results['img']).shape, pad_fixed_size=self.size,
             pad_size_divisor=self.size_divisor)
         return results
+
+    def _padded(self, label: np.ndarray, pad: Callable[..., np.ndarray]) -> np.ndarray:
+        unlabelled = label.flat[0] == UNKNOWN and (label == UNKNOWN).all()
+        return pad(label, value=[UNKNOWN if unlabelled else self.seg_pad_val])
