@@ -114,6 +114,10 @@ def _train(
     dataset = build_dataset(data.train, where='data.train')
     model = build_segmentor(cfg.model, top.train_cfg, top.test_cfg)
     check_classes(model, dataset, 'data.train')
+    for part in video_datasets(dataset):
+        if part.short_videos:
+            logger.info("split '%s': %d videos are left out, too short for a clip or without labels: %s", part.split,
+                        len(part.short_videos), some(part.short_videos))
     finetune = _initialise(model, top, cfg.get('finetune'), checkpoint)
     model.to(device)
 
