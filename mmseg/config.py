@@ -15,14 +15,17 @@ import logging
 import os
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from mmengine.config import Config, ConfigDict, DictAction
 
+from mmseg.models.backbones.normalisation import IMAGENET
 from mmseg.registry import (
+    BACKBONES,
     DATASETS,
     HOOKS,
     OPTIMIZERS,
@@ -334,6 +337,47 @@ def override(cfg: Config, options: Mapping[str, Any]) -> None:
     for first in dict.fromkeys(touched.values()):
         if first in cfg:
             _check_key(first, cfg[first])
+    fill_normalisation(cfg)
+
+
+def fill_normalisation(cfg: Config) -> None:
+    """Gives every step ``Normalize`` the values of the backbone, which alone knows what its weights expect.
+
+    A backbone says so by ``normalisation`` (of the class), or by the class method ``normalisation_of`` of its
+    arguments; where it says nothing the config does, and without values those of ImageNet hold.
+
+    Raises:
+        ConfigError: the config has other values than the backbone.
+    """
+    model = cfg.get('model')
+    section = model.get('backbone') if isinstance(model, Mapping) else None
+    expected = None
+    if isinstance(section, Mapping) and section.get('type') in BACKBONES:
+        arguments = {key: value for key, value in section.items() if key != 'type'}
+        component: Any = BACKBONES.get(section['type'])
+        ask = getattr(component, 'normalisation_of', lambda _: getattr(component, 'normalisation', None))
+        expected = ask(arguments)
+    for step, where in _steps(cfg, 'Normalize'):
+        for key, value in (expected or IMAGENET)._asdict().items():
+            value = list(value) if isinstance(value, tuple) else value
+            if key not in step:
+                step[key] = value
+            elif expected is not None and not np.allclose(step[key], value, rtol=1e-5):
+                raise ConfigError(
+                    f'{where}.{key}: {step[key]}, but the weights of the backbone expect {value}; leave mean, std '
+                    "and to_rgb out of Normalize, and the backbone's are taken")
+
+
+def _steps(place: Any, kind: str, where: str = '') -> Iterator[tuple[Any, str]]:
+    """All dicts of a config whose type is ``kind``, and where they stand."""
+    if isinstance(place, (Config, Mapping)):
+        if place.get('type') == kind:
+            yield place, where
+        for key, value in place.items():
+            yield from _steps(value, kind, f'{where}.{key}'.removeprefix('.'))
+    elif isinstance(place, (list, tuple)):
+        for i, value in enumerate(place):
+            yield from _steps(value, kind, f'{where}[{i}]')
 
 
 def _changed(place: Any, parts: Sequence[str], value: Any, where: str) -> Any:

@@ -20,7 +20,6 @@ model = dict(
             hidden_dim=32, mask_dim=32, num_queries=8, nheads=4, dim_feedforward=32, dec_layers=2)))
 """
 _DATA = """
-_norm = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 _train = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
@@ -28,7 +27,7 @@ _train = [
     dict(type='RandomCrop', crop_size=({crop}, {crop}), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
-    dict(type='Normalize', **_norm),
+    dict(type='Normalize'),
     dict(type='Pad', size=({crop}, {crop}), pad_val=0, seg_pad_val=255),
     dict(type='DefaultFormatBundle'),
     dict(type='Collect', keys=['img', 'gt_semantic_seg']),
@@ -40,7 +39,7 @@ _test = [
         transforms=[
             dict(type='AlignedResize', keep_ratio=True, size_divisor=32),
             dict(type='RandomFlip'),
-            dict(type='Normalize', **_norm),
+            dict(type='Normalize'),
             dict(type='ImageToTensor', keys=['img']),
             dict(type='Collect', keys=['img']),
         ]),

@@ -123,7 +123,7 @@ def test_right_overrides_are_applied():
 @pytest.mark.parametrize('options, key, value', [
     ({'data.train.dataset.dilation.0': -9}, 'data.train.dataset.dilation', [-9]),
     ({'data.train.dataset.pipeline.3.crop_size.1': 64}, 'data.train.dataset.pipeline.3.crop_size', (480, 64)),
-    ({'data.train.dataset.pipeline.6.mean.2': 1}, 'data.train.dataset.pipeline.6.mean', [123.675, 116.28, 1]),
+    ({'data.train.dataset.pipeline.9.keys.1': 'x'}, 'data.train.dataset.pipeline.9.keys', ['img', 'x']),
     ({'workflow.0': ['train', 1]}, 'workflow', [['train', 1]]),
     ({'evaluation.metric': ['mIoU', 'x'], 'evaluation.metric.1': 'VC8'}, 'evaluation.metric', ['mIoU', 'VC8']),
     ({'log_config.hooks.0.interval': 5, 'log_config.hooks.0.by_epoch': False}, 'log_config.hooks.0.interval', 5),
@@ -141,9 +141,9 @@ def test_an_override_reaches_every_place(options, key, value):
 
 def test_an_override_changes_no_other_place_that_shares_a_value():
     cfg = load_config(VIDEO_B1)
-    override(cfg, {'data.val.pipeline.0.type': 'LoadAnnotations', 'data.train.dataset.pipeline.6.mean.0': 7})
+    override(cfg, {'data.val.pipeline.0.type': 'LoadAnnotations', 'data.train.dataset.pipeline.9.keys.0': 'x'})
     assert cfg.data.test.pipeline[0].type == cfg.test_pipeline[0].type == 'LoadImageFromFile'
-    assert cfg.img_norm_cfg.mean[0] == cfg.train_pipeline[6].mean[0] == 123.675
+    assert cfg.train_pipeline[9]['keys'][0] == 'img' and cfg.data.train.dataset.pipeline[9]['keys'][0] == 'x'
 
 
 @pytest.mark.parametrize('options, said', [

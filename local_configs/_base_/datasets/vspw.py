@@ -7,7 +7,6 @@ data_root = 'data/vspw/VSPW_480p'
 img_scale = (853, 480)  # width, height
 ratio_range = (0.5, 2.0)  # of the random scale in training
 crop_size = (480, 480)  # height, width
-img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -16,7 +15,7 @@ train_pipeline = [
     dict(type='RandomCrop', crop_size='${crop_size}', cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
-    dict(type='Normalize', **img_norm_cfg),
+    dict(type='Normalize'),  # with the values of the backbone
     dict(type='Pad', size='${crop_size}', pad_val=0, seg_pad_val=255),
     dict(type='DefaultFormatBundle'),
     dict(type='Collect', keys=['img', 'gt_semantic_seg']),
@@ -28,7 +27,7 @@ test_pipeline = [
         transforms=[
             dict(type='AlignedResize', keep_ratio=True, size_divisor=32),
             dict(type='RandomFlip'),
-            dict(type='Normalize', **img_norm_cfg),
+            dict(type='Normalize'),
             dict(type='ImageToTensor', keys=['img']),
             dict(type='Collect', keys=['img']),
         ]),

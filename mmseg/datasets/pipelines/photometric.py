@@ -110,13 +110,20 @@ class PhotoMetricDistortion(Transform):
 class Normalize(Transform):
     """(value - mean) / std per channel, in float32, with BGR turned to RGB first.
 
+    In a config ``mean`` and ``std`` are left out: :func:`mmseg.config.load_config` takes them from the backbone.
+
     Args:
         mean: per channel, in the order after the turn.
         std: likewise.
         to_rgb: turn BGR to RGB.
     """
 
-    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float], to_rgb: bool = True):
+    def __init__(
+            self, mean: tuple[float, float, float] | None = None, std: tuple[float, float, float] | None = None,
+            to_rgb: bool = True):
+        if mean is None or std is None:
+            raise ConfigError('Normalize: mean and std are missing; load_config takes them from the backbone, other '
+                              'programs give them')
         self.mean = np.array(mean, dtype=np.float32)
         self.std = np.array(std, dtype=np.float32)
         self.to_rgb = to_rgb

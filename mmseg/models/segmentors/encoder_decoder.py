@@ -142,7 +142,7 @@ class EncoderDecoder(nn.Module):
         return self.decode_head.score_kind
 
     def init_weights(self) -> None:
-        """Loads ``pretrained`` into the backbone; does nothing where it is ``None``.
+        """Loads ``pretrained`` into the backbone, or what the backbone itself starts from.
 
         SegFormer's ImageNet checkpoints fit as they are; their classifier ``head.*`` is left out.
 
@@ -150,6 +150,8 @@ class EncoderDecoder(nn.Module):
             ConfigError: the file does not exist.
             CheckpointError: it cannot be read, or holds another backbone.
         """
+        if hasattr(self.backbone, 'init_weights'):
+            self.backbone.init_weights()
         if self.pretrained is None:
             return
         if not Path(self.pretrained).is_file():
