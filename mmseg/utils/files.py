@@ -44,7 +44,7 @@ def atomic_file(path: str | Path, sync: bool = True) -> Iterator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
         with named_errors(path, instead=True):
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~umask())
             os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -139,7 +139,8 @@ def decoded(data: bytes, path: str | Path) -> str:
     return text
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def umask() -> int:
+    """What the process takes away from the permissions of new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
