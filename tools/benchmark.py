@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from mmseg.apis.inference import init_segmentor
 from mmseg.config import OptionsAction, clip_length, config_inputs, load_config, required
 from mmseg.core.precision import Precision, set_backends
 from mmseg.datasets import build_dataset
-from mmseg.utils.allocator import use_huge_pages
+from mmseg.utils.allocator import peak_memory, use_huge_pages
 from mmseg.utils.arguments import Count, Index, check_value
 from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.dist import pick_device
@@ -62,14 +61,6 @@ def measure(step: Callable[[], int], rounds: int, warmup: int, device: torch.dev
 def _wait_for(device: torch.device) -> None:
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory in MiB: of tensors on a GPU, of the whole process on the CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == 'darwin' else 1024  # getrusage counts bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def machine(device: torch.device) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -35,7 +34,7 @@ from mmseg.apps.video_io import (
     part_of,
 )
 from mmseg.config import OptionsAction, config_inputs
-from mmseg.utils.allocator import use_huge_pages
+from mmseg.utils.allocator import peak_memory, use_huge_pages
 from mmseg.utils.cli import ArgumentParser, run_tool
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.files import refuse_overwriting, user_path, write_atomically
@@ -193,18 +192,18 @@ def run(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace, source: Source, progress: Progress, interrupted: bool) -> None:
     """Says what was done, and writes it where ``--json`` asks for it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
     summary = {
         'input': args.input, 'frames': progress.frames, 'broken': source.broken, 'broken_names': source.broken_names,
         'seconds': round(progress.seconds, 3), 'frames_per_second': round(progress.frames / progress.seconds, 2),
-        'source_fps': float(Fraction(source.fps)), 'peak_memory_mib': round(peak, 1), 'interrupted': interrupted,
+        'source_fps': float(Fraction(source.fps)), 'peak_memory_mib': round(peak_memory(), 1),
+        'interrupted': interrupted,
     }  # fmt: skip
     if args.json:
         write_atomically(args.json, json.dumps(summary, indent=1))
     outputs = [str(path) for path in (args.video, args.pictures, args.labels) if path is not None and progress.frames]
     written = ' and '.join(outputs) or 'nothing'
     print(f'{"interrupted; " if interrupted else ""}{progress.frames} frames -> {written}; {source.broken} broken; '
-          f'{summary["frames_per_second"]} frames/s; peak memory {peak:.0f} MiB')
+          f'{summary["frames_per_second"]} frames/s; peak memory {summary["peak_memory_mib"]:.0f} MiB')
 
 
 def main() -> int:

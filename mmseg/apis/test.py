@@ -22,6 +22,7 @@ from mmseg.config import required
 from mmseg.core.evaluation import ConsistencyOptions, Results, StreamingMetrics
 from mmseg.core.evaluation.temporal import temporal_measure
 from mmseg.datasets.pipelines.loading import read_frame
+from mmseg.datasets.pipelines.test_time_aug import flips_of
 from mmseg.datasets.video_dataset import VideoDataset
 from mmseg.models import build_segmentor
 from mmseg.utils.dist import broadcast_object, fail_together, gather_objects, get_dist_info, is_main_process
@@ -248,8 +249,8 @@ def _until(interruption: Interruption | None, items: Iterable[dict[str, Any]]) -
 def predict_item(segmentor: Any, item: dict[str, Any], device: torch.device) -> np.ndarray:
     """Label maps of one test item, uint8 [T, H0, W0] at the size of the files."""
     views = [view.unsqueeze(0).to(device, non_blocking=True) for view in item['img']]
-    flips = [meta['flip_direction'] if meta['flip'] else None for meta in item['img_metas']]
-    return segmentor.predict(views, flips, tuple(item['img_metas'][0]['ori_shape'][:2]))[0].cpu().numpy()
+    metas = item['img_metas']
+    return segmentor.predict(views, flips_of(metas), tuple(metas[0]['ori_shape'][:2]))[0].cpu().numpy()
 
 
 def _count(metrics: StreamingMetrics, dataset: VideoDataset, item: dict[str, Any], labels: np.ndarray) -> None:

@@ -8,9 +8,9 @@ import platform
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -49,7 +49,7 @@ from mmseg.utils.checkpoint import (
     remove_leftovers,
     run_of,
 )
-from mmseg.utils.dist import barrier, broadcast_object, describe, get_dist_info
+from mmseg.utils.dist import barrier, describe, get_dist_info, on_rank_0
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, nearest
 from mmseg.utils.files import write_atomically
 from mmseg.utils.lock import FolderLock
@@ -57,8 +57,6 @@ from mmseg.utils.logger import get_logger, setup_logger
 from mmseg.utils.names import order_changed, some
 from mmseg.utils.seed import draw_seed, set_random_seed
 from mmseg.version import __version__
-
-_Result = TypeVar('_Result')
 
 
 def train_segmentor(cfg: Config, device: torch.device | None = None, validate: bool = True) -> IterBasedRunner:
@@ -168,20 +166,6 @@ def _train(
     return runner
 
 
-def _on_rank_0(work: Callable[[], _Result]) -> _Result:
-    """What ``work`` returns on rank 0, or its error, on every rank."""
-    outcome: Any = None
-    if get_dist_info()[0] == 0:
-        try:
-            outcome = work()
-        except (ConfigError, CheckpointError) as error:
-            outcome = error
-    outcome = broadcast_object(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
 _WRITTEN_BY_US = '# The config of a training as it ran: bases and overrides resolved.\n'
 
 
@@ -205,7 +189,7 @@ def _work_dir(cfg: Config, top: TopLevel, config_text: str) -> Iterator[tuple[Pa
         return timestamp
 
     with locks:
-        timestamp = _on_rank_0(prepare)
+        timestamp = on_rank_0(prepare)
         logger = setup_logger(work_dir / f'{timestamp}.log', top.log_level)
         logger.info('config:\n%s', config_text)
         barrier()
@@ -247,7 +231,7 @@ def _run_id(resumed: Mapping[str, Any] | None, work_dir: Path) -> str | None:
                 return former
         return uuid.uuid4().hex
 
-    return _on_rank_0(choose)
+    return on_rank_0(choose)
 
 
 def _resumed_checkpoint(source: str | None, work_dir: Path) -> tuple[str | Path, dict[str, Any] | None]:
@@ -273,7 +257,7 @@ def _open_on_all_ranks(source: str) -> tuple[Path, dict[str, Any]]:
         path, content = open_checkpoint(source)
         return path
 
-    path = _on_rank_0(choose)
+    path = on_rank_0(choose)
     return path, content if content is not None else read_checkpoint(path)
 
 
@@ -380,7 +364,6 @@ def _register_evaluation(runner: IterBasedRunner, section: Mapping[str, Any] | N
     best = options.get('save_best')
     if isinstance(best, str) and best != 'auto' and best not in figures:
         raise ConfigError(f"evaluation.save_best: no figure '{best}'{nearest(best, figures)}")
-    assert runner.precision is not None
     evaluation = runner.precision.evaluation
 
     def evaluate(model: nn.Module) -> Mapping[str, float]:

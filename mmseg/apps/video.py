@@ -26,6 +26,7 @@ from mmseg.apps.video_io import DEFAULT_FPS, Frame, Source, open_source, prefetc
 from mmseg.core.precision import Precision
 from mmseg.datasets.clip_sampler import TEST_STRIDE, cut_clips
 from mmseg.datasets.pipelines import Compose
+from mmseg.datasets.pipelines.test_time_aug import flips_of
 from mmseg.models.segmentors import Encoded, Scores
 from mmseg.registry import DATASETS, find
 from mmseg.utils.errors import ConfigError, DataError
@@ -175,8 +176,7 @@ class VideoSegmenter:
     def _prepare(self, frame: Frame) -> _Slot:
         item = self._pipeline({'frames': [frame.image]})
         views, metas = (value if isinstance(value, list) else [value] for value in (item['img'], item['img_metas']))
-        flips = [meta['flip_direction'] if meta['flip'] else None for meta in metas]
-        return _Slot(frame, [view[0] for view in views], flips)
+        return _Slot(frame, [view[0] for view in views], flips_of(metas))
 
     def _offline(self, slots: Iterable[_Slot]) -> Iterator[tuple[Frame, np.ndarray]]:
         for clips, finished in cut_clips(slots, self.clip_len, self.stride, self.overlap):

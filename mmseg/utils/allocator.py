@@ -1,4 +1,4 @@
-"""How a CPU process gets and keeps the memory of large tensors; for tools, which own their process.
+"""How a process gets, keeps and has used the memory of large tensors; for tools, which own their process.
 
 The C library gives large blocks back to the system when a tensor dies, and the kernel clears new pages for the next
 one, which takes up to half of the time where tensors are large (``benchmarks/scaling.py``).  Evaluation asks for
@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import sys
+from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 _VARIABLES = ('MALLOC_', 'GLIBC_TUNABLES')
@@ -35,3 +38,13 @@ def keep_pages() -> bool:
     except (AttributeError, OSError, TypeError):  # another C library
         return False
     return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
+
+
+def peak_memory(device: Any = None) -> float:
+    """Peak memory in MiB: of tensors on a GPU, of the whole process on the CPU (``device`` None)."""
+    if device is not None and device.type == 'cuda':
+        import torch  # here, since use_huge_pages is called before it is imported
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == 'darwin' else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -8,18 +8,15 @@ import io
 import json
 import math
 import os
-import resource
 import socket
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mmseg.core.hooks.hook import Hook
 from mmseg.registry import HOOKS, retired
+from mmseg.utils.allocator import peak_memory
 from mmseg.utils.arguments import Count
 from mmseg.utils.errors import ConfigError
 
@@ -63,7 +60,7 @@ class LoggerHook(Hook):
             'time': seconds,
             'rate': 1 / seconds,
             'data_time': means.pop('data_time'),
-            'memory': _peak_memory_mib(runner.device),
+            'memory': int(peak_memory(runner.device)),
         }
 
     def after_val_epoch(self, runner: IterBasedRunner) -> None:
@@ -82,13 +79,6 @@ class LoggerHook(Hook):
                 (iterations a second), ``data_time`` (s), ``memory`` (peak, MiB) and all losses.
         """
         raise NotImplementedError
-
-
-def _peak_memory_mib(device: torch.device) -> int:
-    if device.type == 'cuda':
-        return int(torch.cuda.max_memory_allocated(device) / 2**20)
-    unit = 1 if sys.platform == 'darwin' else 1024  # getrusage counts bytes there, KiB elsewhere
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
 @HOOKS.register_module()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from mmseg.registry import PIPELINES
 from mmseg.utils.arguments import Factor
@@ -12,6 +12,11 @@ from mmseg.utils.errors import ConfigError
 from .compose import Compose
 from .geometry import Scales, scale_list, scaled
 from .transform import Direction, Results, Transform
+
+
+def flips_of(metas: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """How each view is flipped, for the segmentor, which turns its scores back."""
+    return [meta['flip_direction'] if meta['flip'] else None for meta in metas]
 
 
 @PIPELINES.register_module()
