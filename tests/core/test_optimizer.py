@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -84,6 +85,75 @@ def test_warm_up_starts_at_its_ratio_and_ends_in_the_regular_rate(base, iteratio
     assert plain(base, 1000) == 1e-7
 
 
+def by_mmcv(policy, lr, i, total, **o):
+    """The formulas as mmcv's documentation has them, each written out by itself."""
+    def cosine(start, end, share, weight=1.0):
+        return end + weight * (start - end) * (1 + np.cos(np.pi * share)) / 2
+
+    if policy == 'step':
+        falls = i // o['step'] if isinstance(o['step'], int) else sum(i >= at for at in o['step'])
+        return max(lr * o.get('gamma', 0.1) ** falls, o.get('min_lr', 0))
+    if policy == 'exp':
+        return lr * o['gamma'] ** i
+    if policy == 'CosineAnnealing':
+        return cosine(lr, o['min_lr'] if 'min_lr' in o else lr * o['min_lr_ratio'], i / total)
+    if policy == 'CosineRestart':
+        begin = 0
+        for period, weight in zip(o['periods'], o['restart_weights']):
+            if i < begin + period:
+                return cosine(lr, lr * o['min_lr_ratio'], (i - begin) / period, weight)
+            begin += period
+    initial, part = o['max_lr'] / 25, 0.3 * total
+    low = initial / 1e4
+    shape = cosine if o.get('anneal_strategy', 'cos') == 'cos' else lambda a, b, share: a + (b - a) * share
+    if i <= part - 1:
+        return shape(initial, o['max_lr'], i / (part - 1))
+    if not o.get('three_phase'):
+        return shape(o['max_lr'], low, (i - part + 1) / (total - part))
+    if i <= 2 * part - 2:
+        return shape(o['max_lr'], initial, (i - part + 1) / (part - 1))
+    return shape(initial, low, (i - 2 * part + 2) / (total + 1 - 2 * part))
+
+
+@pytest.mark.parametrize('policy, options', [
+    ('step', dict(step=30)), ('step', dict(step=[20, 70], gamma=0.3, min_lr=1e-4)), ('exp', dict(gamma=0.97)),
+    ('CosineAnnealing', dict(min_lr=1e-5)), ('CosineAnnealing', dict(min_lr_ratio=0.01)),
+    ('CosineRestart', dict(periods=[20, 50, 30], restart_weights=[1, 0.5, 0.25], min_lr_ratio=0.1)),
+    ('OneCycle', dict(max_lr=1e-2)), ('OneCycle', dict(max_lr=1e-2, anneal_strategy='linear')),
+    ('OneCycle', dict(max_lr=1e-2, three_phase=True)),
+])
+@pytest.mark.parametrize('warmup', [None, 'constant', 'linear', 'exp'])
+def test_policies_equal_mmcv_s_formulas_at_every_iteration(policy, options, warmup):
+    """A pure function of the iteration, so that a resumed run has the rates of an undisturbed one."""
+    rise = {} if warmup is None else dict(warmup=warmup, warmup_iters=10, warmup_ratio=0.2)
+    schedule = build(LrSchedule, dict(policy=policy, **options, **rise), 'lr_config', 100)
+    shares = {None: lambda i: 1, 'constant': lambda i: 0.2, 'linear': lambda i: 0.2 + 0.8 * i / 10,
+              'exp': lambda i: 0.2 ** (1 - i / 10)}
+    for i in range(100):
+        share = shares[warmup](i) if i < 10 else 1
+        assert schedule(1e-2, i) == pytest.approx(share * by_mmcv(policy, 1e-2, i, 100, **options), rel=1e-9), i
+
+
+def test_one_cycle_keeps_the_ratio_of_groups():
+    optimizer = build_optimizer(Model(), OPTIMIZER)
+    build(LrSchedule, dict(policy='OneCycle', max_lr=0.5), 'lr_config', 10).apply(optimizer, 2)
+    assert {round(group['lr'], 9) for group in optimizer.param_groups} == {0.5, 0.05}
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(policy='fixed', power=1), r"lr_config.power: policy 'fixed' has no such argument, but none"),
+    (dict(policy='step'), r"lr_config.step: missing for policy 'step'"),
+    (dict(policy='CosineAnnealing'), 'expected min_lr or min_lr_ratio, one of them'),
+    (dict(policy='CosineRestart', periods=[4, 5], min_lr=0), 'are 9 iterations together, but the training has 10'),
+    (dict(policy='CosineRestart', periods=[10], restart_weights=[1, 1], min_lr=0), 'expected one for each of 1'),
+    (dict(policy='OneCycle', max_lr=1, total_steps=9), 'the cycle is 9 iterations, but the training has 10'),
+    (dict(policy='exp', gamma=0), 'lr_config.gamma: expected float, above 0'),
+])
+def test_arguments_belong_to_their_policy(options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(LrSchedule, options, 'lr_config', 10)
+
+
 def test_rates_of_all_groups_follow_the_iteration_only():
     optimizer = build_optimizer(Model(), OPTIMIZER)
     schedule = LrSchedule(100, power=0.9)
@@ -108,7 +178,7 @@ def test_wrong_settings_are_named(change, message):
 
 
 @pytest.mark.parametrize('options', [
-    dict(policy='step'), dict(warmup='cubic', warmup_iters=3), dict(by_epoch=True), dict(warmup_by_epoch=True)])
+    dict(policy='steps'), dict(warmup='cubic', warmup_iters=3), dict(by_epoch=True), dict(warmup_by_epoch=True)])
 def test_unknown_policies_are_refused(options):
     with pytest.raises(ConfigError, match=f'lr_config.{next(iter(options))}: '):
         build(LrSchedule, options, 'lr_config', 10)

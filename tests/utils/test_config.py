@@ -159,7 +159,7 @@ def test_an_override_changes_no_other_place_that_shares_a_value():
     ({'optimizer.betas': 0.9}, 'optimizer.betas: expected list of 2 (float'),
     ({'optimizer.lr': -1}, 'optimizer.lr: expected float, at least 0, got -1'),
     ({'evaluation.metric': None}, 'evaluation.metric: expected str or list of str, got None'),
-    ({'lr_config.power': float('nan')}, 'lr_config.power: expected float, at least 0, got nan'),
+    ({'lr_config.power': float('nan')}, 'lr_config.power: expected float, at least 0 or None, got nan'),
     ({'dist_params.port': 70000}, 'dist_params.port: expected int, at least 1, at most 65535 or None, got 70000'),
     ({'log_level': 'LOUD'}, "log_level: expected 'DEBUG' or"),
     ({'finetune.copy': {'a': 3}}, 'finetune.copy.a: expected str or list of str, got 3'),
