@@ -49,7 +49,7 @@ from mmseg.utils.checkpoint import (
     remove_leftovers,
     run_of,
 )
-from mmseg.utils.dist import barrier, describe, get_dist_info, on_rank_0
+from mmseg.utils.dist import barrier, broadcast_buffers, describe, get_dist_info, on_rank_0
 from mmseg.utils.errors import CheckpointError, ConfigError, DataError, nearest
 from mmseg.utils.files import write_atomically
 from mmseg.utils.lock import FolderLock
@@ -308,6 +308,12 @@ def _initialise(
     return None
 
 
+def has_running_statistics(model: nn.Module) -> bool:
+    """Whether batch norms learn statistics, which ranks must share."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) and (
+        layer.weight is None or layer.weight.requires_grad) for layer in model.modules())
+
+
 def _distribute(model: nn.Module, device: torch.device, find_unused_parameters: bool) -> nn.Module:
     """Wraps the model for several ranks; rank 0's weights go to all."""
     if get_dist_info()[1] == 1:
@@ -318,13 +324,16 @@ def _distribute(model: nn.Module, device: torch.device, find_unused_parameters: 
         )
     # depthwise convolutions give channels-last gradients, whose layout differs in name only (one input channel)
     warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
-    # buffers are constants; recent torch renamed the switch of their copy before each forward pass
+    # statistics of batch norms are shared, other buffers are constants; recent torch renamed the switch
+    shared = has_running_statistics(model)
+    if shared and device.type == 'cuda':
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     renamed = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
-    constant_buffers: dict[str, Any] = {'forward_sync_buffers' if renamed else 'broadcast_buffers': False}
+    shared_buffers: dict[str, Any] = {'forward_sync_buffers' if renamed else 'broadcast_buffers': shared}
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == 'cuda' else None,
-        **constant_buffers,
+        **shared_buffers,
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=True,
     )
@@ -367,6 +376,8 @@ def _register_evaluation(runner: IterBasedRunner, section: Mapping[str, Any] | N
     evaluation = runner.precision.evaluation
 
     def evaluate(model: nn.Module) -> Mapping[str, float]:
+        if runner.world_size > 1 and has_running_statistics(model):
+            broadcast_buffers(model)
         return run_test(
             model, dataset, loader, device=runner.device, metrics=metrics_for(dataset, config.metric),
             autocast=lambda: evaluation(model), gather=gather, interruption=runner.interruption,

@@ -297,6 +297,13 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def broadcast_buffers(model: Any) -> None:
+    """Gives every rank the buffers that ``model`` has on rank 0."""
+    with with_others():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's ``value`` (any picklable object) on every rank."""
     return gather_objects(value)[0]
