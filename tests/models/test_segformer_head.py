@@ -85,8 +85,8 @@ def test_classes_may_weigh_differently_and_all_void_gives_zero():
 def test_it_trains_is_tested_and_old_configs_build(tmp_path):
     root = write_vspw(tmp_path / 'vspw')
     head = dict(
-        _delete_=True, type='SegFormerHead', num_classes=124, in_channels=list(CHANNELS), feature_strides=[4, 8, 16, 32],
-        channels=128, embed_dim=12, norm_cfg=dict(type='SyncBN', requires_grad=True), align_corners=False)
+        _delete_=True, type='SegFormerHead', num_classes=124, in_channels=list(CHANNELS), channels=128, embed_dim=12,
+        feature_strides=[4, 8, 16, 32], norm_cfg=dict(type='SyncBN', requires_grad=True), align_corners=False)
     cfg = load_config(write_tiny_config(tmp_path / 'c.py', root, iters=3, extra=f"model['decode_head'] = {head}"))
     cfg.work_dir = str(tmp_path / 'w')
     train_segmentor(cfg, validate=False)
