@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def entries() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     for name in own.VARIANTS:
         yield f'`{name}`', getattr(own, name)
     for i in range(5):
-        yield f"`EfficientNetLite('lite{i}')`", lambda i=i: own.EfficientNetLite(f'lite{i}')  # type: ignore[misc]
+        yield f"`EfficientNetLite('lite{i}')`", partial(own.EfficientNetLite, f'lite{i}')  # type: ignore[arg-type]
     try:
         import transformers
     except ImportError:
@@ -36,13 +38,11 @@ def entries() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     for name, kind in (('Swin-T', 'Swin'), ('ConvNeXt-T', 'ConvNext'), ('DINOv2-S, patch 14', 'Dinov2')):
         options: dict[str, Any] = dict(hidden_size=384, num_attention_heads=6) if kind == 'Dinov2' else {}
         config = getattr(transformers, f'{kind}Config')(**options)
-        yield f'`HFBackbone`: {name}', lambda config=config: _of_transformers(config)  # type: ignore[misc]
+        yield f'`HFBackbone`: {name}', partial(_of_transformers, config)
 
 
 def _of_transformers(config: Any) -> ExternalBackbone:
     """An :class:`~mmseg.models.backbones.HFBackbone` of a config that is in no folder."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         return own.HFBackbone(folder)

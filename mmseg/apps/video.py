@@ -25,10 +25,12 @@ from mmseg.apis.inference import as_frame
 from mmseg.apps.video_io import DEFAULT_FPS, Frame, Source, open_source, prefetch
 from mmseg.core.precision import Precision
 from mmseg.datasets.clip_sampler import TEST_STRIDE, cut_clips
+from mmseg.datasets.labels import describe_labels
 from mmseg.datasets.pipelines import Compose
 from mmseg.datasets.pipelines.test_time_aug import flips_of
 from mmseg.models.segmentors import Encoded, Scores
 from mmseg.registry import DATASETS, find
+from mmseg.utils.arguments import named_parameters
 from mmseg.utils.errors import ConfigError, DataError
 from mmseg.utils.visual import Palette, colourise, legend, overlay
 
@@ -225,15 +227,19 @@ class VideoSegmenter:
 
 
 def classes_of(model: Any) -> tuple[Sequence[str], Palette]:
-    """Names and colours of the classes of a model: those of the data set of ``data.test`` in its config.
+    """Names and colours of the classes of a model: those of its checkpoint, or else of the data set of ``data.test``.
 
     Raises:
         ConfigError: the data set has fewer classes than the model.
     """
-    cfg = model.cfg.data.test
-    dataset = find(DATASETS, cfg.type, 'data.test')
-    names = cfg.get('classes') or getattr(dataset, 'CLASSES', ())
-    palette = cfg.get('palette') or getattr(dataset, 'PALETTE', ())
+    names, palette = model.CLASSES, model.PALETTE
+    if not names or not palette:
+        cfg = model.cfg.data.test
+        dataset: Any = find(DATASETS, cfg.type, 'data.test')
+        names, palette = getattr(dataset, 'CLASSES', ()), getattr(dataset, 'PALETTE', ())
+        if hasattr(dataset, 'label_map'):
+            given: dict[str, Any] = {key: cfg.get(key) for key in named_parameters(describe_labels) if key in cfg}
+            names, palette, _ = describe_labels(dataset, 'data.test', **given)
     if min(len(names), len(palette)) < model.num_classes:
         raise ConfigError(f'data.test: {len(names)} class names and {len(palette)} colours for a model of '
                           f'{model.num_classes} classes')

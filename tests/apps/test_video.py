@@ -210,9 +210,13 @@ def test_class_names_come_from_the_data_set(tiny):
     model = init_segmentor(tiny[1])
     names, palette = classes_of(model)
     assert len(names) == len(palette) == 124 and names[0] == 'wall'
-    model.cfg.data.test.classes = ['a', 'b']
-    with pytest.raises(ConfigError, match='2 class names'):
+    model.cfg.data.test.classes = ['ceiling', 'wall']
+    with pytest.raises(ConfigError, match='2 class names and 2 colours for a model of 124 classes'):
         classes_of(model)
+    model.decode_head.num_classes = 2
+    assert classes_of(model) == (('ceiling', 'wall'), [palette[1], palette[0]])
+    model.CLASSES, model.PALETTE = ['x', 'y'], [[1, 2, 3], [4, 5, 6]]  # of a checkpoint
+    assert classes_of(model) == (model.CLASSES, model.PALETTE)
 
 
 def rows_of(*sizes):
