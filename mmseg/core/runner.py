@@ -223,6 +223,11 @@ class IterBasedRunner:
             name, path = signal.Signals(self.stopped_by).name, self.save_numbered()
             self.logger.info('%s: stopped after iteration %d, saved %s', name, self.iters_done, path)
 
+    def end(self) -> None:
+        """Ends the training after this iteration; what has been trained is saved."""
+        self.max_iters = self.iters_run
+        self.save_numbered()
+
     def train_mode(self) -> None:
         """Puts the model in training mode, frozen parts in eval mode where so configured."""
         self.model.train()

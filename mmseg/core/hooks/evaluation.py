@@ -12,7 +12,7 @@ from torch import nn
 
 from mmseg.core.hooks.hook import Hook
 from mmseg.core.hooks.loggers import was_evaluated
-from mmseg.registry import HOOKS
+from mmseg.registry import HOOKS, config_path
 from mmseg.utils.arguments import Count
 from mmseg.utils.checkpoint import RUN, read_checkpoint
 from mmseg.utils.dist import broadcast_object, fail_together
@@ -59,7 +59,7 @@ class EvalHook(Hook):
         self.save_best = save_best
         self.rule = rule
         if save_best is not None and save_best != 'auto':
-            self.rule = rule or _rule_of(save_best)
+            self.rule = rule or rule_of(save_best)
         self.best_score: float | None = None
         self.best_path: Path | None = None
 
@@ -103,7 +103,7 @@ class EvalHook(Hook):
         results = runner.val_results
         if self.save_best == 'auto':
             self.save_best = next(iter(results))
-            self.rule = self.rule or _rule_of(self.save_best)
+            self.rule = self.rule or rule_of(self.save_best)
         if self.save_best not in results:
             raise ConfigError(
                 f"evaluation.save_best: no figure '{self.save_best}'{nearest(str(self.save_best), results)}"
@@ -142,7 +142,7 @@ class EvalHook(Hook):
             best = own['key'], own['score'], None  # of a run from whose earlier checkpoint this one goes on
         if best is not None:
             self.save_best, self.best_score, self.best_path = best
-            self.rule = self.rule or _rule_of(str(self.save_best))
+            self.rule = self.rule or rule_of(str(self.save_best))
 
     def _best_on_disk(self, runner: IterBasedRunner) -> tuple[str, float, Path] | None:
         key = '*' if self.save_best == 'auto' else glob.escape(str(self.save_best))
@@ -155,16 +155,16 @@ class EvalHook(Hook):
                     found.append((best['key'], best['score'], path))
         if not found:
             return None
-        choose = max if (self.rule or _rule_of(found[0][0])) == 'greater' else min
+        choose = max if (self.rule or rule_of(found[0][0])) == 'greater' else min
         return choose(found, key=lambda best: best[1])
 
 
-def _rule_of(name: str) -> Rule:
+def rule_of(name: str) -> Rule:
     """Whether more or less is better, from the name of a figure."""
     lowered = name.lower()
     for rule, words in _RULES.items():
         if any(word in lowered for word in words):
             return rule
     raise ConfigError(
-        f"evaluation.save_best: is more of '{name}' better? Say so by evaluation.rule: 'greater' or 'less'"
+        f"{config_path('evaluation')}: is more of '{name}' better? Say so by rule='greater' or 'less'"
     )

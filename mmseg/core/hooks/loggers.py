@@ -158,15 +158,26 @@ class JsonLoggerHook(_FileLoggerHook):
         self._append(runner, f'{json.dumps(record)}\n'.encode())
 
 
-def was_evaluated(work_dir: str | Path, run_id: str | None, iteration: int) -> bool:
-    """Whether a run's JSON logs hold an evaluation after ``iteration`` iterations."""
-    for path in Path(work_dir).glob('*.log.json'):
+def evaluations_of(work_dir: str | Path, run_id: str | None) -> list[dict[str, Any]]:
+    """The evaluations in a run's JSON logs, by iteration; of one that was made twice the newer."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted(Path(work_dir).glob('*.log.json')):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a file that is damaged proves nothing
             about, *records = map(json.loads, path.read_text(encoding='utf-8').splitlines())
-            if about.get('run') == run_id and any(
-                    record.get('mode') == 'val' and record.get('iter') == iteration for record in records):
-                return True
-    return False
+            if about.get('run') == run_id:
+                found |= {record['iter']: record for record in records
+                          if record.get('mode') == 'val' and isinstance(record.get('iter'), int)}
+    return [found[iteration] for iteration in sorted(found)]
+
+
+def was_evaluated(work_dir: str | Path, run_id: str | None, iteration: int) -> bool:
+    """Whether a run's JSON logs hold an evaluation after ``iteration`` iterations."""
+    return any(record['iter'] == iteration for record in evaluations_of(work_dir, run_id))
+
+
+def tag_of(mode: str, name: str) -> str:
+    """Name of a number in TensorBoard or a service: ``train/<loss>``, ``val/<metric>``, ``info/time``."""
+    return 'learning_rate' if name == 'lr' else f'info/{name}' if name in _INFO else f'{mode}/{name}'
 
 
 @HOOKS.register_module()
@@ -206,8 +217,7 @@ class TensorboardLoggerHook(_FileLoggerHook):
         values = []
         for name, value in record.items():
             if not isinstance(value, str):
-                tag = 'learning_rate' if name == 'lr' else f'info/{name}' if name in _INFO else f'{mode}/{name}'
-                values.append(self._summaries.Summary.Value(tag=tag, simple_value=value))
+                values.append(self._summaries.Summary.Value(tag=tag_of(mode, name), simple_value=value))
         self._append_events(runner, {'step': iteration, 'summary': self._summaries.Summary(value=values)})
 
     def _append_events(self, runner: IterBasedRunner, *events: dict[str, Any]) -> None:
