@@ -9,8 +9,10 @@ function that reads it (:data:`SECTIONS`).  A wrong key must not pass in silence
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
+import json
 import logging
 import os
 import pkgutil
@@ -41,6 +43,7 @@ from mmseg.utils.arguments import Count, Positive, Range
 from mmseg.utils.errors import ConfigError, nearest
 
 _REFERENCE = re.compile(r'\$\{([A-Za-z_]\w*)\}')
+_BRACED = re.compile(r'[\[(\s]*\{')
 _DELETE = '_delete_'
 
 
@@ -79,6 +82,8 @@ class TopLevel:
         load_from: checkpoint or work dir whose weights the training starts from; all must fit.
         load_from_fresh: parts of parameter names, as they stand in checkpoints; those that ``load_from`` may leave at
             their start values, such as ``['class_embed']`` for other classes.
+        freeze: parts of parameter names, as they stand in checkpoints; those that hold one of them are not trained,
+            whatever the start.
         log_level: what the log shows at least.
         gpu_ids: as ``tools/train.py --gpu-ids``, which goes before it.
     """
@@ -98,6 +103,7 @@ class TopLevel:
     finetune_from: str | None = None
     load_from: str | None = None
     load_from_fresh: Sequence[str] = ()
+    freeze: Sequence[str] = ()
     log_level: Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'] = 'INFO'
     gpu_ids: int | Sequence[int] | None = None
 
@@ -187,7 +193,10 @@ logger = logging.getLogger('mmseg')
 
 
 class OptionsAction(DictAction):
-    """``--options K=V ...``: numbers, booleans, ``None`` and lists are read as such, all else is text (as in mmcv)."""
+    """``--options K=V ...``: numbers, booleans, ``None`` and lists are read as such, all else is text (as in mmcv).
+
+    A value with braces is JSON or a Python literal: ``custom_hooks=[{"type": "EMAHook"}]``.
+    """
 
     names = ('--options', '--cfg-options')  # of mmsegmentation 0.x, and of later ones
 
@@ -205,10 +214,29 @@ class OptionsAction(DictAction):
         for word in values:
             if not word.partition('=')[0] or '=' not in word:
                 parser.error(f"argument {option_string}: expected KEY=VALUE, got '{word}'")
+        braced = {key: value for key, _, value in (word.partition('=') for word in values) if _BRACED.match(value)}
         try:
-            super().__call__(parser, namespace, values, option_string)
+            plain = [word for word in values if word.partition('=')[0] not in braced]
+            super().__call__(parser, namespace, plain, option_string)
         except AssertionError as error:  # brackets that do not close
             parser.error(f'argument {option_string}: {error}')
+        for key, text in braced.items():
+            try:
+                getattr(namespace, self.dest)[key] = _literal(text)
+            except (ValueError, SyntaxError) as error:
+                parser.error(f"argument {option_string}: {key}: '{text}' is neither JSON nor a Python literal: {error}")
+
+
+def _literal(text: str) -> Any:
+    """JSON or a Python literal.
+
+    Raises:
+        ValueError, SyntaxError: it is neither.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
 
 
 def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> Config:

@@ -30,7 +30,7 @@ from mmseg.config import (
     required,
     top_level,
 )
-from mmseg.core.finetune import FinetuneConfig, freeze, load_for_finetune, warn_of_unused
+from mmseg.core.finetune import FinetuneConfig, freeze, freeze_named, load_for_finetune, warn_of_unused
 from mmseg.core.hooks import CheckpointHook, EvalHook, JsonLoggerHook
 from mmseg.core.lr_schedule import LrSchedule
 from mmseg.core.optimizer import build_optimizer
@@ -117,6 +117,9 @@ def _train(
             logger.info("split '%s': %d videos are left out, too short for a clip or without labels: %s", part.split,
                         len(part.short_videos), some(part.short_videos))
     finetune = _initialise(model, top, cfg.get('finetune'), checkpoint)
+    frozen = freeze_named(model, top.freeze)
+    if frozen:
+        logger.info('freeze: %d parameters are not trained', len(frozen))
     model.to(device)
 
     runner = IterBasedRunner(

@@ -159,6 +159,26 @@ def freeze(model: nn.Module, train: Sequence[str]) -> tuple[list[str], list[str]
     return frozen, trained
 
 
+def freeze_named(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Takes the gradient from every parameter whose name holds one of ``patterns``; returns their names.
+
+    Raises:
+        ConfigError: a pattern that no name holds, or nothing is left to train.
+    """
+    names = reference_names(model)
+    for pattern in patterns:
+        if not any(pattern in name for name in names.values()):
+            raise ConfigError(f"freeze: no parameter name holds '{pattern}'")
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if _holds(names[name], patterns):
+            parameter.requires_grad_(False)
+            frozen.append(names[name])
+    if patterns and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f'freeze: {list(patterns)} leaves nothing to train')
+    return frozen
+
+
 def frozen_parts(model: nn.Module) -> list[nn.Module]:
     """The largest modules that hold parameters, none of which is trained."""
     parts = []

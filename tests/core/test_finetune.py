@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 
 from mmseg.core import FinetuneConfig, freeze, load_for_finetune
-from mmseg.core.finetune import frozen_parts, warn_of_unused
+from mmseg.core.finetune import freeze_named, frozen_parts, warn_of_unused
 from mmseg.models import build_segmentor
 from mmseg.registry import build
 from mmseg.utils.errors import CheckpointError, ConfigError
@@ -148,3 +148,15 @@ def test_a_section_without_its_start_weights_is_a_warning(caplog, section, said)
 def test_wrong_keys_and_values_are_refused(section, key):
     with pytest.raises(ConfigError, match=f'finetune.{key}'):
         build(FinetuneConfig, section, 'finetune')
+
+
+def test_parts_may_be_frozen_in_any_training():
+    model = Model()
+    assert freeze_named(model, ['backbone', 'norm.bias']) == ['backbone.weight', 'backbone.bias', 'norm.bias']
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        'norm.weight', 'predictor.weight', 'predictor.bias']
+    assert freeze_named(model, []) == []
+    with pytest.raises(ConfigError, match="freeze: no parameter name holds 'bakbone'"):
+        freeze_named(model, ['bakbone'])
+    with pytest.raises(ConfigError, match='leaves nothing to train'):
+        freeze_named(model, ['.'])

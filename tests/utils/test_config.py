@@ -225,7 +225,18 @@ def test_options_are_read_as_by_mmcv():
     assert parsed('--options', 'a=1', 'b=1', '--cfg-options', 'b=2') == {'a': 1, 'b': 2}
 
 
-@pytest.mark.parametrize('word', ['runner.max_iters', '=5', 'a=[1,(2]'])
+def test_components_are_json_or_python():
+    words = ['a=[{"type": "EMAHook", "momentum": 1e-3, "x": null}]', "b={'y': (1, None), 'z': True}", 'c=[1]', 'd=t{e}']
+    assert parsed('--options', *words) == {
+        'a': [dict(type='EMAHook', momentum=1e-3, x=None)], 'b': {'y': (1, None), 'z': True}, 'c': [1], 'd': 't{e}'}
+    options = {'custom_hooks': [dict(type='EMAHook', momentum=1e-3)], 'data.train.dataset.label_map': {1: 0}}
+    cfg = load_config(VIDEO_B1, options)
+    assert cfg.custom_hooks[0].type == 'EMAHook' and cfg.data.train.dataset.label_map == {1: 0}
+    with pytest.raises(ConfigError, match=r"custom_hooks\[0\].momentun.*did you mean 'momentum'"):
+        load_config(VIDEO_B1, {'custom_hooks': [dict(type='EMAHook', momentun=1)]})
+
+
+@pytest.mark.parametrize('word', ['runner.max_iters', '=5', 'a=[1,(2]', 'a={"x": 1', "a=[{'x'}, f()]"])
 def test_a_word_that_is_no_option_ends_the_command_with_a_sentence(word, capsys):
     with pytest.raises(SystemExit, match='2'):
         parsed('--options', word)
