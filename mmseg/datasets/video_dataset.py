@@ -25,7 +25,7 @@ from .pipelines.compose import Compose
 from .pipelines.loading import LoadAnnotations, LoadImageFromFile, load_labels
 from .pipelines.motion import RandomMotion
 from .pipelines.transform import Results
-from .split import Layout, Split, Unlabelled
+from .split import KINDS, Layout, Split, Unlabelled
 
 _MAX_DRAWS = 100  # clips drawn for one training item before giving up
 _NAMES_SHOWN = 10
@@ -211,6 +211,13 @@ class VideoDataset(Dataset):
                 f'that a clip needs: {some(lengths)}; '
                 + (f"{self.files.instead('frames', empty)}; " if empty is not None else '')
                 + ('set skip_short_videos=True to leave them out' if videos else 'no other video is left'))
+        if unlabelled and not videos:
+            name = next(name for name in unlabelled if self.files.has('masks', name))
+            frame, mask = ((self.files.files(kind, name) or [''])[0] for kind in KINDS)
+            raise DataError(
+                f"split '{self.split}' of {self.data_root}: no frame of {len(unlabelled)} videos has a mask: "
+                f"{some(unlabelled)}; in '{name}' the first frame is '{frame}' and the first mask '{mask}': "
+                'layout.frame_pattern and mask_pattern say what belongs together')
         return videos, [*(video.name for video in short), *unlabelled]
 
     def _video(self, name: str, frames: list[str]) -> Video:

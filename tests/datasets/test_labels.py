@@ -239,6 +239,14 @@ def test_training_on_sparse_labels(vspw):
     assert [video.frames for video in skipping.videos] == [['00000004'], ['00000001', '00000012']]
 
 
+@pytest.mark.parametrize('unlabelled', ['ignore', 'skip'])
+def test_masks_that_no_frame_has_are_an_error(vspw, unlabelled):
+    for path in (vspw / 'data').glob('[abc]/mask/*.png'):
+        path.rename(path.with_stem(f'other_{path.stem}'))
+    with pytest.raises(DataError, match=r"a mask: a, b, c; in 'a' the first frame is '00000001' and .*'other_00000001'"):
+        build_train(vspw, unlabelled=unlabelled)
+
+
 def test_void_may_be_unknown(vspw):
     for void in ('negative', 'ignore'):
         seed_all(1)
