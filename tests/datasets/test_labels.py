@@ -243,7 +243,7 @@ def test_training_on_sparse_labels(vspw):
 def test_masks_that_no_frame_has_are_an_error(vspw, unlabelled):
     for path in (vspw / 'data').glob('[abc]/mask/*.png'):
         path.rename(path.with_stem(f'other_{path.stem}'))
-    with pytest.raises(DataError, match=r"a mask: a, b, c; in 'a' the first frame is '00000001' and .*'other_00000001'"):
+    with pytest.raises(DataError, match=r"mask: a, b, c; in 'a' the first frame is '00000001' and .*'other_00000001'"):
         build_train(vspw, unlabelled=unlabelled)
 
 
