@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import inspect
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,6 +20,8 @@ import torch
 from mmseg.registry import config_path, retired
 from mmseg.utils.arguments import Count, Factor, Index, Ratio, Share, Weight
 from mmseg.utils.errors import ConfigError
+
+logger = logging.getLogger('mmseg')
 
 
 @retired(by_epoch=(False,), warmup_by_epoch=(False,))
@@ -207,15 +210,15 @@ _POLICIES: dict[str, Callable[..., Rate]] = {
 
 
 def _arguments_of(policy: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a policy; one that it does not have, or lacks, is an error."""
+    """The arguments of a policy; one that it lacks is an error, one that it does not have (a base's) a warning."""
     own = [*inspect.signature(_POLICIES[policy]).parameters.values()][1:]
     names = [parameter.name for parameter in own]
     needed = [parameter.name for parameter in own if parameter.default is parameter.empty]
     where = config_path('lr_config')
     for key, value in given.items():
         if value is not None and key not in names:
-            raise ConfigError(
-                f"{where}.{key}: policy '{policy}' has no such argument, but {', '.join(names) or 'none'}")
+            logger.warning("%s.%s: has no effect with policy '%s', whose arguments are: %s", where, key, policy,
+                           ', '.join(names) or 'none')
         if value is None and key in needed:
             raise ConfigError(f"{where}.{key}: missing for policy '{policy}'")
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: value for key, value in given.items() if value is not None and key in names}

@@ -1,6 +1,7 @@
 """Optimizer groups, learning rate, precision: the reference's numbers, mmcv's forms, errors that name the key."""
 
 import copy
+import logging
 import math
 import re
 import warnings
@@ -141,7 +142,6 @@ def test_one_cycle_keeps_the_ratio_of_groups():
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(policy='fixed', power=1), r"lr_config.power: policy 'fixed' has no such argument, but none"),
     (dict(policy='step'), r"lr_config.step: missing for policy 'step'"),
     (dict(policy='CosineAnnealing'), 'expected min_lr or min_lr_ratio, one of them'),
     (dict(policy='CosineRestart', periods=[4, 5], min_lr=0), 'are 9 iterations together, but the training has 10'),
@@ -149,9 +149,16 @@ def test_one_cycle_keeps_the_ratio_of_groups():
     (dict(policy='OneCycle', max_lr=1, total_steps=9), 'the cycle is 9 iterations, but the training has 10'),
     (dict(policy='exp', gamma=0), 'lr_config.gamma: expected float, above 0'),
 ])
-def test_arguments_belong_to_their_policy(options, message):
+def test_wrong_arguments_of_a_policy_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         build(LrSchedule, options, 'lr_config', 10)
+
+
+def test_arguments_of_a_base_s_policy_are_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, logger='mmseg'):
+        logging.getLogger('mmseg').propagate = True
+        assert build(LrSchedule, dict(policy='fixed', power=2), 'lr_config', 10)(0.5, 9) == 0.5
+    assert "lr_config.power: has no effect with policy 'fixed', whose arguments are: none" in caplog.text
 
 
 def test_rates_of_all_groups_follow_the_iteration_only():
