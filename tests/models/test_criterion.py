@@ -181,6 +181,23 @@ def test_a_loss_that_knows_nothing_of_unknown_pixels_sees_the_others():
     assert ours[0, 0] == 0 and torch.autograd.grad(theirs.sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize('frames', [1, 2])
+def test_one_round_is_mask2former(reference_points, frames):
+    """The baselines' losses and gradients: those of the plain formulation without its second round."""
+    output, labels = small_case(5, batch=2, frames=frames, frame_level=False)
+    rounds = [dict(name='', cost='full', losses=dict(mask=5.0, dice=5.0), labels='target')]
+    criterion = THEMaskCriterion(7, train_num_points=33, rounds=rounds)
+    inputs = leaves(output)
+    losses = criterion(output.output, ClipTarget.from_labels(labels, 7))
+    expected = plain.losses_of(*output, labels, criterion.empty_weight, 33, warming_up=True)
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=1e-7)
+    gradients = [torch.autograd.grad(sum(each.values()), inputs, materialize_grads=True) for each in (losses, expected)]
+    for got, want in zip(*gradients):
+        assert (got - want).norm() <= 1e-5 * want.norm() + 1e-9
+
+
 @pytest.mark.parametrize('void', [(0,), (0, 1)])
 def test_void_clips_give_zero_mask_losses_with_a_graph(reference_points, void):
     output, labels = small_case(1)

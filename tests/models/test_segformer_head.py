@@ -16,7 +16,7 @@ from mmseg.models.decode_heads import SegformerHead
 from mmseg.utils.errors import ConfigError
 from tests.tiny import tiny_model
 from tests.tiny_config import write_tiny_config
-from tests.tool_process import run_tool
+from tests.tool_process import ROOT, run_tool
 from tests.vspw_fixture import write_vspw
 
 CHANNELS = (8, 16, 20, 32)
@@ -94,6 +94,16 @@ def test_it_trains_is_tested_and_old_configs_build(tmp_path):
     data = build_dataset(cfg.data.test, 'data.test')
     assert 0 <= run_test(model, data, build_test_loader(data, 0), progress=False)['mIoU'] <= 1
     assert has_running_statistics(model) and 'acc_seg' in next((tmp_path / 'w').glob('*.log.json')).read_text()
+
+
+@pytest.mark.parametrize('config', sorted((ROOT / 'local_configs/baselines').glob('*.py')), ids=lambda path: path.stem)
+def test_the_configs_of_baselines_build(config):
+    cfg = load_config(config)
+    with torch.device('meta'):
+        model = build_segmentor(cfg.model)
+    assert model.num_classes == cfg.model.decode_head.num_classes
+    frames = len(cfg.data.train.dataset.dilation) + (0 not in cfg.data.train.dataset.dilation)
+    assert cfg.data.test.test_size == frames == (2 if 'clips' in config.stem else 1)
 
 
 @pytest.mark.slow

@@ -1,0 +1,9 @@
+"""Mask2Former on the mini data set, as long as mini_1f.py."""
+
+_base_ = '../themask/mini_1f.py'
+
+model = dict(decode_head=dict(
+    loss_cfg=dict(
+        _delete_=True, train_num_points=1024,
+        rounds=[dict(name='', cost='full', losses=dict(mask=5.0, dice=5.0), labels='target')])))
+
