@@ -368,6 +368,10 @@ def test_background_copies_splits_and_names_of_videos(tmp_path):
     assert (labels == np.where(expected() == 255, 0, expected() + 1)).all()
     frame = tmp_path / 'out/data/1/origin/v_1.jpg'
     assert frame.stat().st_nlink == 1 and frame.read_bytes() == (tmp_path / 'in/images/v_1.jpg').read_bytes()
+    three = imported('coco', source, tmp_path / 'three', video_of=r'(?P<video>v_\d)', split='train=0.9,val=0.1')
+    assert [len(videos) for videos in three.splits.values()] == [1, 1] and not three.notes
+    alone = imported('coco', source, tmp_path / 'alone', split='train=0.5,val=0.5')
+    assert len(alone.notes) == 1 and 'there are 1 in all' in alone.notes[0]
     (tmp_path / 'split.json').write_text('{"val": ["v"]}')
     linked = imported('coco', source, tmp_path / 'linked', split=str(tmp_path / 'split.json'))
     assert linked.splits == {'val': ['v']} and (tmp_path / 'linked/data/v/origin/v_1.jpg').stat().st_nlink == 2

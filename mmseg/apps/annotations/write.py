@@ -317,7 +317,11 @@ def _splits(written: list[tuple[Picture, str]], split: str | None, seed: int) ->
         raise ConfigError("--split: expected shares of videos that add up to 1, as 'train=0.8,val=0.2', got "
                           f"'{split}'")
     drawn = random.Random(seed).sample(videos, len(videos))
-    ends = np.round(np.cumsum([0, *shares.values()]) * len(videos)).astype(int)
+    sizes = np.diff(np.round(np.cumsum([0, *shares.values()]) * len(videos)).astype(int))
+    while len(videos) >= len(sizes) and not sizes.all():  # no split is empty where that can be
+        sizes[sizes.argmax()] -= 1
+        sizes[sizes.argmin()] += 1
+    ends = [0, *np.cumsum(sizes).tolist()]
     return {name: sorted(drawn[a:b], key=natural_key) for name, a, b in zip(shares, ends, ends[1:])}
 
 
@@ -337,6 +341,9 @@ def _finish(folder: Path, report: ImportReport) -> None:
     left = [video for video in report.frames if report.frames[video] and video not in listed]
     if left:
         report.notes.append(f'{len(left)} videos are in no split: {some(left)}')
+    empty = [name for name, videos in report.splits.items() if not videos]
+    if empty:
+        report.notes.append(f'no video is left for {some(empty)}: there are {len(report.frames)} in all')
     palette = voc_colours(len(report.classes))
     write_json(folder / 'classes.json', {'classes': report.classes, 'palette': palette})
     for name, videos in report.splits.items():
